@@ -1,0 +1,47 @@
+"""Embeddings of prompts: the base model's final-norm hidden states, averaged over the prompt's tokens without BOS.
+
+BOS is left out because Llama parks huge activations on the first token, which would own every distance.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from alma_jax.llama import model as llama
+
+BUCKET = 16
+
+
+@jax.jit
+def _mean_states(model, tokens, lengths):
+  positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+  segments = (positions < lengths[:, None]).astype(jnp.int32)
+  hidden = llama.hidden_states(model, tokens, positions, segments).astype(jnp.float32)
+  counted = ((positions > 0) & (positions < lengths[:, None])).astype(jnp.float32)[..., None]
+  return (hidden * counted).sum(axis=1) / jnp.maximum(counted.sum(axis=1), 1.0)
+
+
+def embeddings(model, rows, batch, place=lambda x: x, progress=None):
+  """fp32 [rows, D] for rows of token ids that begin with BOS; length buckets in fixed batches, the order is kept."""
+  out = np.zeros((len(rows), model.c.width), np.float32)
+  padded = lambda n: -(-n // BUCKET) * BUCKET
+  order = sorted(range(len(rows)), key=lambda i: (padded(len(rows[i])), i))
+  while order:
+    width = padded(len(rows[order[0]]))
+    take = [i for i in order[:batch] if padded(len(rows[i])) == width]
+    order = order[len(take) :]
+    tokens, lengths = np.zeros((batch, width), np.int32), np.ones(batch, np.int32)
+    for at, i in enumerate(take):
+      tokens[at, : len(rows[i])], lengths[at] = rows[i], len(rows[i])
+    out[take] = np.asarray(_mean_states(model, place(tokens), place(lengths)))[: len(take)]
+    if progress:
+      progress(len(take))
+  return out
+
+
+def whitened(x):
+  """Centred, each dimension by its deviation (floored, so that dead dimensions stay small), rows of unit length."""
+  x = x - x.mean(axis=0)
+  deviation = x.std(axis=0)
+  x = x / np.maximum(deviation, 1e-3 * np.median(deviation) + 1e-12)
+  return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)

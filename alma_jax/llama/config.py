@@ -1,0 +1,163 @@
+"""The shape of a Llama, read from and written to a Hugging Face `config.json`.
+
+Everything that changes the numbers (norm epsilon, rope base and scaling, tied embeddings) comes from the file and has
+no default here: a constant that is silently wrong costs a week, a missing one costs a clear error.
+"""
+
+import dataclasses
+import json
+import pathlib
+
+
+class ModelError(Exception):
+  """A model directory that cannot be used; the message says what, where and how to mend it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+  """Frequency scaling: `llama3` (Llama-3.1 and later) or `linear` (position interpolation)."""
+
+  kind: str
+  factor: float
+  low_freq_factor: float | None = None
+  high_freq_factor: float | None = None
+  original_positions: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlamaConfig:
+  vocab: int
+  width: int
+  depth: int
+  heads: int
+  kv_heads: int
+  head_dim: int
+  ffn: int
+  norm_eps: float
+  rope_base: float
+  rope_scaling: RopeScaling | None
+  tied: bool
+  max_positions: int
+
+  @property
+  def parameters(self):
+    attention = self.width * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+    layer = attention + 3 * self.width * self.ffn + 2 * self.width
+    return self.depth * layer + self.width + self.vocab * self.width * (1 if self.tied else 2)
+
+
+# Keys whose other values would mean a model that this code does not compute.
+_FIXED = dict(hidden_act="silu", attention_bias=False, mlp_bias=False)
+
+
+def from_hf(hf, where="config.json"):
+  """LlamaConfig from the dictionary of a Hugging Face config; old (`rope_theta`) and new (`rope_parameters`) spelling."""
+  kind = hf.get("model_type")
+  if kind != "llama":
+    raise ModelError(
+      f"{where}: model_type is {kind!r} (architectures {hf.get('architectures')}); only 'llama' models are supported"
+    )
+  if hf.get("quantization_config"):
+    raise ModelError(f"{where}: the checkpoint is quantised; give the bf16 or fp32 weights instead")
+  for key, value in _FIXED.items():
+    if hf.get(key, value) != value:
+      raise ModelError(f"{where}: {key} is {hf[key]!r}; this model code computes {key}={value!r} only")
+
+  def need(key):
+    if hf.get(key) is None:
+      raise ModelError(f"{where}: the key {key!r} is missing")
+    return hf[key]
+
+  rope = hf.get("rope_parameters") or {}
+  base = rope.get("rope_theta", hf.get("rope_theta"))
+  if base is None:
+    raise ModelError(
+      f"{where}: rope_theta is missing; add the value of the released model (Llama-2: 10000.0, Llama-3: 500000.0)"
+    )
+  heads, width = need("num_attention_heads"), need("hidden_size")
+  head_dim = hf.get("head_dim") or width // heads
+  if head_dim % 2:
+    raise ModelError(f"{where}: head_dim {head_dim} is odd; rotary embeddings need an even one")
+  kv_heads = hf.get("num_key_value_heads") or heads
+  if heads % kv_heads:
+    raise ModelError(f"{where}: {heads} attention heads cannot share {kv_heads} key/value heads evenly")
+  return LlamaConfig(
+    vocab=need("vocab_size"),
+    width=width,
+    depth=need("num_hidden_layers"),
+    heads=heads,
+    kv_heads=kv_heads,
+    head_dim=head_dim,
+    ffn=need("intermediate_size"),
+    norm_eps=need("rms_norm_eps"),
+    rope_base=float(base),
+    rope_scaling=_rope_scaling(hf.get("rope_scaling") or rope, where),
+    tied=bool(need("tie_word_embeddings")),
+    max_positions=need("max_position_embeddings"),
+  )
+
+
+def _rope_scaling(d, where):
+  kind = d.get("rope_type") or d.get("type") or "default"
+  if kind == "default":
+    return None
+  keys = {
+    "linear": dict(factor="factor"),
+    "llama3": dict(
+      factor="factor",
+      low_freq_factor="low_freq_factor",
+      high_freq_factor="high_freq_factor",
+      original_positions="original_max_position_embeddings",
+    ),
+  }.get(kind)
+  if keys is None:
+    raise ModelError(f"{where}: rope scaling {kind!r} is not supported (supported: default, linear, llama3)")
+  missing = [key for key in keys.values() if d.get(key) is None]
+  if missing:
+    raise ModelError(f"{where}: rope scaling {kind!r} lacks {', '.join(missing)}")
+  return RopeScaling(kind=kind, **{ours: d[theirs] for ours, theirs in keys.items()})
+
+
+def to_hf(c):
+  """The Hugging Face config dictionary of `c` (classic spelling, read by every release of transformers and by vLLM)."""
+  scaling = None
+  if c.rope_scaling:
+    s = c.rope_scaling
+    scaling = {"rope_type": s.kind, "factor": s.factor}
+    if s.kind == "llama3":
+      scaling |= {
+        "low_freq_factor": s.low_freq_factor,
+        "high_freq_factor": s.high_freq_factor,
+        "original_max_position_embeddings": s.original_positions,
+      }
+  return {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": c.vocab,
+    "hidden_size": c.width,
+    "intermediate_size": c.ffn,
+    "num_hidden_layers": c.depth,
+    "num_attention_heads": c.heads,
+    "num_key_value_heads": c.kv_heads,
+    "head_dim": c.head_dim,
+    "rms_norm_eps": c.norm_eps,
+    "rope_theta": c.rope_base,
+    "rope_scaling": scaling,
+    "tie_word_embeddings": c.tied,
+    "max_position_embeddings": c.max_positions,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+  }
+
+
+def read_config(directory):
+  """LlamaConfig of a Hugging Face model directory."""
+  path = pathlib.Path(directory) / "config.json"
+  if not path.is_file():
+    raise ModelError(f"{path}: no such file; a model directory holds config.json, *.safetensors and a tokenizer")
+  try:
+    hf = json.loads(path.read_text())
+  except json.JSONDecodeError as error:
+    raise ModelError(f"{path}: not valid JSON ({error})") from None
+  return from_hf(hf, str(path))
