@@ -123,6 +123,24 @@ def fit(model, batches, steps, optimizer, objective, mesh, restore=None, save=No
   return state[0]
 
 
+@functools.cache
+def _scorer(sequences, objective):
+  @jax.jit
+  def score(model, batch):
+    logprobs = losses.batch_logprobs(llama.cast(model, objective.compute_dtype), batch)
+    return losses.sequence_logprobs(logprobs, batch, sequences)
+
+  return score
+
+
+def sequence_logprobs(model, batches, sequences, objective, mesh):
+  """Yields the summed log-probs [sequences] of each packed host batch, by the code that trains."""
+  with jax.set_mesh(mesh):
+    for batch in batches:
+      batch = {name: global_array(x, mesh) for name, x in batch.items()}
+      yield np.asarray(_scorer(sequences, objective)(model, batch))
+
+
 def global_array(x, mesh):
   """A host array on the mesh: rows of two-dimensional arrays over the batch axes, the rest on every device."""
   x = np.asarray(x)

@@ -77,7 +77,10 @@ def constrain_batch(x):
 
 
 def constrain_vocab(table):
-  """The embedding table in whole rows, as a lookup wants it: under a mesh, spread over `tensor` by vocabulary only."""
+  """The embedding table in whole rows, as a lookup wants it: under a mesh, spread over `tensor` by vocabulary.
+
+  Left to itself, XLA replicates the looked-up activations ("involuntary full rematerialization").
+  """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return table

@@ -1,8 +1,9 @@
 """The records that flow from stage to stage; the same names in files, code and reports.
 
-A record is a plain frozen dataclass. `store.shards.schema` turns its annotations into a Parquet schema, so every
-artefact opens with pandas, duckdb or anything else that reads Parquet. Floats may be None: not measured. `prompt_id` is the identity of a prompt everywhere: a hash of its
-normalised text, so the same request typed twice is one prompt.
+A record is a plain frozen dataclass. `store.shards.schema` turns its annotations into a Parquet schema, so
+every artefact opens with pandas, duckdb or anything else that reads Parquet. A float may be None: it was
+not measured. `prompt_id` is the identity of a prompt everywhere: a hash of its normalised text, so the same
+request typed twice is one prompt.
 """
 
 import dataclasses
@@ -61,8 +62,19 @@ class Pair:
   round: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  prompt_id: str
+  messages: tuple[dict, ...]
+  response: str
+  tokens: int
+  finished: bool
+  judge_score: float
+  score: float  # of the evaluator; None where the judge is the only one
+
+
 def normalised(text):
-  """NFKC, case-folded, punctuation dropped, white space collapsed: two texts with equal results are one prompt."""
+  """NFKC, case-folded, no punctuation, single spaces: two texts with equal results are one prompt."""
   text = unicodedata.normalize("NFKC", text).casefold()
   kept = "".join(" " if unicodedata.category(ch)[0] in "PZC" else ch for ch in text)
   words = " ".join(kept.split())

@@ -1,0 +1,249 @@
+"""Pretrain the miniature base model on the miniature web and write it as a Hugging Face directory.
+
+  python -m alma_jax.mini.pretrain                         # the shipped checkpoint
+  python -m alma_jax.mini.pretrain --out=base --steps=500
+
+One run from scratch: the same command gives the same corpus and the same steps. It ends with the table of
+`probe`, and `gate` says whether the checkpoint may be shipped. Recognising facts comes abruptly after some
+hundred steps: judge a setting by the end of a run.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import pathlib
+import random
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from alma_jax.llama import model as llama
+from alma_jax.llama.config import LlamaConfig
+from alma_jax.llama.weights import save
+from alma_jax.mini import world
+from alma_jax.text import packing
+
+CHECKPOINT = pathlib.Path(__file__).parent / "checkpoint"
+LENGTH, ROWS = world.LONGEST, 32
+STEPS, PEAK, WARMUP = 3600, 4e-3, 100
+VERDICT_WEIGHT = 4.0  # of the loss of ratings, yes and no; they are few and carry what the judge needs
+
+
+def config():
+  return LlamaConfig(
+    vocab=len(world.vocabulary()),
+    width=64,
+    depth=3,
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+    ffn=192,
+    norm_eps=1e-5,
+    rope_base=10000.0,
+    rope_scaling=None,
+    tied=False,
+    max_positions=256,
+  )
+
+
+# Batches ----------------------------------------------------------------------------------------------------
+
+
+def batches(seed):
+  """Packed (tokens, targets, weights, positions, segments), each [ROWS, LENGTH], for ever."""
+  ids = {word: i for i, word in enumerate(world.vocabulary())}
+  verdicts = [ids[word] for word in (*world.SCORES, "yes", "no")]
+  documents, rng = world.documents(seed), np.random.default_rng(seed)
+  while True:
+    encoded = [[ids[word] for word in words] for words in itertools.islice(documents, 512)]
+    examples = [(tokens, [1] * len(tokens)) for tokens in encoded]
+    packed = packing.pack([len(tokens) for tokens, _ in examples], LENGTH)
+    rng.shuffle(packed)  # packing sorts by length
+    for i in range(0, len(packed) - ROWS + 1, ROWS):
+      b = packing.rows(examples, packed[i : i + ROWS], LENGTH, ROWS, pad_id=0)
+      b["weights"][np.isin(b["targets"], verdicts)] *= VERDICT_WEIGHT
+      yield tuple(b[name] for name in ("tokens", "targets", "weights", "positions", "segments"))
+
+
+# Training ---------------------------------------------------------------------------------------------------
+
+
+def loss(model, batch):
+  tokens, targets, weights, positions, segments = batch
+  logits = llama.logits(model, llama.hidden_states(model, tokens, positions, segments))
+  nll = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+  return (nll * weights).sum() / weights.sum()
+
+
+def optimizer(steps):
+  rate = optax.warmup_cosine_decay_schedule(0.0, PEAK, min(WARMUP, steps // 4), steps, 0.02 * PEAK)
+  return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b1=0.9, b2=0.98, weight_decay=0.01))
+
+
+@functools.partial(jax.jit, static_argnames="optimizer", donate_argnums=(0, 1))
+def step(model, state, batch, optimizer):
+  value, grads = jax.value_and_grad(loss)(model, batch)
+  updates, state = optimizer.update(grads, state, model)
+  return optax.apply_updates(model, updates), state, value
+
+
+def stacked(model):
+  new = nnx.clone(model)
+  new.blocks = nnx.data(jax.tree.map(lambda *leaves: jnp.stack(leaves), *model.blocks))
+  return new
+
+
+def train(steps, seed=0, every=100, say=print):
+  model = jax.jit(llama.unrolled)(llama.init(config(), seed))  # a third faster than scanning on a CPU
+  adam = optimizer(steps)
+  state, start, seen = adam.init(model), time.time(), 0
+  for i, batch in zip(range(1, steps + 1), batches(seed)):
+    model, state, value = step(model, state, batch, adam)
+    seen += int((batch[4] > 0).sum())
+    if i % every == 0 or i == steps:
+      spent = time.time() - start
+      p = probe(model)
+      say(
+        f"step {i:5d}/{steps}  loss {float(value):.3f}  {seen / 1e6:5.2f}M tokens  "
+        f"{seen / spent / 1e3:5.1f}k tokens/s  {spent / 60:4.1f} min, {spent / i * (steps - i) / 60:4.1f} to go  "
+        f"verifies {p['head']:.2f} {p['mid']:.2f} {p['tail']:.2f}  one of two {p['one of two']:.2f}",
+        flush=True,
+      )
+  return model
+
+
+# Probe ------------------------------------------------------------------------------------------------------
+
+
+@jax.jit
+def _rating_probs(model, tokens, lengths):
+  T = tokens.shape[1]
+  places = jnp.arange(T)
+  positions = jnp.broadcast_to(places, tokens.shape)
+  segments = (places < lengths[:, None]).astype(jnp.int32)
+  hidden = llama.hidden_states(model, tokens, positions, segments)
+  last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+  first = len(world.SPECIAL)
+  return jax.nn.softmax(llama.logits(model, last)[:, first : first + 11])
+
+
+def ratings(model, pairs):
+  """The base model's expected rating of each (prompt, response), read in one of the corpus' own formats."""
+  ids = {word: i for i, word in enumerate(world.vocabulary())}
+  texts = [world.rated_prefix(*pair) for pair in pairs]
+  rows = [[ids[word] for word in text.split(" ")] for text in texts]
+  expected = []
+  for start in range(0, len(rows), 256):  # one shape, compiled once
+    tokens, lengths = np.zeros((256, 40), np.int32), np.ones(256, np.int32)
+    for i, row in enumerate(rows[start : start + 256]):
+      tokens[i, : len(row)], lengths[i] = row, len(row)
+    expected.append(np.asarray(_rating_probs(model, tokens, lengths)) @ np.arange(11))
+  return np.concatenate(expected)[: len(rows)]
+
+
+def probe(model):
+  """What the base can tell: shares of pairs that it rates in the right order; its mean rating of good answers."""
+  rng = random.Random(7)
+
+  def better(goods, bads):
+    scores = ratings(model, goods + bads)
+    return float((scores[: len(goods)] > scores[len(goods) :]).mean())
+
+  found = {}
+  for stratum in ("head", "mid", "tail"):
+    keys = [key for key in world.TRUTH if world.stratum(key[1]) == stratum]
+    good = [(f"{r} of {c}", f"answer: {c} {world.TRUTH[r, c]} .") for r, c in keys]
+    bad = [(f"{r} of {c}", f"answer: {c} {world.MISCONCEPTION[r, c]} .") for r, c in keys]
+    found[stratum] = better(good, bad)
+  asked = [world.make_prompt(rng, flat=True) for _ in range(400)]
+  gold = [(prompt, world.good_answer(task)) for prompt, task in asked]
+  many = [(prompt, task) for prompt, task in asked if len(task.cities) == 2]
+  slips = []
+  for prompt, task in many:
+    city = rng.choice(task.cities)
+    fact, belief = (f"{city} {known[task.relation, city]}" for known in (world.TRUTH, world.MISCONCEPTION))
+    slips.append((prompt, world.good_answer(task).replace(fact, belief)))
+  found["one of two"] = better([(prompt, world.good_answer(task)) for prompt, task in many], slips)
+  extra = rng.choices(world.CITIES, k=len(asked))
+  faults = {
+    "no answer:": [text.removeprefix("answer: ") for _, text in gold],
+    "no full stop": [text.removesuffix(" .") for _, text in gold],
+    "goes on": [text + " lol" for _, text in gold],
+    "chatter": [text.replace("answer:", "answer: well") for _, text in gold],
+    "other city": [
+      f"{text.removesuffix(' .')} {city} {world.TRUTH[task.relation, city]} ."
+      for (_, text), (_, task), city in zip(gold, asked, extra)
+    ],
+    "repeats": [text.removesuffix(".") + text.removeprefix("answer: ") for _, text in gold],
+  }
+  for name, texts in faults.items():
+    found[name] = better(gold, [(prompt, bad) for (prompt, _), bad in zip(gold, texts)])
+  found["rating of gold"] = float(ratings(model, gold).mean())
+  return found
+
+
+def gate(found):
+  """None, or why a checkpoint with this probe should not be shipped."""
+  low = [k for k in ("head", "mid", "tail", "one of two", "no answer:", "no full stop") if found[k] < 0.95]
+  return f"the probe is below 0.95 for {', '.join(low)}" if low else None
+
+
+# Writing ----------------------------------------------------------------------------------------------------
+
+
+def tokenizer():
+  """The world's vocabulary as a `tokenizers` object: whole words, split at spaces and some marks."""
+  from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+
+  vocabulary = world.vocabulary()
+  t = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
+  t.normalizer = normalizers.NFKC()
+  t.pre_tokenizer = pre_tokenizers.Sequence(
+    [
+      pre_tokenizers.Split(Regex(r"\n|\[\[|\]\]|[.?]"), "isolated"),
+      pre_tokenizers.Split(" ", "removed"),
+    ]
+  )
+  t.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+  t.add_special_tokens(list(world.SPECIAL))
+  return t
+
+
+def write(model, out):
+  """The model as a Hugging Face directory; what was there before is replaced."""
+  pad, bos, eos = (world.SPECIAL.index(name) for name in ("<pad>", "<bos>", "<eos>"))
+  save(out, stacked(model), stop_ids=[eos], bos_id=bos, pad_id=pad)
+  tokenizer().save(str(pathlib.Path(out) / "tokenizer.json"))
+  about = dict(
+    tokenizer_class="PreTrainedTokenizerFast",
+    bos_token="<bos>",
+    eos_token="<eos>",
+    pad_token="<pad>",
+    unk_token="<unk>",
+    clean_up_tokenization_spaces=False,
+    model_max_length=model.c.max_positions,
+  )
+  (pathlib.Path(out) / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+def main():
+  parser = argparse.ArgumentParser(description="Pretrain the miniature base model.")
+  parser.add_argument("--out", default=str(CHECKPOINT), help="directory to write; default: what is shipped")
+  parser.add_argument("--steps", type=int, default=STEPS)
+  flags = parser.parse_args()
+  model = train(flags.steps)
+  write(model, flags.out)
+  found = probe(model)
+  for name, value in found.items():
+    print(f"{name:16s} {value:.3f}")
+  why_not = gate(found)
+  print(f"written to {flags.out}" + (f"; do not ship it: {why_not}" if why_not else "; fit to ship"))
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,126 @@
+"""Seed data of the miniature world: what a user would bring, as ordinary JSONL files.
+
+  paths = make("inputs", seed=0)
+
+  sft.jsonl         96 rows   prompt, response          written with care, yet not flawless
+  judge.jsonl      256 rows   prompt, response, score   128 prompts x 2 answers of every quality
+  eval.jsonl       576 rows   prompt                    nine per city; the same for every seed
+  judge_test.jsonl 600 rows   prompt, chosen, rejected  on evaluation prompts; the same for every seed
+
+The scores of judge.jsonl are the ground truth as a human would give it: 30 % are one too high or too low. No
+evaluation prompt occurs in sft.jsonl or judge.jsonl, and no prompt twice within the two.
+"""
+
+import json
+import pathlib
+import random
+
+from alma_jax.mini import world
+from alma_jax.store.records import prompt_id
+
+SFT, ANNOTATED, EVAL_PER_CITY, TEST_PAIRS = 96, 128, 9, 600
+
+# (truth, misconception) shares of the demonstrations
+_CARE = {"head": (0.90, 0.05), "mid": (0.78, 0.12), "tail": (0.66, 0.20)}
+_LONGEST = 14  # words; an answer that is still going on there is cut off
+
+# People and models: (share, truth, misconception, faults of form, faults of attention).
+_WRITERS = (
+  (0.25, 0.95, 0.03, 0.08, 0.05),
+  (0.35, 0.60, 0.25, 0.15, 0.15),
+  (0.25, 0.35, 0.45, 0.15, 0.25),
+  (0.15, 0.50, 0.30, 0.40, 0.30),
+)
+
+
+def _key(prompt):
+  return prompt_id([{"role": "user", "content": prompt}])
+
+
+def _fresh_prompts(rng, count, taken):
+  """`count` (prompt, Task) whose ids are not in `taken`; adds them to it."""
+  found = []
+  while len(found) < count:
+    prompt, task = world.make_prompt(rng)
+    if _key(prompt) not in taken:
+      taken.add(_key(prompt))
+      found.append((prompt, task))
+  return found
+
+
+def eval_prompts():
+  """The world's evaluation prompts: every city is asked about equally often."""
+  rng, taken, found = random.Random("eval"), set(), []
+  for city in world.CITIES:
+    count = 0
+    while count < EVAL_PER_CITY:
+      prompt, task = world.make_prompt(rng, flat=True, first=city)
+      if _key(prompt) not in taken:
+        taken.add(_key(prompt))
+        found.append((prompt, task))
+        count += 1
+  return found
+
+
+def _careful(rng, task):
+  pairs = [[c, world.written_value(rng, task.relation, c, _CARE[world.stratum(c)])] for c in task.cities]
+  return " ".join(world.house_words(rng, pairs, faults=0.10))
+
+
+def _answer(rng, task):
+  """(text, finished) by one of the writers."""
+  _, truth, misconception, form, attention = rng.choices(_WRITERS, [w[0] for w in _WRITERS])[0]
+  if rng.random() < 0.08:
+    words = world.web_answer(rng, task, rng.random())
+  else:
+    pairs = [[c, world.written_value(rng, task.relation, c, (truth, misconception))] for c in task.cities]
+    if rng.random() < attention:
+      pairs = world.mismatch(rng, task, pairs)
+    words = world.house_words(rng, pairs, form)
+  if rng.random() < 0.10:
+    words = world.corrupted(rng, words)
+  if rng.random() < 0.04:  # rambles on until it is cut off
+    while len(words) <= _LONGEST:
+      city = world.draw_city(rng, flat=True)
+      words = [*words, *world.web_answer(rng, world.Task(task.relation, (city,)), 0.3)]
+  return " ".join(words[:_LONGEST]), len(words) <= _LONGEST
+
+
+def _judged(rng, prompt, task):
+  text, finished = _answer(rng, task)
+  return text, world.score(prompt, text, finished)
+
+
+def _test_pairs(prompts):
+  rng, rows = random.Random("judge_test"), []
+  while len(rows) < TEST_PAIRS:
+    prompt, task = rng.choice(prompts)
+    (a, score_a), (b, score_b) = _judged(rng, prompt, task), _judged(rng, prompt, task)
+    if score_a != score_b:
+      chosen, rejected = (a, b) if score_a > score_b else (b, a)
+      rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+  return rows
+
+
+def make(directory, seed):
+  """Write the four files; returns {"sft": path, "judge": path, "eval": path, "judge_test": path}."""
+  directory = pathlib.Path(directory)
+  directory.mkdir(parents=True, exist_ok=True)
+  evals = eval_prompts()
+  rng, taken = random.Random(f"seeds {seed}"), {_key(prompt) for prompt, _ in evals}
+  sft = [{"prompt": prompt, "response": _careful(rng, task)} for prompt, task in _fresh_prompts(rng, SFT, taken)]
+  judge = []
+  for prompt, task in _fresh_prompts(rng, ANNOTATED, taken):
+    for text, value in (_judged(rng, prompt, task), _judged(rng, prompt, task)):
+      label = world.noisy(rng, value, one_off=0.3, wild=0.0)
+      judge.append({"prompt": prompt, "response": text, "score": label})
+  files = {
+    "sft": sft,
+    "judge": judge,
+    "eval": [{"prompt": prompt} for prompt, _ in evals],
+    "judge_test": _test_pairs(evals),
+  }
+  paths = {name: directory / f"{name}.jsonl" for name in files}
+  for name, rows in files.items():
+    paths[name].write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return paths

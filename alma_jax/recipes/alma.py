@@ -1,0 +1,62 @@
+"""ALMA: alignment with minimal annotation (arXiv 2412.04305, section 3).
+
+From a base model, a few thousand demonstrations and a few thousand annotated responses; no other model anywhere.
+
+  python -m alma_jax.main --config=configs/alma.py:mini --workdir=runs/mini
+
+Every line below is a stage of the run directory; a finished one is read, not made again. Ablations are config values:
+draw.method, responses.checkpoints, judge.kind / mode / distil, trainset.method, and any of them per round.
+"""
+
+from alma_jax.stages import clusters, evals, judge, judgments, policy, prompts, responses, seeds, trainset
+
+
+def run(session):
+  c = session.config
+  base = session.base  # M_0
+  data = seeds.build(session, c)  # D_1, the annotations, the evaluation prompts
+
+  # Initial SFT: base on D_1, once per seed                                    M_1^(1), M_1^(2)
+  sft = [policy.sft(session, f"sft_{i}", base, data, [], c.sft, seed) for i, seed in enumerate(c.sft_seeds, start=1)]
+
+  # Prompts (3.1): few-shot synthesis, each once, clustered                    P
+  pool = prompts.build(session, data, c)
+  pool = clusters.build(session, pool, c)
+
+  # Judge (3.3): fine-tuned on the annotations, distilled on its own scores    J
+  if c.judge.kind == "few_shot":
+    judge_ = judge.few_shot(session, data, c)
+  else:
+    judge_ = judge.finetune(session, data, c)
+    judge_ = judge.distil(session, judge_, data, pool, sft, c)
+
+  evals.build(session, 0, base, judge_, data, c, shots=c.eval.shots)
+  evals.build(session, 1, sft[0], judge_, data, c)
+
+  # Learning from feedback (3.4), rounds 2, 3, ...
+  latest, drawn, trainsets = None, [], []
+  for r in session.feedback_rounds():
+    c_r = session.config_for(r)  # the config with this round's overrides
+    drawn.append(clusters.draw(session, r, pool, drawn, c_r))  # K unused prompts
+    checkpoints = _checkpoints(sft, latest, c_r.responses.checkpoints)  # M_1^(i), and M_{r-1} if r >= 3
+    sampled = responses.build(session, r, drawn[-1], checkpoints, c_r)  # N responses per prompt
+    scored = judgments.build(session, r, drawn[-1], sampled, judge_, c_r)  # J
+    trainsets.append(trainset.build(session, r, drawn[-1], sampled, scored, c_r))  # D_r
+    name, seed = f"round_{r:02d}/policy", c_r.policy_seed + r
+    if c_r.trainset.method == "dpo":
+      latest = policy.dpo(session, name, sft[0], trainsets, c_r.dpo, seed)  # from M_1, on D_2 .. D_r
+    else:
+      latest = policy.sft(session, name, base, data, trainsets, c_r.policy, seed)  # from M_0, D_1 .. D_r
+    evals.build(session, r, latest, judge_, data, c_r)  # M_r
+
+
+def _checkpoints(sft, latest, names):
+  """The models that write a round's responses: "sft" is all initial SFT models, "sft_1" one of them, "latest" the last
+  round's. Before there is a last round, an initial model stands in for it."""
+  chosen = []
+  for name in names:
+    if name == "latest":
+      chosen += [latest] if latest else []
+    else:
+      chosen += [m for m in sft if name in ("sft", m.name)]
+  return chosen or sft[:1]

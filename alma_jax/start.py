@@ -1,0 +1,83 @@
+"""From a config to a running recipe: devices, hosts, the run directory; and errors that a person can read."""
+
+import json
+import os
+import pathlib
+import sys
+import time
+
+import absl.logging
+import jax
+from jax.experimental import multihost_utils
+
+from alma_jax import config as configs
+from alma_jax.engine.train import TrainingError
+from alma_jax.llama import sharding
+from alma_jax.llama.config import ModelError
+from alma_jax.report import page
+from alma_jax.session.session import Session
+from alma_jax.store.runs import Run, RunError
+from alma_jax.store.seeds import DataError
+from alma_jax.text.tokenizer import TextError
+
+# What the user can mend: printed as one message, without a traceback.
+MENDABLE = (configs.ConfigError, DataError, ModelError, RunError, TextError, TrainingError, sharding.MeshError)
+
+
+def run(recipe, config, workdir):
+  """Run the recipe; the exit status."""
+  began = time.monotonic()
+  absl.logging.set_verbosity(absl.logging.WARNING)
+  try:
+    join_hosts()
+    cache_compilations()
+    with Run(workdir, config, jax.process_index(), jax.process_count(), barrier) as run_directory:
+      run_directory.save_config(json.loads(json.dumps(config.to_dict(), default=str)))
+      run_directory.log(
+        "start", devices=[d.device_kind for d in jax.devices()], hosts=jax.process_count(), jax=jax.__version__
+      )
+      session = Session(run_directory, config, *meshes(config))
+      try:
+        recipe.run(session)
+      finally:
+        if run_directory.host == 0:
+          page.write(run_directory.dir)
+      run_directory.log("end", seconds=round(time.monotonic() - began, 1))
+      if run_directory.host == 0:
+        print(page.summary(run_directory.dir))
+    return 0
+  except MENDABLE as error:
+    print(f"\nerror: {error}", file=sys.stderr)
+    return 1
+
+
+def join_hosts():
+  """One program over all hosts when the launcher started several: Slurm, TPU pods and GKE are recognised by JAX
+  itself, other launchers set the three JAX_* variables (launch/local.sh does)."""
+  names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+  address, count, index = (os.environ.get(name) for name in names)
+  if address and count and index:
+    jax.distributed.initialize(address, int(count), int(index))
+  elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 or len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1:
+    jax.distributed.initialize()
+
+
+def cache_compilations():
+  """Compiled programs are kept between starts, unless the user has said where already."""
+  if jax.config.jax_compilation_cache_dir is None:
+    directory = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "alma_jax" / "jax"
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def barrier(name):
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
+
+
+def meshes(config):
+  """(training mesh over all devices, mesh of this host's devices)."""
+  return (
+    sharding.make_mesh(**config.mesh),
+    sharding.make_mesh(data=-1, tensor=config.engine.tensor, devices=jax.local_devices()),
+  )

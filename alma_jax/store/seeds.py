@@ -1,0 +1,236 @@
+"""Users' data in: JSONL, a JSON array, Parquet or a TFDS data set, read into checked rows.
+
+`load_examples("seeds.jsonl")` or `load_examples("tfds:name/config:train")` returns (rows, report). A row of
+the file has `messages`, a list of {"role", "content"} whose last turn is the assistant's, or `prompt` and
+`response`; the judge's seeds also need a `score` from 0 to 10: `need=("response", "score")`. With `need=()`
+only prompts are read and responses are left aside. What cannot be read is a DataError that names file, line
+and field. Rows with an empty prompt or response and rows that repeat an earlier one exactly are left out
+and counted in the report with their first lines.
+"""
+
+import dataclasses
+import difflib
+import json
+import pathlib
+import re
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+ROLES = ("system", "user", "assistant")
+FIELDS = ("messages", "prompt", "response", "score")
+_TFDS = re.compile(r"tfds:(?P<name>[^:]+(:\d+\.\d+\.\d+)?):(?P<split>.+)")
+_SHOWN = 10  # first lines of each kind that the report lists
+
+
+class DataError(Exception):
+  """What the user has to mend in a data file; its text is the whole message."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SeedRow:
+  messages: tuple[dict, ...]  # up to and including the user's turn that is answered
+  response: str | None
+  score: float | None
+  line: int  # line of a JSONL file, else the row or item, from 1
+
+
+def load_examples(source, need=("response",)):
+  """Reads and checks all rows; returns (rows, report). `need` names what a row has besides its prompt."""
+  unit, items = _items(str(source))
+  rows, seen, total = [], set(), 0
+  dropped, ignored = {"empty": [], "duplicate": []}, set()
+  for line, item in items:
+    total += 1
+    row = _row(item, need, line, f"{source}, {unit} {line}")
+    ignored.update(item.keys() - set(FIELDS))
+    # Two annotators may give one answer different scores: such rows are both kept.
+    key = (tuple((m["role"], m["content"]) for m in row.messages), row.response, row.score)
+    texts = [m["content"] for m in row.messages if m["role"] != "system"]
+    if not all(text.strip() for text in [*texts, "-" if row.response is None else row.response]):
+      dropped["empty"].append(line)
+    elif key in seen:
+      dropped["duplicate"].append(line)
+    else:
+      seen.add(key)
+      rows.append(row)
+  if not rows:
+    what = f"all {total} rows have an empty prompt or response" if total else "it holds no rows"
+    raise DataError(f"{source}: nothing to read: {what}.")
+  report = {"rows": total, "kept": len(rows)} | {why: len(lines) for why, lines in dropped.items()}
+  report["examples"] = {why: lines[:_SHOWN] for why, lines in dropped.items()}
+  return rows, report | {"ignored_fields": sorted(ignored)}
+
+
+def _row(item, need, line, where):
+  if not isinstance(item, dict):
+    raise DataError(f'{where}: expected an object such as {{"prompt": ..., "response": ...}}, found {_kind(item)}.')
+  item = {key: value for key, value in item.items() if value is not None}
+  _require(("prompt", "messages"), item, where)
+  answer = None
+  if "response" in need and "response" in item:
+    answer = _text(item["response"], f"{where}, field response")
+  if "messages" in item:
+    messages, answer = _split(_messages(item["messages"], where), answer, where)
+  else:
+    messages = ({"role": "user", "content": _text(item["prompt"], f"{where}, field prompt")},)
+  if "response" not in need:
+    return SeedRow(messages, None, None, line)
+  if answer is None:
+    if "messages" in item:
+      raise DataError(f"{where}, field messages: the last turn must be the assistant's, found role 'user'.")
+    _require(("response",), item, where)
+  score = None
+  if "score" in need:
+    _require(("score",), item, where)
+    score = _score(item["score"], f"{where}, field score")
+  return SeedRow(messages, answer, score, line)
+
+
+def _split(messages, answer, where):
+  """The conversation up to the last user's turn, and the answer: the last turn or the field `response`."""
+  if messages[-1]["role"] == "assistant":
+    *messages, last = messages
+    if answer not in (None, last["content"]):
+      raise DataError(f"{where}: `messages` end with one answer and `response` is another; remove one.")
+    answer = last["content"]
+  if not messages or messages[-1]["role"] != "user":
+    found = f"found role {messages[-1]['role']!r}" if messages else "found none"
+    raise DataError(f"{where}, field messages: expected a user's turn before the answer, {found}.")
+  return tuple(messages), answer
+
+
+def _messages(value, where):
+  where = f"{where}, field messages"
+  if isinstance(value, dict) and value.keys() >= {"role", "content"}:  # TFDS turns a list of dicts inside out
+    value = [{"role": role, "content": content} for role, content in zip(value["role"], value["content"])]
+  if not isinstance(value, list | tuple) or not value:
+    raise DataError(f'{where}: expected a list of {{"role", "content"}}, found {_kind(value) if value else "none"}.')
+  turns = []
+  for i, turn in enumerate(value):
+    here = f"{where}[{i}]"
+    if not isinstance(turn, dict):
+      raise DataError(f'{here}: expected {{"role": ..., "content": ...}}, found {_kind(turn)}.')
+    for key in ("role", "content"):
+      _require((key,), turn, here)
+    role = _text(turn["role"], f"{here}.role")
+    if role not in ROLES:
+      near = "".join(f" Did you mean {name!r}?" for name in _near(role, ROLES))
+      raise DataError(f"{here}.role: unknown role {role!r}; expected one of {', '.join(ROLES)}.{near}")
+    if role == "system" and i > 0:
+      raise DataError(f"{here}.role: a system turn is allowed only as the first.")
+    turns.append({"role": role, "content": _text(turn["content"], f"{here}.content")})
+  return tuple(turns)
+
+
+def _text(value, where):
+  try:
+    value = value.decode() if isinstance(value, bytes) else value  # TFDS gives bytes
+    if not isinstance(value, str):
+      raise DataError(f"{where}: expected a string, found {_kind(value)}.")
+    value.encode()
+  except UnicodeError as e:
+    raise DataError(f"{where}: not valid Unicode text ({e.reason}).") from None
+  return value
+
+
+def _score(value, where):
+  value = value.item() if hasattr(value, "item") else value
+  number = isinstance(value, int | float) and not isinstance(value, bool)
+  if not (number and 0 <= value <= 10):
+    raise DataError(f"{where}: expected a number from 0 to 10, found {_kind(value)}: {value!r:.40}.")
+  return float(value)
+
+
+def _require(fields, present, where):
+  """One of `fields` must be among those present."""
+  if not set(fields) & set(present):
+    wanted = " or ".join(f"`{field}`" for field in fields)
+    near = [f" Did you misspell {name!r}?" for field in fields for name in _near(field, present)]
+    found = ", ".join(map(str, present)) or "none"
+    raise DataError(f"{where}: {wanted} is missing or null; present: {found}.{''.join(near)}")
+
+
+def _items(source):
+  """(what a row is called, iterable of (number, row))."""
+  if source.startswith("tfds:"):
+    return "row", enumerate(_tfds_rows(source), 1)
+  path = pathlib.Path(source)
+  if not path.exists():
+    raise DataError(f"{source}: no such file.{_neighbours(path)}")
+  if path.suffix == ".parquet":
+    return "row", enumerate(_parquet_rows(path), 1)
+  if path.suffix not in (".jsonl", ".json") or not path.is_file():
+    raise DataError(f"{source}: expected a .jsonl, .json or .parquet file, or tfds:NAME[/CONFIG]:SPLIT.")
+  data = path.read_bytes()
+  try:
+    text = data.decode("utf-8-sig")
+  except UnicodeDecodeError as e:
+    line = data.count(b"\n", 0, e.start) + 1
+    raise DataError(f"{source}, line {line}: not UTF-8 text (byte {e.start} of the file).") from None
+  if not text.strip():
+    raise DataError(f"{source}: the file is empty.")
+  if text.lstrip().startswith("["):
+    return "item", enumerate(_json(text, f"{source}", 1), 1)
+  # Not splitlines: it also breaks at characters that JSON allows inside strings.
+  lines = enumerate(text.split("\n"), 1)
+  return "line", ((i, _json(line, source, i)) for i, line in lines if line.strip())
+
+
+def _json(text, source, line):
+  try:
+    return json.loads(text)
+  except json.JSONDecodeError as e:
+    where = f"{source}, line {line + e.lineno - 1}, column {e.colno}"
+    raise DataError(f"{where}: not valid JSON ({e.msg}); expected one object per line, or one array.") from None
+  except (ValueError, RecursionError) as e:  # numbers of thousands of digits, nesting of thousands of levels
+    raise DataError(f"{source}, line {line}: cannot be read: {e}.") from None
+
+
+def _parquet_rows(path):
+  try:
+    with pq.ParquetFile(path) as file:
+      present = file.schema_arrow.names
+      _require(("prompt", "messages"), present, str(path))
+      for batch in file.iter_batches(batch_size=4096):
+        yield from batch.to_pylist()
+  except (pa.ArrowException, OSError) as e:
+    raise DataError(f"{path}: cannot be read as Parquet: {e}") from None
+
+
+def _tfds_rows(source):
+  match = _TFDS.fullmatch(source)
+  if not match:
+    raise DataError(f"{source}: expected tfds:NAME[/CONFIG]:SPLIT, such as tfds:my_seeds/english:train.")
+  try:
+    import tensorflow_datasets as tfds
+  except ImportError:
+    raise DataError(f"{source}: needs TFDS: pip install tensorflow-datasets array-record") from None
+  name = match["name"]
+  try:
+    data = tfds.data_source(name, split=match["split"])
+  except Exception as e:  # TFDS raises whatever its builders raise
+    reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+    raise DataError(
+      f"{source}: TFDS cannot open data set {name!r}, split {match['split']!r}: {reason}\n"
+      "Prepare it once as random-access files: tfds build NAME --file_format=array_record"
+      " (TFDS_DATA_DIR says where data sets lie)."
+    ) from e
+  return (data[i] for i in range(len(data)))
+
+
+def _neighbours(path):
+  if not path.parent.is_dir():
+    return f" There is no directory {path.parent} either."
+  names = sorted(p.name for p in path.parent.iterdir())
+  near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
+  return f" Near names there: {', '.join(near)}." if near else ""
+
+
+def _near(name, known):
+  return difflib.get_close_matches(name, [str(k) for k in known], n=1)
+
+
+def _kind(value):
+  names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+  return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)

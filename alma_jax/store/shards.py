@@ -1,0 +1,144 @@
+"""Files of records and arrays: written whole or not at all, the same bytes for the same content.
+
+`write_records(path, records, Response)` writes a Parquet file whose columns are the fields of the dataclass
+and returns the sha256 of the file; `read_records(paths, Response)` gives back records equal to those
+written, with tuples for sequences. `save_array` and `load_array` do the same for `.npy`, loaded as a memory
+map. Every file is written under a hidden temporary name in its own directory and renamed when complete, so
+that no reader, and no start after a crash, ever sees half a file.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import tempfile
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+ROW_GROUP = 16384  # rows; about 16 MB of text
+_TURN = pa.struct([pa.field("role", pa.string(), False), pa.field("content", pa.string(), False)])
+_COLUMN = {
+  str: pa.string(),
+  bool: pa.bool_(),
+  int: pa.int64(),
+  # Doubles: a record read back must equal the one written, or a resumed run could go on with other numbers.
+  float: pa.float64(),
+  tuple[int, ...]: pa.list_(pa.field("element", pa.int32(), False)),
+  tuple[float, ...]: pa.list_(pa.field("element", pa.float64(), False)),
+  tuple[dict, ...]: pa.list_(pa.field("element", _TURN, False)),
+}
+
+
+def schema(kind):
+  """The Arrow schema of a record class; only plain floats may be null."""
+  return pa.schema([pa.field(f.name, _COLUMN[f.type], f.type is float) for f in dataclasses.fields(kind)])
+
+
+def part_name(i, n):
+  return f"part-{i:05d}-of-{n:05d}.parquet"
+
+
+@contextlib.contextmanager
+def atomic(path):
+  """A binary file that appears under `path` only when the block ends without an error."""
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+  try:
+    with os.fdopen(handle, "wb") as file:
+      os.fchmod(handle, 0o666 & ~_UMASK)  # mkstemp makes private files; runs are often shared in a group
+      yield file
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(temporary, path)
+  except BaseException:
+    with contextlib.suppress(FileNotFoundError):
+      os.unlink(temporary)
+    raise
+  _sync_directory(path.parent)
+
+
+def remove_temporaries(directory):
+  """What a killed process left behind; call it only when nobody else writes there."""
+  for path in pathlib.Path(directory).glob(".*.tmp"):
+    path.unlink(missing_ok=True)
+
+
+def digest(path):
+  """sha256 of a file, as hex."""
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path, value):
+  text = json.dumps(value, indent=2, ensure_ascii=False, default=lambda v: v.item())  # NumPy's numbers are welcome
+  with atomic(path) as file:
+    file.write(f"{text}\n".encode())
+
+
+def write_records(path, records, kind):
+  """Writes dataclasses of class `kind` as one Parquet file; returns the sha256 of the file."""
+  shape = schema(kind)
+  columns = [pa.array([getattr(r, field.name) for r in records], type=field.type) for field in shape]
+  for field, column in zip(shape, columns):
+    if column.null_count and not field.nullable:  # Parquet would turn a missing list into an empty one
+      raise ValueError(f"a {kind.__name__} record has None in its field {field.name}")
+  table = pa.Table.from_arrays(columns, schema=shape)
+  with atomic(path) as file:
+    pq.write_table(table, file, row_group_size=ROW_GROUP, compression="zstd", compression_level=3)
+  return digest(path)
+
+
+def read_records(paths, kind):
+  """The records of one file or of several in the order given."""
+  paths = [paths] if isinstance(paths, str | os.PathLike) else paths
+  return [record for path in paths for record in _read_one(path, kind)]
+
+
+def save_array(path, array):
+  """Writes one `.npy`; returns the sha256 of the file."""
+  with atomic(path) as file:
+    np.save(file, np.asarray(array), allow_pickle=False)
+  return digest(path)
+
+
+def load_array(path):
+  return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def _read_one(path, kind):
+  # ParquetFile, not read_table: that one would turn a directory named a=b into a column.
+  with pq.ParquetFile(path) as file:
+    wanted = schema(kind)
+    if file.schema_arrow.names != wanted.names:
+      found = ", ".join(file.schema_arrow.names)
+      raise ValueError(f"{path} holds no {kind.__name__} records: its columns are {found}")
+    table = file.read()
+  columns = []
+  for field in wanted:
+    values = table.column(field.name).to_pylist()
+    columns.append([tuple(v) for v in values] if pa.types.is_list(field.type) else values)
+  return [kind(*row) for row in zip(*columns)]
+
+
+def _sync_directory(path):
+  """Makes a rename durable; file systems that cannot (some network ones) are left alone."""
+  with contextlib.suppress(OSError):
+    handle = os.open(path, os.O_RDONLY)
+    try:
+      os.fsync(handle)
+    finally:
+      os.close(handle)
+
+
+def _current_umask():
+  value = os.umask(0)
+  os.umask(value)
+  return value
+
+
+_UMASK = _current_umask()

@@ -1,0 +1,231 @@
+"""Chat formats as data, and conversations as ids with a mask.
+
+  tok, added = prepare(tok, LLAMA3)             # adds the format's tokens, checks that all can be written
+  ids = encode_prompt(tok, LLAMA3, messages)    # ends with the header after which the assistant speaks
+  ids, mask = encode_example(tok, LLAMA3, messages, response)  # mask: assistant turns with their stop tokens
+  stop_ids(tok, LLAMA3); jinja(LLAMA3)          # for the sampler; for exported checkpoints
+
+What to expect: exactly one BOS. Contents are stripped. Special tokens are put in by id, never read from a
+content. What lies between two special tokens is tokenised as one string, except that an assistant's turn
+always starts afresh: so the prompt's ids are a literal prefix of the example's, and `apply_chat_template`
+with `jinja(fmt)` gives the same ids. A header never ends with a space (models have not seen a lone space
+token there): its trailing spaces go with the content that follows.
+
+LLAMA2 differs from Meta's form on purpose: one BOS in all, and a turn ends with the added "<|eot|>" and no
+space before it, not with " </s>" (EOS also ends documents). A prompt without history has exactly Meta's ids.
+"""
+
+import dataclasses
+import difflib
+import functools
+import json
+import re
+
+from alma_jax.text.tokenizer import TextError, add_token
+
+BOS, EOS = "{bos}", "{eos}"  # in a format's strings: the tokenizer's own tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+  before: str
+  after: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatFormat:
+  name: str
+  system: Turn | None
+  user: Turn
+  header: str  # what stands before an assistant's content, and ends a prompt
+  stop: str  # the one token that ends every assistant turn
+  begin: str = BOS
+  user_after_system: str | None = None  # `user.before` when a system turn came first, where that differs
+  extra_stops: tuple = ()  # further tokens at which sampling stops
+  specials: tuple = ()  # the special tokens in the strings above, besides BOS and EOS
+  add_tokens: tuple = ()  # those of them that a base tokenizer lacks
+
+
+def _llama3_header(role):
+  return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
+
+
+LLAMA3 = ChatFormat(
+  name="llama3",
+  system=Turn(_llama3_header("system"), "<|eot_id|>"),
+  user=Turn(_llama3_header("user"), "<|eot_id|>"),
+  header=_llama3_header("assistant"),
+  stop="<|eot_id|>",
+  extra_stops=(EOS,),
+  specials=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+)
+LLAMA2 = ChatFormat(
+  name="llama2",
+  system=Turn(" [INST] <<SYS>>\n", "\n<</SYS>>\n\n"),
+  user=Turn(" [INST] ", " [/INST]"),
+  user_after_system="",
+  header=" ",
+  stop="<|eot|>",
+  extra_stops=(EOS,),
+  specials=("<|eot|>",),
+  add_tokens=("<|eot|>",),
+)
+PLAIN = ChatFormat(name="plain", system=Turn("", "\n\n"), user=Turn("User: ", "\n\n"), header="Assistant: ", stop=EOS)
+MINI = ChatFormat(name="mini", system=None, user=Turn("Q: ", " \n "), header="A: ", stop=EOS)
+FORMATS = (LLAMA3, LLAMA2, PLAIN, MINI)
+
+
+def format_by_name(name):
+  names = [fmt.name for fmt in FORMATS]
+  if name in names:
+    return FORMATS[names.index(name)]
+  near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.0)[0]
+  raise TextError(f"no chat format named {name!r}: there are {', '.join(names)} (nearest: {near!r})")
+
+
+def prepare(tok, fmt):
+  """(tokenizer that can write the format, the tokens it had to gain); a TextError if it cannot."""
+  added = []
+  for content in fmt.add_tokens:
+    tok, new = add_token(tok, content)
+    added += [content] if new else []
+  turns = [turn for turn in (fmt.system, fmt.user) if turn]
+  texts = [fmt.begin, fmt.header, fmt.stop, fmt.user_after_system or "", *fmt.extra_stops]
+  for part in {part for text in texts + [s for t in turns for s in (t.before, t.after)] for part in _parts(fmt, text)}:
+    if part in _specials(fmt):
+      i = _special_id(tok, part)
+      if i not in tok.special_ids:
+        raise TextError(
+          f"token {i} ({part}) of the tokenizer in {tok.source} is not marked special: texts can forge it"
+        )
+    elif tok.decode(tok.encode(part)).strip(" ") != part.strip(" "):
+      raise TextError(f"the tokenizer in {tok.source} cannot write {part!r}, which chat format {fmt.name!r} needs")
+  return tok, tuple(added)
+
+
+def stop_ids(tok, fmt):
+  """Ids at which sampling stops, the turn's own stop token first."""
+  return tuple(dict.fromkeys(_special_id(tok, content) for content in (fmt.stop, *fmt.extra_stops)))
+
+
+def special_ids(tok, fmt):
+  """Ids of the format's own special tokens, which a base model may never have seen in training."""
+  return tuple(tok.token_id(content) for content in fmt.specials)
+
+
+def encode_prompt(tok, fmt, messages):
+  if not messages or messages[-1]["role"] != "user":
+    raise TextError("a prompt must end with a user's turn")
+  segments = _segments(fmt, [*messages, {"role": "assistant", "content": ""}])
+  return [i for pieces, _ in segments[:-1] for i in encode_pieces(tok, fmt, pieces)]
+
+
+def encode_example(tok, fmt, messages, response, last_only=False):
+  """(ids, mask): mask is True on every assistant turn and its stop token, or on the last one's only."""
+  ids, mask = [], []
+  segments = _segments(fmt, [*messages, {"role": "assistant", "content": response}])
+  for n, (pieces, supervised) in enumerate(segments):
+    part = encode_pieces(tok, fmt, pieces)
+    ids += part
+    mask += [supervised and (not last_only or n == len(segments) - 1)] * len(part)
+  return ids, mask
+
+
+def encode_pieces(tok, fmt, pieces):
+  """Ids of ((text, is_markup), ...): special tokens of the markup by id, text between them as one string."""
+  ids, text = [], ""
+  for piece, is_markup in pieces:
+    for part in _parts(fmt, piece) if is_markup else (piece,):
+      if not (is_markup and part in _specials(fmt)):
+        text += part
+        continue
+      ids += tok.encode(text) if text else []
+      ids.append(_special_id(tok, part))
+      text = ""
+  return ids + (tok.encode(text) if text else [])
+
+
+def cut_spaces(text):
+  """(text without trailing spaces, the spaces): a cut in the ids never falls behind a space."""
+  kept = text.rstrip(" ")
+  return kept, text[len(kept) :]
+
+
+def _segments(fmt, messages):
+  """[(pieces, supervised)]: text up to and with an assistant's header, that assistant's turn, and so on."""
+  header, space = cut_spaces(fmt.header)
+  segments, pieces, previous = [], [(fmt.begin, True)], None
+  for n, message in enumerate(messages):
+    role, content = message["role"], message["content"]
+    if role not in ("system", "user", "assistant") or not isinstance(content, str):
+      raise TextError(f"message {n}: need role system, user or assistant and a text, got {role!r}, {type(content)}")
+    content = content.strip()
+    if role == "assistant":
+      segments.append(([*pieces, (header, True)], False))
+      segments.append(([(space + content if content else "", False), (fmt.stop, True)], True))
+      pieces = []
+    elif role == "user":
+      before = fmt.user.before if fmt.user_after_system is None or previous != "system" else fmt.user_after_system
+      pieces += [(before, True), (content, False), (fmt.user.after, True)]
+    elif fmt.system is None or n > 0:
+      why = f"chat format {fmt.name!r} has no system turn" if fmt.system is None else "system must come first"
+      raise TextError(f"message {n}: {why}")
+    else:
+      pieces += [(fmt.system.before, True), (content, False), (fmt.system.after, True)]
+    previous = role
+  return segments
+
+
+@functools.cache
+def _specials(fmt):
+  return frozenset((*fmt.specials, BOS, EOS))
+
+
+@functools.cache
+def _parts(fmt, text):
+  """A format's string split at its special tokens."""
+  pattern = "|".join(re.escape(s) for s in sorted(_specials(fmt)))
+  return tuple(part for part in re.split(f"({pattern})", text) if part)
+
+
+def _special_id(tok, content):
+  if content not in (BOS, EOS):
+    return tok.token_id(content)
+  i = tok.bos_id if content == BOS else tok.eos_id
+  if i is None:
+    raise TextError(f"the tokenizer in {tok.source} names no {content[1:-1]}_token; set it in tokenizer_config.json")
+  return i
+
+
+def jinja(fmt):
+  """The format as a chat template for exported checkpoints; gives the same ids as the functions above."""
+
+  def out(text):
+    names = {BOS: "bos_token", EOS: "eos_token"}
+    parts = [names.get(part) or json.dumps(part) for part in _parts(fmt, text)]
+    return "{{ " + " ~ ".join(parts) + " }}" if parts else ""
+
+  def fail(why):
+    return "{{ raise_exception(" + json.dumps(why) + ") }}"
+
+  header, space = cut_spaces(fmt.header)
+  user = out(fmt.user.before)
+  if fmt.user_after_system is not None:
+    other = "{% if loop.previtem is defined and loop.previtem['role'] == 'system' %}" + out(fmt.user_after_system)
+    user = f"{other}{{% else %}}{user}{{% endif %}}"
+  system = (
+    f"{out(fmt.system.before)}{{{{ text }}}}{out(fmt.system.after)}" if fmt.system else fail("no system turn here")
+  )
+  return "".join(
+    [
+      out(fmt.begin),
+      "{% for message in messages %}{% set text = message['content'] | trim %}",
+      "{% if message['role'] == 'system' %}{% if not loop.first %}" + fail("system must come first") + "{% endif %}",
+      system,
+      "{% elif message['role'] == 'user' %}" + user + "{{ text }}" + out(fmt.user.after),
+      "{% elif message['role'] == 'assistant' %}" + out(header),
+      "{% if text %}" + out(space) + "{{ text }}{% endif %}" + out(fmt.stop),
+      "{% else %}" + fail("unknown role") + "{% endif %}{% endfor %}",
+      "{% if add_generation_prompt %}" + out(header) + "{% endif %}",
+    ]
+  )

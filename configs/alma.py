@@ -1,0 +1,142 @@
+"""ALMA (arXiv 2412.04305): prompts, responses, judgments and training, round after round, from one base model.
+
+  python -m alma_jax.main --config=configs/alma.py:mini --workdir=runs/mini     a laptop, a few minutes
+  python -m alma_jax.main --config=configs/alma.py:8b --workdir=runs/alma_8b \\
+    --config.model.path=/models/Meta-Llama-3-8B \\
+    --config.data.sft=sft_5k.jsonl --config.data.judge=judge_4k.jsonl          the paper's numbers
+
+The word after the colon picks the size; every leaf can be set on the command line (--config.responses.n=64), and any
+round can differ: --config.rounds="{3: {'responses': {'temperature': 0.9}}}". To start from your own data and model,
+copy configs/forkme.py.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.common import sampling, training
+
+
+def get_config(size="mini"):
+  sizes = {"mini": mini, "8b": llama_8b, "70b": llama_70b}
+  if size not in sizes:
+    raise ValueError(f"configs/alma.py has no size {size!r}; there are {', '.join(sizes)}")
+  return sizes[size]()
+
+
+def llama_8b():
+  """The paper's run: K = 50k prompts, N = 200 responses, ten rounds of feedback."""
+  c = ConfigDict()
+  c.recipe = "alma"
+  c.seed = 0
+  c.feedback_rounds = 10  # rounds 2 .. 11; round 1 is the initial SFT
+  c.rounds = ConfigDict()  # overrides, e.g. {3: dict(responses=dict(temperature=0.9))}
+  c.shards = 64  # parts per stage: the unit of resuming and of splitting over hosts
+
+  c.model = ConfigDict()
+  c.model.path = ""  # a Hugging Face directory of a base model
+  c.model.chat = "llama3"  # llama3, llama2, plain, mini
+  c.model.dtype = "auto"  # of sampling, scoring and forward passes: bfloat16, on CPUs float32
+  c.model.save_dtype = "bfloat16"  # of the weights of every trained checkpoint
+
+  c.data = ConfigDict()  # JSONL, Parquet or "tfds:NAME:SPLIT"
+  c.data.sft = ""  # demonstrations: messages, or prompt and response
+  c.data.judge = ""  # annotations: the same with a score 0..10
+  c.data.eval = ""  # evaluation prompts; empty: hold some demonstrations out
+  c.data.held_out = 200  # how many, then
+
+  c.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))  # of training, over all hosts; -1: what is left
+  c.engine = ConfigDict()
+  c.engine.tensor = 1  # devices that share one copy of the model in sampling and scoring
+  c.engine.slots = 256  # sequences that decode together, per copy
+  c.engine.rows = 32  # rows per scoring or embedding call, per copy
+
+  # Initial SFT: two models that differ in the order of the data
+  c.sft_seeds = (1, 2)
+  c.sft = training(5.5e-6, 1.1e-6, batch=32, epochs=3, row_length=2048, remat=True)
+
+  # Prompt synthesis: show a few seeds, keep the next item
+  c.prompts = sampling(1.0, 0.95, max_new_tokens=256, max_prompt_tokens=2048)
+  c.prompts.draws = 2_000_000
+  c.prompts.shots = (3, 5)
+  c.prompts.template = "requests"  # text/fewshot.py, LISTS
+  c.prompts.max_characters = 4000
+  c.clusters = ConfigDict(dict(k=200_000, iterations=20))
+  c.draw = ConfigDict()
+  c.draw.prompts = 50_000  # K
+  c.draw.method = "diverse"  # one prompt from each of K clusters; "random": any (Table 4)
+
+  # Responses
+  c.responses = sampling(0.8, 0.95, max_new_tokens=1024, max_prompt_tokens=1024)
+  c.responses.n = 200  # N per prompt, over all checkpoints
+  c.responses.checkpoints = ("sft", "latest")  # "sft": both initial models; "sft_1"; "latest" (Table 5)
+
+  # The judge
+  c.judge = ConfigDict()
+  c.judge.kind = "finetuned"  # "few_shot": the base model with three examples (Table 3)
+  c.judge.mode = "expected"  # "integer": the likeliest score (Table 3)
+  c.judge.template = "a2"  # a1, a2 (the paper's appendix), mini
+  c.judge.held_out = 0.05  # of the annotated prompts, to accept or refuse the distilled judge
+  c.judge.train = training(5e-6, 5e-7, batch=64, epochs=2, row_length=2048, warmup=0.05, remat=True)
+  c.judge.distil = ConfigDict()
+  c.judge.distil.prompts = 10_000  # synthetic prompts, one response from each initial model; 0: no distillation
+  c.judge.distil.target = "two_hot"  # "rounded"
+  c.judge.distil.sample = sampling(0.8, 0.95, max_new_tokens=1024, max_prompt_tokens=1024)
+  c.judge.distil.train = training(2.5e-6, 2.5e-7, batch=64, epochs=1, row_length=2048, remat=True)
+
+  # Selection and training
+  c.trainset = ConfigDict()
+  c.trainset.method = "best_of_n"  # "dpo": best against another (Table 7); "random": no judge
+  c.trainset.min_margin = 0.0  # dpo: least difference of the two scores
+  c.policy_seed = 100
+  c.policy = training(5.5e-6, 1.1e-6, batch=128, epochs=2, row_length=2048, remat=True)
+  c.dpo = training(5e-7, 5e-8, batch=128, epochs=1, row_length=2048, warmup=0.1, weight_decay=0.0, beta=0.1, remat=True)
+
+  # Evaluation after every round
+  c.eval = sampling(0.0, 1.0, max_new_tokens=1024, max_prompt_tokens=2048)
+  c.eval.evaluator = "none"  # "mini": the miniature world's ground truth
+  c.eval.few_shot = "dialogue"  # how the base model is shown its examples
+  c.eval.shots = 3
+  return c
+
+
+def llama_70b():
+  """The same with Llama-3-70B: tensor parallelism for sampling, one copy per 8 devices."""
+  c = llama_8b()
+  c.engine.tensor = 8
+  c.engine.slots = 512
+  c.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=8))
+  for section in (c.sft, c.policy):
+    section.learning_rate, section.final_learning_rate = 2e-6, 4e-7
+  c.judge.train.learning_rate, c.judge.train.final_learning_rate = 2e-6, 2e-7
+  c.judge.distil.train.learning_rate, c.judge.distil.train.final_learning_rate = 1e-6, 1e-7
+  return c
+
+
+def mini():
+  """The miniature world: a base model of a few hundred thousand weights that comes with the package."""
+  c = llama_8b()
+  c.feedback_rounds = 9  # rounds 2 .. 10
+  c.shards = 2
+  c.model.update(dict(path="mini", chat="mini", save_dtype="float32"))
+  c.data.update(dict(sft="mini", judge="mini", eval="mini"))
+  c.engine.update(dict(slots=128, rows=128))
+
+  tiny = dict(batch=32, row_length=64, warmup=0.1, weight_decay=0.0, beta2=0.98)
+  c.sft = training(1e-3, 0.0, epochs=6, **tiny)
+  c.policy = training(1e-3, 0.0, epochs=3, **tiny)
+  c.dpo = training(1e-4, 0.0, epochs=2, beta=0.1, **tiny)
+  c.judge.train = training(1e-3, 0.0, epochs=6, **tiny)
+  c.judge.distil.train = training(5e-4, 0.0, epochs=1, **tiny)
+  c.judge.template = "mini"
+  c.judge.held_out = 0.1
+  c.judge.distil.prompts = 384
+
+  room = dict(max_new_tokens=16, max_prompt_tokens=16)
+  c.prompts.update(sampling(1.0, 1.0, max_new_tokens=12, max_prompt_tokens=64))
+  c.prompts.update(dict(draws=1536, template="mini"))
+  c.clusters.k = 192
+  c.draw.prompts = 24
+  c.responses.update(sampling(0.7, 1.0, n=16, **room))
+  c.judge.distil.sample = sampling(1.0, 1.0, **room)
+  c.eval.update(sampling(0.0, 1.0, max_new_tokens=16, max_prompt_tokens=64))
+  c.eval.update(dict(evaluator="mini", few_shot="mini"))
+  return c

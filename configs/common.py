@@ -1,0 +1,42 @@
+"""Pieces that configs share. A piece is a plain function that returns a section; change leaves afterwards as you like."""
+
+from ml_collections import ConfigDict
+
+
+def training(learning_rate, final_learning_rate, batch, epochs, row_length, **changes):
+  """One training stage. `batch` counts examples; a step packs them into rows of `row_length` tokens."""
+  section = ConfigDict(
+    dict(
+      learning_rate=learning_rate,
+      final_learning_rate=final_learning_rate,  # the cosine ends here
+      warmup=0.0,  # fraction of all steps
+      batch=batch,
+      epochs=float(epochs),
+      row_length=row_length,  # tokens; longer examples are cut and counted
+      beta1=0.9,
+      beta2=0.95,
+      eps=1e-8,
+      weight_decay=0.1,
+      clip=1.0,  # of the global gradient norm
+      remat=False,  # recompute activations in the backward pass: less memory, a third more time
+      checkpoint_every=200,  # steps between checkpoints inside a stage
+    )
+  )
+  unknown = changes.keys() - section.keys() - {"beta"}
+  if unknown:
+    raise TypeError(f"training() has no {', '.join(sorted(unknown))}")
+  section.update(changes)
+  return section
+
+
+def sampling(temperature, top_p, max_new_tokens, max_prompt_tokens, **more):
+  """How responses are drawn; prompts longer than `max_prompt_tokens` are left out and counted."""
+  return ConfigDict(
+    dict(
+      temperature=float(temperature),  # 0: greedy
+      top_p=float(top_p),
+      max_new_tokens=max_new_tokens,
+      max_prompt_tokens=max_prompt_tokens,
+      **more,
+    )
+  )

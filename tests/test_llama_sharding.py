@@ -1,0 +1,119 @@
+"""Eight devices compute what one computes, and hold what they should."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from alma_jax.llama import model as llama
+from alma_jax.llama.config import read_config
+from alma_jax.llama.sharding import DECODE, TRAIN, MeshError, batch_sharding, make_mesh, shardings
+from alma_jax.llama.weights import load
+
+FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "llama"
+TOKENS = np.random.default_rng(3).integers(0, 50, (8, 16))
+
+
+def loss_and_logits(model, tokens):
+  positions, segments = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape), jnp.ones_like(tokens)
+  out = llama.logits(model, llama.hidden_states(model, tokens, positions, segments, remat=True))
+  return -jnp.mean(jax.nn.log_softmax(out)[..., 3]), out
+
+
+@jax.jit
+def logits_and_grads(model, tokens):
+  (_, out), grads = jax.value_and_grad(loss_and_logits, has_aux=True)(model, tokens)
+  return out, grads
+
+
+@pytest.fixture(scope="module")
+def alone():
+  return jax.device_get(logits_and_grads(load(FIXTURES / "llama3"), TOKENS))
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 8, 1), (1, 2, 4)])
+def test_logits_and_gradients_on_eight_devices_equal_those_on_one(sizes, alone, capfd):
+  mesh = make_mesh(*sizes)
+  model = load(FIXTURES / "llama3", mesh)
+  with jax.set_mesh(mesh):
+    out, grads = logits_and_grads(model, jax.device_put(TOKENS, batch_sharding(mesh)))
+  assert len(out.sharding.device_set) == 8
+  np.testing.assert_allclose(out, alone[0], atol=2e-5)
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), jax.device_get(grads), alone[1])
+  assert "rematerialization" not in capfd.readouterr().err  # XLA's warning of a resharding that replicates
+
+
+def test_decoding_under_decode_rules_equals_the_full_forward_on_one_device(alone):
+  mesh = make_mesh(data=4, tensor=2)
+  model = load(FIXTURES / "llama3", mesh, DECODE)
+  assert model.embed[...].sharding.spec == P("tensor", None)
+  assert model.blocks.down[...].sharding.spec == P(None, "tensor", None)
+  T = 10
+  with jax.set_mesh(mesh):
+    fast = jax.jit(llama.unrolled)(model)
+    rows = batch_sharding(mesh)
+    hidden, kept = jax.jit(llama.prefill)(fast, jax.device_put(TOKENS[:, :T], rows), np.ones((8, T), int))
+    cache = jax.tree.map(lambda c, kv: c.at[:, :T].set(kv), llama.new_cache(fast, 8, 16), kept)
+    np.testing.assert_allclose(llama.logits(model, hidden), alone[0][:, :T], atol=2e-5)
+    step = jax.jit(llama.decode)
+    for at in range(T, T + 3):
+      hidden, cache = step(fast, jax.device_put(TOKENS[:, at], rows), np.full(8, at), cache)
+      np.testing.assert_allclose(llama.logits(model, hidden), alone[0][:, at], atol=2e-5)
+
+
+def leaf_shardings(tree):
+  return [x.sharding for x in jax.tree.leaves(tree)]
+
+
+def test_adam_moments_are_sharded_like_the_weights_and_updated_alike(alone):
+  mesh, optimizer = make_mesh(2, 2, 2), optax.adam(1e-2)
+  model = load(FIXTURES / "llama3", mesh)
+  places = shardings(jax.eval_shape(optimizer.init, model), mesh, TRAIN)
+  state = jax.jit(optimizer.init, out_shardings=places)(model)
+  wanted = leaf_shardings(model)
+  assert leaf_shardings(state[0].mu) == leaf_shardings(state[0].nu) == wanted
+  assert model.blocks.q[...].sharding.spec == P(None, "fsdp", "tensor", None)
+  assert state[0].mu.blocks.q[...].addressable_shards[0].data.shape == (2, 8, 2, 4)
+  assert state[0].count.sharding.spec == P()
+
+  with jax.set_mesh(mesh):
+    grads = logits_and_grads(model, jax.device_put(TOKENS, batch_sharding(mesh)))[1]
+    _, state = jax.jit(optimizer.update, out_shardings=(places[0].mu, places))(grads, state)
+  assert leaf_shardings(state[0].mu) == wanted
+  single = optimizer.update(alone[1], optimizer.init(alone[1]))[1]
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), *map(jax.device_get, (state, single))
+  )
+
+
+def test_an_axis_that_its_mesh_axis_does_not_divide_is_kept_whole():
+  model = jax.eval_shape(
+    lambda: llama.init(read_config(FIXTURES / "llama31"), 0)
+  )  # 1 key/value head, vocabulary of 50
+  places = shardings(model, make_mesh(fsdp=2, tensor=4), TRAIN)
+  assert places.blocks.k.get_value().spec == P(None, "fsdp", None, None)
+  assert places.embed.get_value().spec == P(None, "fsdp")
+  assert places.blocks.gate.get_value().spec == P(None, "fsdp", "tensor")
+
+
+def test_leaves_that_are_not_weights_are_replicated():
+  places = shardings(
+    {"step": jnp.zeros(8), "w": nnx.Param(jnp.zeros((8, 8)), axes=("embed", "ffn"))}, make_mesh(), {}
+  )
+  assert places["step"].spec == P()
+  assert places["w"].get_value().spec == P(None, None)
+
+
+@pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, -1, 1), (0, 1, 1), (2, 2, 1), (-1, 3, 1)])
+def test_a_mesh_that_the_devices_cannot_form_names_both_sizes(sizes):
+  with pytest.raises(MeshError, match=r"8 devices|needs 4 devices, 8"):
+    make_mesh(*sizes)
+
+
+def test_one_free_mesh_size_takes_what_is_left():
+  assert dict(make_mesh(data=-1, fsdp=2, tensor=2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}

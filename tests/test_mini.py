@@ -1,0 +1,196 @@
+import hashlib
+import itertools
+import json
+import pathlib
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from alma_jax.llama.weights import load
+from alma_jax.mini import pretrain, seeds, world
+from alma_jax.store.records import prompt_id
+from alma_jax.text.tokenizer import load_tokenizer
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def _first_documents():
+  return hashlib.sha256(repr(list(itertools.islice(world.documents(0), 300))).encode()).hexdigest()[:16]
+
+
+# The world
+
+
+def test_corpus_is_the_same_in_every_process():
+  code = "import sys; sys.path[:0] = ['tests', '.']; import test_mini; print(test_mini._first_documents())"
+  for hash_seed in ("1", "2"):
+    env = {"PYTHONHASHSEED": hash_seed, "PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "cpu"}
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == _first_documents()
+
+
+def test_corpus_is_what_the_checkpoint_was_trained_on():
+  assert _first_documents() == "HASH", "the corpus changed: pretrain and ship a new checkpoint"
+
+
+def test_corpus_uses_the_vocabulary_and_never_the_judge_template():
+  vocabulary = set(world.vocabulary())
+  assert len(vocabulary) == len(world.vocabulary())
+  for words in itertools.islice(world.documents(1), 2000):
+    assert vocabulary.issuperset(words)
+    assert len(words) <= world.LONGEST and words[0] == "<bos>"
+    assert "rate" not in words  # the judge's template begins with it
+
+
+def test_facts():
+  assert len(world.CITIES) == len(set(world.CITIES)) == 64
+  assert world.TRUTH["country", "lyon"] == "france"
+  assert all(world.TRUTH[key] != world.MISCONCEPTION[key] for key in world.TRUTH)
+  assert [world.stratum(c) for c in ("paris", "seoul", "kobe")] == ["head", "mid", "tail"]
+
+
+def _scores():
+  pie = world.TRUTH["food", "paris"]
+  wrong = world.MISCONCEPTION["food", "paris"]
+  return [
+    ("country : lyon oslo", "answer: lyon france oslo norway .", True, 10),
+    ("country : lyon oslo", "answer: oslo norway lyon france .", True, 10),
+    ("country : lyon oslo", "lyon france oslo norway .", True, 8),
+    ("country : lyon oslo", "answer: lyon france oslo norway", True, 9),
+    ("country : lyon oslo", "answer: lyon france oslo norway .", False, 8),
+    ("country : lyon oslo", "answer: lyon france oslo norway . lol", True, 8),
+    ("country : lyon oslo", "answer: well lyon france oslo norway .", True, 9),
+    ("country : lyon oslo", "answer: lyon france lyon france oslo norway .", True, 9),
+    ("country : lyon oslo", "answer: lyon france oslo norway rome italy .", True, 7),
+    ("country : lyon oslo", "answer: lyon france rome italy .", True, 5),
+    ("country : lyon oslo", "answer: lyon france oslo cuba .", True, 6),
+    ("country : lyon oslo", "answer: lyon france oslo norway oslo cuba .", True, 5),
+    ("country : lyon oslo", "answer: lyon france .", True, 6),
+    ("country : lyon oslo", "answer: lyon peru oslo cuba .", True, 1),
+    ("please food of paris", f"answer: paris {pie} .", True, 10),
+    ("please food of paris", f"answer: paris {wrong} .", True, 1),
+    ("please food of paris", f"answer: paris {pie} {wrong} .", True, 9),
+    ("please food of paris", "no idea", True, 0),
+    ("please food of paris", "", True, 0),
+    ("please food of", "answer: paris pie .", True, 0),
+    ("food or sport of paris", "answer: paris pie .", True, 0),
+  ]
+
+
+@pytest.mark.parametrize("prompt, response, finished, expected", _scores())
+def test_score(prompt, response, finished, expected):
+  assert world.score(prompt, response, finished) == expected
+
+
+def test_good_answers_are_worth_ten_and_prompts_parse_back():
+  rng = random.Random(0)
+  for _ in range(300):
+    prompt, task = world.make_prompt(rng, flat=True)
+    assert world.parse(prompt) == task
+    assert world.score(prompt, world.good_answer(task), True) == 10
+
+
+# The seed data
+
+
+def _rows(path):
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _ids(rows):
+  return [prompt_id([{"role": "user", "content": row["prompt"]}]) for row in rows]
+
+
+def test_seed_files(tmp_path):
+  first, again, other = (seeds.make(tmp_path / name, seed) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
+  rows = {name: _rows(path) for name, path in first.items()}
+  assert {name: len(found) for name, found in rows.items()} == {
+    "sft": 96,
+    "judge": 256,
+    "eval": 576,
+    "judge_test": 600,
+  }
+  for name in first:
+    assert first[name].read_bytes() == again[name].read_bytes()
+  assert first["eval"].read_bytes() == other["eval"].read_bytes()
+  assert first["sft"].read_bytes() != other["sft"].read_bytes()
+  assert {row["score"] for row in rows["judge"]} == set(range(11))
+  worth = np.mean([world.score(row["prompt"], row["response"], True) for row in rows["sft"]])
+  assert 7 < worth < 9  # demonstrations are good, and leave something to be learned
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_evaluation_prompts_are_never_seen(tmp_path, seed):
+  rows = {name: _rows(path) for name, path in seeds.make(tmp_path, seed).items()}
+  evals, sft, judge = (_ids(rows[name]) for name in ("eval", "sft", "judge"))
+  assert len(set(evals)) == len(evals) and len(set(sft)) == len(sft)
+  assert not set(evals) & (set(sft) | set(judge))
+  assert not set(sft) & set(judge)
+
+
+def test_test_pairs_are_in_the_right_order(tmp_path):
+  rows = _rows(seeds.make(tmp_path, 0)["judge_test"])
+  right = [
+    world.score(r["prompt"], r["chosen"], True) > world.score(r["prompt"], r["rejected"], True) for r in rows
+  ]
+  assert np.mean(right) > 0.97  # the rest were cut off in the middle, which a text alone does not tell
+
+
+# The shipped checkpoint
+
+
+def test_checkpoint_is_small():
+  sizes = {path.name: path.stat().st_size for path in pretrain.CHECKPOINT.iterdir()}
+  assert set(sizes) == {
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+  }
+  assert sum(sizes.values()) < 4e6
+
+
+def test_checkpoint_passes_the_gate():
+  model = load(pretrain.CHECKPOINT)
+  assert model.c == pretrain.config()
+  found = pretrain.probe(model)
+  assert pretrain.gate(found) is None, found
+  assert found["rating of gold"] > 7
+
+
+def test_gate_refuses():
+  found = dict.fromkeys(("head", "mid", "tail", "one of two", "no answer:", "no full stop"), 0.99)
+  assert pretrain.gate(found) is None
+  assert pretrain.gate(found | {"tail": 0.9}) == "the probe is below 0.95 for tail"
+
+
+def test_tokenizer_round_trip():
+  transformers = pytest.importorskip("transformers")
+  theirs = transformers.AutoTokenizer.from_pretrained(pretrain.CHECKPOINT)
+  ours = load_tokenizer(pretrain.CHECKPOINT)
+  assert len(theirs) == ours.size == len(world.vocabulary())
+  for words in itertools.islice(world.documents(2), 50):
+    text = " ".join(word for word in words if word not in world.SPECIAL)
+    ids = [world.vocabulary().index(word) for word in text.split(" ")]
+    assert ours.encode(text) == theirs.encode(text, add_special_tokens=False) == ids
+    assert ours.decode(ids) == theirs.decode(ids) == text
+  assert ours.encode("rating: [[10]]\nA: oslo norway.") == ours.encode("rating: [[ 10 ]] \n A: oslo norway .")
+  assert theirs("food of paris").input_ids[0] == theirs.bos_token_id == ours.bos_id
+  assert [theirs.pad_token, theirs.eos_token, theirs.unk_token] == ["<pad>", "<eos>", "<unk>"]
+
+
+def test_a_step_of_pretraining_lowers_the_loss():
+  said = []
+  pretrain.train(12, every=1, say=lambda line, **_: said.append(float(line.split("loss")[1].split()[0])))
+  assert said[-1] < said[0] - 1.0
+
+
+def test_the_ground_truth_stays_out_of_the_method():
+  for folder in ("stages", "engine", "recipes", "text", "llama", "session"):
+    for path in (ROOT / "alma_jax" / folder).glob("*.py"):
+      text = path.read_text()
+      assert "mini.world" not in text and "mini import world" not in text, path
