@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import signal
 import sys
 import time
 
@@ -27,6 +28,7 @@ MENDABLE = (configs.ConfigError, DataError, ModelError, RunError, TextError, Tra
 def run(recipe, config, workdir):
   """Run the recipe; the exit status."""
   began = time.monotonic()
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that the run directory is left unlocked
   absl.logging.set_verbosity(absl.logging.WARNING)
   try:
     join_hosts()

@@ -38,7 +38,7 @@ def test_logits_equal_those_recorded_from_transformers(kind):
   np.testing.assert_allclose(row_logits(load(FIXTURES / kind), tokens), logits, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["llama3", "llama31", "llama32", "wide_heads"])
+@pytest.mark.parametrize("kind", ["llama3", "llama31", "llama32"])
 def test_decoding_with_cache_equals_the_full_forward(kind):
   tokens, _ = expected(kind)
   model = load(FIXTURES / kind)
@@ -46,9 +46,7 @@ def test_decoding_with_cache_equals_the_full_forward(kind):
   T = tokens.shape[1]
   lengths, capacity = np.array([T // 2, T // 4]), T + 3
   fast = jax.jit(llama.unrolled)(model)
-  prompt = np.where(
-    np.arange(T // 2) < lengths[:, None], tokens[:, : T // 2], 7
-  )  # 7: padding, must not be seen
+  prompt = np.where(np.arange(T // 2) < lengths[:, None], tokens[:, : T // 2], 7)  # 7: padding, must not be seen
   hidden, kept = jax.jit(llama.prefill)(fast, prompt, (np.arange(T // 2) < lengths[:, None]).astype(int))
   for row, length in enumerate(lengths):
     np.testing.assert_allclose(llama.logits(model, hidden)[row, :length], full[row, :length], atol=2e-5)
@@ -63,10 +61,9 @@ def test_decoding_with_cache_equals_the_full_forward(kind):
     np.testing.assert_allclose(llama.logits(model, hidden), full[[0, 1], at], atol=2e-5)
 
 
-@pytest.mark.parametrize("kind", ["llama3", "llama31"])
-def test_packed_segments_equal_separate_rows(kind):
-  tokens, _ = expected(kind)
-  model = load(FIXTURES / kind)
+def test_packed_segments_equal_separate_rows():
+  tokens, _ = expected("llama31")
+  model = load(FIXTURES / "llama31")
   T = tokens.shape[1]
   a, b = tokens[0, :-5], tokens[1, : T // 3]
   pad = np.zeros(4, int)
@@ -116,7 +113,7 @@ def test_attention_and_its_log_sum_exp_equal_a_float64_formula():
   assert np.isfinite(out).all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["llama31", "llama32", "wide_heads"])
 def test_live_logits_equal_transformers_at_another_size(kind, tmp_path):
   pytest.importorskip("torch")
   head_dim = 24 if kind == "wide_heads" else 16
@@ -126,24 +123,23 @@ def test_live_logits_equal_transformers_at_another_size(kind, tmp_path):
   np.testing.assert_allclose(row_logits(load(tmp_path), tokens), hf_logits(hf, tokens), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(("kind", "remat"), [("llama31", False), ("llama32", True)])
-def test_live_gradients_equal_transformers(kind, remat):
+def test_live_gradients_equal_transformers():
   torch = pytest.importorskip("torch")
-  tokens, _ = expected(kind)
-  model = load(FIXTURES / kind)
+  tokens, _ = expected("llama32")
+  model = load(FIXTURES / "llama32")
 
   def loss(model):
     positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
-    hidden = llama.hidden_states(model, tokens, positions, np.ones_like(tokens), remat=remat)
+    hidden = llama.hidden_states(model, tokens, positions, np.ones_like(tokens), remat=True)
     out = llama.logits(model, hidden)[:, :-1]
     return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(out), tokens[:, 1:, None], axis=-1))
 
   grads = jax.jit(jax.grad(loss))(model)
-  hf = hf_model(kind)
+  hf = hf_model("llama32")
   hf(torch.from_numpy(tokens), labels=torch.from_numpy(tokens)).loss.backward()
   theirs = dict(hf.named_parameters())
   for path, (name, inputs) in NAMES.items():
-    if path == "head" and model.c.tied:
+    if path == "head":  # tied: the embedding's gradient holds both
       continue
     for layer in range(2) if "{}" in name else (None,):
       ours = getattr(grads, path)[...] if layer is None else getattr(grads.blocks, path[7:])[layer]

@@ -86,15 +86,11 @@ def test_adam_moments_are_sharded_like_the_weights_and_updated_alike(alone):
     _, state = jax.jit(optimizer.update, out_shardings=(places[0].mu, places))(grads, state)
   assert leaf_shardings(state[0].mu) == wanted
   single = optimizer.update(alone[1], optimizer.init(alone[1]))[1]
-  jax.tree.map(
-    lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), *map(jax.device_get, (state, single))
-  )
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), *map(jax.device_get, (state, single)))
 
 
 def test_an_axis_that_its_mesh_axis_does_not_divide_is_kept_whole():
-  model = jax.eval_shape(
-    lambda: llama.init(read_config(FIXTURES / "llama31"), 0)
-  )  # 1 key/value head, vocabulary of 50
+  model = jax.eval_shape(lambda: llama.init(read_config(FIXTURES / "llama31"), 0))  # 1 key/value head, vocabulary of 50
   places = shardings(model, make_mesh(fsdp=2, tensor=4), TRAIN)
   assert places.blocks.k.get_value().spec == P(None, "fsdp", None, None)
   assert places.embed.get_value().spec == P(None, "fsdp")
@@ -102,9 +98,7 @@ def test_an_axis_that_its_mesh_axis_does_not_divide_is_kept_whole():
 
 
 def test_leaves_that_are_not_weights_are_replicated():
-  places = shardings(
-    {"step": jnp.zeros(8), "w": nnx.Param(jnp.zeros((8, 8)), axes=("embed", "ffn"))}, make_mesh(), {}
-  )
+  places = shardings({"step": jnp.zeros(8), "w": nnx.Param(jnp.zeros((8, 8)), axes=("embed", "ffn"))}, make_mesh(), {})
   assert places["step"].spec == P()
   assert places["w"].get_value().spec == P(None, None)
 

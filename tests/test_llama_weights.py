@@ -23,11 +23,7 @@ FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "llama"
 
 def tensors(directory):
   """All tensors of a directory, read by the safetensors library."""
-  return {
-    name: x
-    for path in directory.glob("*.safetensors")
-    for name, x in safetensors.numpy.load_file(path).items()
-  }
+  return {name: x for path in directory.glob("*.safetensors") for name, x in safetensors.numpy.load_file(path).items()}
 
 
 def assert_same_tensors(a, b):

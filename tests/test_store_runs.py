@@ -289,9 +289,7 @@ def test_a_registered_file_must_exist_and_counts_must_add_up(tmp_path):
     with pytest.raises(RuntimeError, match=r"without its file model.safetensors"):
       stage.finish(files=["model.safetensors"])
     for i in range(2):
-      stage.write_part(
-        i, 2, rows(i), records.Judgment, counts={"n": np.int64(2), "x": np.float32(0.5), "why": "w"}
-      )
+      stage.write_part(i, 2, rows(i), records.Judgment, counts={"n": np.int64(2), "x": np.float32(0.5), "why": "w"})
     with pytest.raises(RuntimeError, match="'why' is 'w'"):
       stage.finish()
     for i in range(2):

@@ -42,9 +42,7 @@ def test_all_containers_and_both_shapes_give_the_same_rows(suffix, tmp_path):
     elif suffix == "json":
       path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
     else:
-      path.write_text(
-        "\r\n\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8-sig"
-      )
+      path.write_text("\r\n\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8-sig")
     found, report = seeds.load_examples(path, need=("response", "score"))
     step = 2 if suffix == "jsonl" else 1  # every other line is empty there
     assert found == [
@@ -89,9 +87,7 @@ def test_prompts_alone(row, tmp_path):
 
 
 def test_the_turn_before_the_last_answer_is_the_prompt(tmp_path):
-  path = write(
-    tmp_path / "a.jsonl", [{"messages": [USER, REPLY, {"role": "user", "content": "More"}, REPLY]}]
-  )
+  path = write(tmp_path / "a.jsonl", [{"messages": [USER, REPLY, {"role": "user", "content": "More"}, REPLY]}])
   rows, _ = seeds.load_examples(path)
   assert [m["content"] for m in rows[0].messages] == ["Hi", "Hello", "More"]
 
@@ -233,9 +229,7 @@ def tfds_home(tmp_path_factory):
   class FlatSeeds(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
     pkg_dir_path = home
-    features = tfds.features.FeaturesDict(
-      {"prompt": text, "response": text, "score": tfds.features.Scalar(np.float32)}
-    )
+    features = tfds.features.FeaturesDict({"prompt": text, "response": text, "score": tfds.features.Scalar(np.float32)})
 
     def _info(self):
       return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(self.features))
@@ -248,9 +242,7 @@ def tfds_home(tmp_path_factory):
         yield i, {"prompt": f"p{i} \u00e9", "response": f"r{i}", "score": i}
 
   class ChatSeeds(FlatSeeds):
-    features = tfds.features.FeaturesDict(
-      {"messages": tfds.features.Sequence({"role": text, "content": text})}
-    )
+    features = tfds.features.FeaturesDict({"messages": tfds.features.Sequence({"role": text, "content": text})})
 
     def _generate_examples(self):
       yield 0, {"messages": [SYSTEM, USER, REPLY]}

@@ -54,9 +54,7 @@ def test_what_is_read_equals_what_was_written(kind, tmp_path):
 
 def test_same_records_same_bytes_whatever_the_path_and_container(tmp_path):
   listy = [dataclasses.replace(r, tokens=list(r.tokens)) for r in RESPONSES]
-  arrays = [
-    dataclasses.replace(r, tokens=np.array(r.tokens), logprob=np.float64(r.logprob)) for r in RESPONSES
-  ]
+  arrays = [dataclasses.replace(r, tokens=np.array(r.tokens), logprob=np.float64(r.logprob)) for r in RESPONSES]
   digests = {
     shards.write_records(tmp_path / name, rows, records.Response)
     for name, rows in [
@@ -103,9 +101,7 @@ def test_only_floats_may_be_none(tmp_path):
 
 def test_the_wrong_kind_of_file_is_named(tmp_path):
   shards.write_records(tmp_path / "x.parquet", RESPONSES, records.Response)
-  with pytest.raises(
-    ValueError, match=r"x.parquet holds no Judgment records: its columns are prompt_id, sample_id"
-  ):
+  with pytest.raises(ValueError, match=r"x.parquet holds no Judgment records: its columns are prompt_id, sample_id"):
     shards.read_records(tmp_path / "x.parquet", records.Judgment)
 
 

@@ -41,6 +41,7 @@ def embeddings(model, rows, batch, place=lambda x: x, progress=None):
 
 def whitened(x):
   """Centred, each dimension by its deviation (floored, so that dead dimensions stay small), rows of unit length."""
+  x = np.asarray(x, np.float32)  # they are kept in fp16, in which the floors below would be 0
   x = x - x.mean(axis=0)
   deviation = x.std(axis=0)
   x = x / np.maximum(deviation, 1e-3 * np.median(deviation) + 1e-12)

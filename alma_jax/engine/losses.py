@@ -1,8 +1,8 @@
 """Log-probabilities and losses, all fp32, over one core: `token_logprobs`.
 
 Everything that trains or scores sequences (SFT, DPO, the judge, reference log-probs) goes through that core. It makes
-(rows, vocab) logits at once only while they are small; beyond `TILE_BYTES` it walks over row tiles and recomputes
-them in the backward pass, so (batch, time, vocab) never exists when it would be large.
+(batch, time, vocab) logits at once only while they are small; beyond `TILE_BYTES` it walks along time and recomputes
+every stretch in the backward pass, so (batch, time, vocab) never exists when it would be large.
 """
 
 import jax
@@ -10,26 +10,26 @@ import jax.numpy as jnp
 
 from alma_jax.llama import model as llama
 
-TILE_BYTES = 512 * 2**20  # of fp32 logits
+TILE_BYTES = 512 * 2**20  # of fp32 logits, per device
 
 
 def token_logprobs(model, hidden, targets):
-  """fp32 log p(target) for hidden [..., D] and targets [...]."""
-  rows = hidden.reshape(-1, hidden.shape[-1])
-  flat = targets.reshape(-1)
-  tile = max(8, TILE_BYTES // (4 * model.c.vocab))
+  """fp32 log p(target) [B, T] for hidden [B, T, D] and targets [B, T]."""
 
   def logprobs(x, y):
     z = llama.logits(model, x)
-    return jnp.take_along_axis(z, y[:, None], axis=1)[:, 0] - jax.nn.logsumexp(z, axis=-1)
+    return jnp.take_along_axis(z, y[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(z, axis=-1)
 
-  if rows.shape[0] <= tile:
-    return logprobs(rows, flat).reshape(targets.shape)
-  short = -rows.shape[0] % tile
-  rows, flat = jnp.pad(rows, ((0, short), (0, 0))), jnp.pad(flat, (0, short))
-  tiles = (rows.reshape(-1, tile, rows.shape[-1]), flat.reshape(-1, tile))
+  (B, T), mesh = targets.shape, jax.sharding.get_abstract_mesh()
+  # A tile is a stretch of time of all rows: the rows stay spread over the devices, and each computes its own share.
+  tile = max(1, TILE_BYTES * (1 if mesh.empty else mesh.size) // (4 * model.c.vocab * B))
+  if T <= tile:
+    return logprobs(hidden, targets)
+  short = -T % tile
+  split = lambda x: jnp.moveaxis(x.reshape(B, -1, tile, *x.shape[2:]), 1, 0)
+  tiles = (split(jnp.pad(hidden, ((0, 0), (0, short), (0, 0)))), split(jnp.pad(targets, ((0, 0), (0, short)))))
   out = jax.lax.map(lambda t: jax.checkpoint(logprobs)(*t), tiles)
-  return out.reshape(-1)[: targets.size].reshape(targets.shape)
+  return jnp.moveaxis(out, 0, 1).reshape(B, -1)[:, :T]
 
 
 def batch_logprobs(model, batch, remat=False):
@@ -58,9 +58,14 @@ def dpo(model, batch, beta, remat=False):
   log-probs and `real` [pairs] is 0 for pairs that only fill the batch up."""
   pairs = batch["reference"].shape[0]
   logprobs = sequence_logprobs(batch_logprobs(model, batch, remat), batch, 2 * pairs).reshape(pairs, 2)
-  reward = beta * (logprobs - batch["reference"])
+  loss, metrics = dpo_of(logprobs, batch["reference"], batch["real"], beta)
+  return loss, metrics | {"target_tokens": batch["weights"].sum()}
+
+
+def dpo_of(logprobs, reference, real, beta):
+  """`dpo` from the log-probs [pairs, 2] of both sides: -log sigmoid(beta h), h the difference of the log-ratios."""
+  reward = beta * (logprobs - reference)
   margin = reward[:, 0] - reward[:, 1]
-  real = batch["real"]
   count = jnp.maximum(real.sum(), 1.0)
   mean = lambda x: (x * real).sum() / count
   loss = mean(-jax.nn.log_sigmoid(margin))
@@ -70,5 +75,4 @@ def dpo(model, batch, beta, remat=False):
     "accuracy": mean(margin > 0),
     "chosen_logprob": mean(logprobs[:, 0]),
     "rejected_logprob": mean(logprobs[:, 1]),
-    "target_tokens": batch["weights"].sum(),
   }

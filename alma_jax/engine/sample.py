@@ -53,16 +53,18 @@ def choose(logits, uniform, decoding):
     order = jnp.argsort(-p, axis=-1, stable=True)
     ranked = jnp.take_along_axis(p, order, axis=-1)
     before = jnp.cumsum(ranked, axis=-1) - ranked  # mass ranked above a token: it stays while that is below top_p
-    kept = jnp.where(before < decoding.top_p, ranked, 0.0)
+    kept = jnp.where(before < max(decoding.top_p, 1e-30), ranked, 0.0)  # the first one always stays
     return jnp.take_along_axis(order, _inverse_cdf(kept, uniform)[:, None], axis=-1)[:, 0]
   return _inverse_cdf(p, uniform)
 
 
 def _inverse_cdf(p, uniform):
-  cdf = jnp.cumsum(p, axis=-1)
-  place = jnp.sum(cdf <= uniform[:, None] * cdf[:, -1:], axis=-1)
-  last = p.shape[-1] - 1 - jnp.argmax((p > 0)[:, ::-1], axis=-1)  # rounding must not reach a token of probability 0
-  return jnp.minimum(place, last)
+  """The first token whose cumulative mass is above the number. A parallel sum is not quite monotonic, so tokens of
+  probability 0 are ruled out by name, and where rounding leaves none, it is the last of the others."""
+  cdf, possible = jnp.cumsum(p, axis=-1), p > 0
+  reached = possible & (cdf > uniform[:, None] * cdf[:, -1:])
+  last = p.shape[-1] - 1 - jnp.argmax(possible[:, ::-1], axis=-1)
+  return jnp.where(reached.any(axis=-1), jnp.argmax(reached, axis=-1), last)
 
 
 @functools.partial(jax.jit, static_argnames=("capacity", "slots", "max_new"))

@@ -67,7 +67,8 @@ def transformation(o):
 
 @functools.cache
 def _compiled(c, mesh, o, objective):
-  """(start, step) for one architecture, mesh, optimizer and objective; cached, so rounds share compilations."""
+  """(start, step) for one architecture, mesh, optimizer (without its schedule) and objective; cached, so that rounds
+  share compilations."""
   tx = transformation(o)
   model_shardings = sharding.shardings(jax.eval_shape(lambda: llama.init(c, 0)), mesh, sharding.TRAIN)
   abstract = jax.eval_shape(lambda: tx.init(llama.init(c, 0)))
@@ -102,7 +103,8 @@ def fit(model, batches, steps, optimizer, objective, mesh, restore=None, save=No
   of the mesh's batch ways. `restore(abstract state) -> (state, step) or None`, `save(step, state)` after each step and
   `report(step, metrics)` are the caller's: the loop touches no files."""
   with jax.set_mesh(mesh):
-    start, train_step = _compiled(model.c, mesh, optimizer, objective)
+    unscheduled = dataclasses.replace(optimizer, learning_rate=0.0, final_learning_rate=0.0, warmup=0.0)
+    start, train_step = _compiled(model.c, mesh, unscheduled, objective)
     state, first = start(model), 0
     if restore and (found := restore(state)):
       state, first = found
@@ -124,8 +126,10 @@ def fit(model, batches, steps, optimizer, objective, mesh, restore=None, save=No
 
 
 @functools.cache
-def _scorer(sequences, objective):
-  @jax.jit
+def _scorer(sequences, objective, mesh):
+  whole = jax.NamedSharding(mesh, jax.sharding.PartitionSpec())  # every host reads the result
+
+  @functools.partial(jax.jit, out_shardings=whole)
   def score(model, batch):
     logprobs = losses.batch_logprobs(llama.cast(model, objective.compute_dtype), batch)
     return losses.sequence_logprobs(logprobs, batch, sequences)
@@ -135,10 +139,11 @@ def _scorer(sequences, objective):
 
 def sequence_logprobs(model, batches, sequences, objective, mesh):
   """Yields the summed log-probs [sequences] of each packed host batch, by the code that trains."""
-  with jax.set_mesh(mesh):
-    for batch in batches:
+  for batch in batches:
+    with jax.set_mesh(mesh):  # not around the yield: the mesh would stay in force for whoever called
       batch = {name: global_array(x, mesh) for name, x in batch.items()}
-      yield np.asarray(_scorer(sequences, objective)(model, batch))
+      scored = np.asarray(_scorer(sequences, objective, mesh)(model, batch))
+    yield scored
 
 
 def global_array(x, mesh):

@@ -237,7 +237,7 @@ def save(
   if writer:
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
-  _write_weights(new if writer else None, _their_tensors(model), dtype, max_shard_bytes)
+  _write_weights(new if writer else None, _their_tensors(model, dtype), dtype, max_shard_bytes)
   if writer:
     # Explicit nulls in config.json: transformers would fill a missing id with that of Llama-2.
     ids = {"bos_token_id": bos_id, "eos_token_id": list(stop_ids) or None, "pad_token_id": pad_id}
@@ -253,33 +253,35 @@ def save(
     multihost_utils.sync_global_devices(f"save {directory}")
 
 
-def _their_tensors(model):
-  """[(their name, inputs, their shape, function that brings our array to the host)], bottom to top."""
+def _their_tensors(model, dtype):
+  """[(their name, their shape, function that brings their array to the host)], bottom to top."""
 
   def one(path, layer=None):
     name, inputs = NAMES[path]
     owner, skip = (model, 0) if layer is None else (model.blocks, 1)
     x = getattr(owner, path.removeprefix("blocks."))[...]
-    shape = _their_shape(x.shape[skip:], inputs)
-    return name.format(layer), inputs, shape, functools.partial(_on_host, x, layer)
+    fetch = lambda: _on_host(_one_of_theirs(x, layer, inputs, dtype))
+    return name.format(layer), _their_shape(x.shape[skip:], inputs), fetch
 
   in_block = [path for path in NAMES if _stacked(path)]
   layers = [one(path, layer) for layer in range(model.c.depth) for path in in_block]
   return [one("embed"), *layers, one("norm"), *([] if model.c.tied else [one("head")])]
 
 
-_layer = jax.jit(lambda x, layer: x[layer])
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _one_of_theirs(x, layer, inputs, dtype):
+  """Their form of our x, or of one of its layers; made on the devices: accelerators transpose faster than NumPy."""
+  return to_theirs(x if layer is None else x[layer], inputs).astype(dtype)
 
 
-def _on_host(x, layer=None):
-  """NumPy array of x, or of one of its layers, wherever its shards lie; on several hosts all must ask."""
-  x = x if layer is None else _layer(x, layer)
+def _on_host(x):
+  """NumPy array of x, wherever its shards lie; on several hosts all must ask."""
   return np.asarray(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
 
 
 def _write_weights(directory, tensors, dtype, max_shard_bytes):
   """One safetensors file, or several and an index; a host without `directory` only takes part."""
-  sizes = [math.prod(shape) * dtype.itemsize for _, _, shape, _ in tensors]
+  sizes = [math.prod(shape) * dtype.itemsize for _, shape, _ in tensors]
   shards, room = [[]], max_shard_bytes
   for tensor, size in zip(tensors, sizes):
     if size > room and shards[-1]:
@@ -300,14 +302,14 @@ def _write_weights(directory, tensors, dtype, max_shard_bytes):
 
 def _write_file(f, tensors, dtype):
   header, end = {"__metadata__": {"format": "pt"}}, 0
-  for name, _, shape, _ in tensors:
+  for name, shape, _ in tensors:
     begin, end = end, end + math.prod(shape) * dtype.itemsize
     header[name] = {"dtype": _CODES[dtype], "shape": shape, "data_offsets": [begin, end]}
   text = json.dumps(header).encode()
   text += b" " * (-len(text) % 8)
   f.write(len(text).to_bytes(8, "little") + text)
-  for _, inputs, _, fetch in tensors:
-    f.write(np.ascontiguousarray(to_theirs(fetch(), inputs), dtype).view(np.uint8))
+  for _, _, fetch in tensors:
+    f.write(np.ascontiguousarray(fetch()).view(np.uint8))
 
 
 def _write_json(path, value):

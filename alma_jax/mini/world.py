@@ -398,7 +398,7 @@ def _on_topic(rng):
 
 
 _KINDS = (_rated, _forum, _quiz, _on_topic, _task_list)
-_KIND_WEIGHTS = _cumulative([0.51, 0.23, 0.10, 0.10, 0.06])
+_KIND_WEIGHTS = _cumulative([0.47, 0.22, 0.17, 0.08, 0.06])
 
 
 def documents(seed):

@@ -41,4 +41,4 @@ def drafts(session, checkpoint, prompts, keys, stop_ids, options, bar):
     progress=progress,
   )
   decode = session.tokenizer.decode
-  return [Draft(decode(s.tokens), s.tokens, s.finished, s.logprob) for s in sampled]
+  return [Draft(decode(s.tokens).strip(), s.tokens, s.finished, s.logprob) for s in sampled]

@@ -73,11 +73,15 @@ class Evaluation:
   score: float  # of the evaluator; None where the judge is the only one
 
 
+_SENTENCE_MARKS = set(".,;:!?\"'`()[]{}…")
+
+
 def normalised(text):
-  """NFKC, case-folded, no punctuation, single spaces: two texts with equal results are one prompt."""
+  """NFKC, case-folded, quotes and sentence marks dropped, white space collapsed: texts with equal results are one
+  prompt. Signs that carry meaning ("C#", "6*7", "6/7") stay."""
   text = unicodedata.normalize("NFKC", text).casefold()
-  kept = "".join(" " if unicodedata.category(ch)[0] in "PZC" else ch for ch in text)
-  words = " ".join(kept.split())
+  dropped = lambda ch: ch in _SENTENCE_MARKS or unicodedata.category(ch) in ("Pi", "Pf", "Cc", "Cf")
+  words = " ".join("".join(" " if dropped(ch) else ch for ch in text).split())
   return words or " ".join(text.split())  # a prompt of nothing but punctuation keeps it
 
 

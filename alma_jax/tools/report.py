@@ -1,0 +1,28 @@
+"""Makes report.html for a run directory, also beside a live run, and prints the table of its rounds.
+
+python -m alma_jax.tools.report runs/mini
+"""
+
+import pathlib
+import sys
+
+from alma_jax.report import page
+
+
+def main(arguments):
+  """The exit status."""
+  if len(arguments) != 1 or arguments[0].startswith("-"):
+    print(__doc__.strip(), file=sys.stderr)
+    return 0 if arguments in (["-h"], ["--help"]) else 2
+  directory = pathlib.Path(arguments[0])
+  if not (directory / "config.json").exists():
+    what = "is no run directory: there is no config.json in it" if directory.is_dir() else "does not exist"
+    print(f"error: {directory} {what}.", file=sys.stderr)
+    return 1
+  made = page.write(directory)
+  print(page.summary(directory))
+  return 0 if made else 1
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv[1:]))

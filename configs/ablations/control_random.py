@@ -1,0 +1,21 @@
+"""A control for every table, on the miniature world: the judge's choice against any finished response.
+
+  python launch/sweep.py --config=configs/ablations/control_random.py --workdir=runs/control
+
+Random selection keeps everything but the judge: the prompts, the sampling, the filter on finished responses, the
+training. What best-of-n gains over it is what the judge is worth. 2 methods x 3 seeds, five rounds of feedback each.
+"""
+
+from configs import alma
+
+
+def get_config():
+  c = alma.mini()
+  c.feedback_rounds = 5
+  return c
+
+
+def sweep(add):
+  for seed in range(3):
+    for method in ("best_of_n", "random"):
+      add(seed=seed, trainset=dict(method=method))

@@ -1,0 +1,20 @@
+"""Figure 3 of ALMA (arXiv 2412.04305) on the miniature world: the number of responses per prompt, N.
+
+  python launch/sweep.py --config=configs/ablations/figure3_n.py --workdir=runs/figure3
+
+N = 1, 4, 16, 64 x 3 seeds, three rounds of feedback each. N = 1 trains on whatever the models wrote.
+"""
+
+from configs import alma
+
+
+def get_config():
+  c = alma.mini()
+  c.feedback_rounds = 3
+  return c
+
+
+def sweep(add):
+  for seed in range(3):
+    for n in (1, 4, 16, 64):
+      add(seed=seed, responses=dict(n=n))

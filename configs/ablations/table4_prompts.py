@@ -1,0 +1,21 @@
+"""Table 4 of ALMA (arXiv 2412.04305) on the miniature world: diverse prompts against any prompts.
+
+  python launch/sweep.py --config=configs/ablations/table4_prompts.py --workdir=runs/table4
+
+One prompt from each of K clusters, or K prompts drawn at random; 3 seeds, five rounds of feedback each. The seeds of
+one world differ more than these two: read the means over seeds with their intervals.
+"""
+
+from configs import alma
+
+
+def get_config():
+  c = alma.mini()
+  c.feedback_rounds = 5
+  return c
+
+
+def sweep(add):
+  for seed in range(3):
+    for method in ("diverse", "random"):
+      add(seed=seed, draw=dict(method=method))

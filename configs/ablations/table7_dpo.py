@@ -1,0 +1,21 @@
+"""Table 7 of ALMA (arXiv 2412.04305) on the miniature world: training on the best response, or on pairs with DPO.
+
+  python launch/sweep.py --config=configs/ablations/table7_dpo.py --workdir=runs/table7
+
+2 methods x 3 seeds, five rounds of feedback each. The paper compares them round by round: each run's progress.csv has
+a row per round, the table of the sweep shows the last.
+"""
+
+from configs import alma
+
+
+def get_config():
+  c = alma.mini()
+  c.feedback_rounds = 5
+  return c
+
+
+def sweep(add):
+  for seed in range(3):
+    for method in ("best_of_n", "dpo"):
+      add(seed=seed, trainset=dict(method=method))

@@ -1,0 +1,280 @@
+"""The whole recipe, run as a user runs it: what it leaves behind, killed runs, several hosts, changed configs."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import small_run
+
+from alma_jax.store import records, shards
+from alma_jax.store.runs import load_manifest, read_stage
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+  return small_run.write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+  """A finished small run on one device; tests that change it take a copy."""
+  workdir = tmp_path_factory.mktemp("run") / "run"
+  small_run.finished(workdir, *data)
+  return workdir
+
+
+def variant(run, tmp_path, *stages):
+  """A copy of the run without the given stages, so that a variant makes only those."""
+  shutil.copytree(run, tmp_path / "variant")
+  for stage in stages:
+    for path in (tmp_path / "variant").glob(stage):
+      shutil.rmtree(path)
+  return tmp_path / "variant"
+
+
+def test_pool_holds_no_seed_annotation_or_evaluation_prompt(run):
+  pool = read_stage(run / "pool" / "prompts", records.Prompt)
+  human = set()
+  for name in ("sft", "judge", "eval"):
+    rows = [json.loads(line) for line in (run / "seeds" / f"{name}.jsonl").open()]
+    human |= {records.prompt_id(row["messages"]) for row in rows}
+  assert len(pool) > 50
+  assert len({p.id for p in pool}) == len(pool)
+  assert not human & {p.id for p in pool}
+  counts = load_manifest(run / "pool" / "prompts")["counts"]
+  drafts = load_manifest(run / "pool" / "drafts")["counts"]
+  assert drafts["draws"] == 192
+  assert (
+    counts["unique"]
+    + counts.get("duplicate", 0)
+    + sum(count for name, count in counts.items() if name.startswith("equals_"))
+    == drafts["usable"]
+  )
+
+
+def test_rounds_draw_unused_prompts_from_different_clusters(run):
+  drawn = [read_stage(run / f"round_{r:02d}" / "prompts", records.Prompt) for r in (2, 3)]
+  assert [len(prompts) for prompts in drawn] == [6, 6]
+  assert not {p.id for p in drawn[0]} & {p.id for p in drawn[1]}
+  assert all(len({p.cluster for p in prompts}) == 6 for prompts in drawn)
+
+
+def test_responses_come_in_equal_shares_from_three_checkpoints(run):
+  by_round = {r: read_stage(run / f"round_{r:02d}" / "responses", records.Response) for r in (2, 3)}
+  assert {x.checkpoint for x in by_round[2]} == {"sft_1", "sft_2"}
+  assert {x.checkpoint for x in by_round[3]} == {"sft_1", "sft_2", "round_02/policy"}
+  for r, checkpoints in ((2, 2), (3, 3)):
+    for prompt in {x.prompt_id for x in by_round[r]}:
+      mine = [x for x in by_round[r] if x.prompt_id == prompt]
+      assert sorted(x.sample_id for x in mine) == list(range(6))
+      assert all(sum(x.checkpoint == c for x in mine) == 6 // checkpoints for c in {x.checkpoint for x in mine})
+
+
+def test_trainset_is_the_best_finished_response_of_each_prompt(run):
+  for r in (2, 3):
+    place = run / f"round_{r:02d}"
+    scores = {(j.prompt_id, j.sample_id): j for j in read_stage(place / "judgments", records.Judgment)}
+    responses = read_stage(place / "responses", records.Response)
+    examples = read_stage(place / "trainset", records.Example)
+    assert len(examples) == 6
+    for example in examples:
+      mine = [x for x in responses if x.prompt_id == example.prompt_id and x.finished and x.text]
+      top = max(scores[x.prompt_id, x.sample_id].score for x in mine)
+      assert example.score == top
+      assert any(x.text == example.response and scores[x.prompt_id, x.sample_id].score == top for x in mine)
+    for j in scores.values():
+      assert abs(sum(s * p for s, p in enumerate(j.probs)) - j.score) < 1e-5
+      assert abs(sum(j.probs) - 1) < 1e-5 and 0 < j.mass <= 1 + 1e-5
+
+
+def test_policies_train_on_all_data_so_far(run):
+  seeds = sum(1 for _ in (run / "seeds" / "sft.jsonl").open())
+  counts = [load_manifest(run / name)["counts"]["examples"] for name in ("sft_1", "round_02/policy", "round_03/policy")]
+  assert counts == [seeds, seeds + 6, seeds + 12]
+
+
+def test_exported_policy_answers_in_transformers_as_in_the_evaluation(run):
+  torch = pytest.importorskip("torch")
+  transformers = pytest.importorskip("transformers")
+  pytest.importorskip("jinja2")
+  directory = run / "round_03" / "policy" / "model"
+  tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+  model = transformers.AutoModelForCausalLM.from_pretrained(directory)
+  answers = read_stage(run / "round_03" / "eval", records.Evaluation)
+  for answer in answers[:8]:
+    ids = tokenizer.apply_chat_template(list(answer.messages), add_generation_prompt=True, return_tensors="pt")
+    ids = ids if torch.is_tensor(ids) else ids["input_ids"]
+    out = model.generate(ids, max_new_tokens=16, do_sample=False)  # stops by generation_config.json alone
+    assert tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip() == answer.response
+
+
+def test_second_start_changes_nothing(run):
+  before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.suffix in (".parquet", ".safetensors", ".npy")}
+  before |= {p: p.stat().st_mtime_ns for p in run.rglob("manifest.json")}
+  values = [
+    f"data.{name}={json.loads((run / 'config.json').read_text())['data'][name]}" for name in ("sft", "judge", "eval")
+  ]
+  small_run.finished(run, *values)
+  assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+def test_changed_value_is_named_and_nothing_is_overwritten(run, data):
+  before = small_run.artefacts(run)
+  stopped = small_run.start(run, *data, "responses.temperature=0.9")
+  assert stopped.returncode == 1
+  for word in ("round_02/responses", "config.responses.temperature", "0.7", "0.9", "--workdir"):
+    assert word in stopped.stdout, stopped.stdout
+  assert "Traceback" not in stopped.stdout
+  assert small_run.artefacts(run) == before
+
+
+def test_changed_data_file_is_named(run, data, tmp_path):
+  source = data[0].partition("=")[2]
+  changed = tmp_path / "sft.jsonl"
+  changed.write_text("".join(open(source).readlines()[:-1]))
+  stopped = small_run.start(run, f"data.sft={changed}", *data[1:])
+  assert stopped.returncode == 1
+  assert "stage seeds" in stopped.stdout and "data.sft" in stopped.stdout
+
+
+def test_broken_data_file_is_named_with_line_and_field(data, tmp_path):
+  broken = tmp_path / "judge.jsonl"
+  broken.write_text('{"prompt": "a", "response": "b", "score": 3}\n{"prompt": "a", "response": "b", "score": 11}\n')
+  stopped = small_run.start(tmp_path / "run", *data, f"data.judge={broken}")
+  assert stopped.returncode == 1
+  assert "judge.jsonl" in stopped.stdout and "line 2" in stopped.stdout and "score" in stopped.stdout
+  assert "Traceback" not in stopped.stdout
+
+
+def test_preference_training_starts_at_ln_2_and_pairs_best_with_another(run, data, tmp_path):
+  workdir = variant(run, tmp_path, "round_02/trainset", "round_02/policy", "round_02/eval", "round_03")
+  small_run.finished(workdir, *data, "trainset.method=dpo")
+  for r in (2, 3):
+    pairs = read_stage(workdir / f"round_{r:02d}" / "trainset", records.Pair)
+    assert pairs and all(p.chosen != p.rejected and p.chosen_score >= p.rejected_score for p in pairs)
+    first = json.loads((workdir / f"round_{r:02d}" / "policy" / "metrics.jsonl").open().readline())
+    assert abs(first["loss"] - 0.693147) < 1e-4
+
+
+def test_untrained_judge_integer_scores_random_prompts_and_one_checkpoint(run, data, tmp_path):
+  workdir = variant(run, tmp_path, "round_*", "judge*")
+  small_run.finished(
+    workdir, *data, "judge.kind=few_shot", "judge.mode=integer", "draw.method=random", "feedback_rounds=1",
+    "responses.checkpoints=('sft_2',)",
+  )  # fmt: skip
+  assert not (workdir / "judge").exists()
+  judgments = read_stage(workdir / "round_02" / "judgments", records.Judgment)
+  assert all(j.score == max(range(11), key=lambda s: j.probs[s]) for j in judgments)
+  assert {x.checkpoint for x in read_stage(workdir / "round_02" / "responses", records.Response)} == {"sft_2"}
+
+
+def test_a_rounds_override_applies_to_that_round_only(run, data, tmp_path):
+  workdir = variant(run, tmp_path, "round_03")
+  small_run.finished(workdir, *data, "rounds={3: {'responses': {'n': 3}}}")
+  assert len(read_stage(workdir / "round_03" / "responses", records.Response)) == 18
+  assert json.loads((workdir / "round_03" / "config.json").read_text())["responses"]["n"] == 3
+  assert json.loads((workdir / "round_02" / "config.json").read_text())["responses"]["n"] == 6
+
+
+def test_run_killed_again_and_again_equals_one_that_was_not(run, data, tmp_path):
+  """SIGKILL at random moments, aimed so that different stages are hit, then the same command until it ends."""
+  workdir, rng, kills = tmp_path / "run", random.Random(), 0
+  print("kill seed state", rng.getstate()[1][0])
+  while kills < 5:
+    process = subprocess.Popen(
+      small_run.command(workdir, *data), cwd=small_run.ROOT, env=small_run.environment(),
+      stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    parts = len(list(workdir.rglob("*.parquet")))
+    deadline = time.monotonic() + 120
+    while process.poll() is None and len(list(workdir.rglob("*.parquet"))) <= parts and time.monotonic() < deadline:
+      time.sleep(0.02)  # until it gets somewhere
+    time.sleep(rng.uniform(0, 3))
+    if process.poll() is not None:
+      break
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kills += 1
+  assert kills >= 2
+  small_run.finished(workdir, *data)
+  assert small_run.artefacts(workdir) == small_run.artefacts(run)
+
+
+def test_two_hosts_make_the_artefacts_of_one(data, tmp_path):
+  """Two processes with a device each, joined by jax.distributed, against one process with two devices."""
+  values = (*data, "feedback_rounds=2")
+  small_run.finished(tmp_path / "one", *values, JAX_NUM_CPU_DEVICES="2")
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  processes = [
+    subprocess.Popen(
+      small_run.command(tmp_path / "two", *values), cwd=small_run.ROOT, text=True,
+      stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+      env=small_run.environment(
+        JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}", JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(i),
+        JAX_NUM_CPU_DEVICES="1",
+      ),
+    )
+    for i in range(2)
+  ]  # fmt: skip
+  outputs = [process.communicate(timeout=400)[0] for process in processes]
+  assert [process.returncode for process in processes] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
+  assert small_run.artefacts(tmp_path / "two") == small_run.artefacts(tmp_path / "one")
+
+
+def test_pipeline_never_sees_the_ground_truth_after_the_seeds(tmp_path):
+  """With a scorer that lies after the seeds are made, evaluations change and nothing else does."""
+  honest, poisoned = tmp_path / "honest", tmp_path / "poisoned"
+  values = ("feedback_rounds=1", "shards=1")
+  small_run.finished(honest, *values)
+  poisoned.mkdir()
+  shutil.copytree(honest / "seeds", poisoned / "seeds")
+  lie = (
+    "import sys, runpy; from alma_jax.mini import world; world.score = lambda *a, **k: 0.0;"
+    "runpy.run_module('alma_jax.main', run_name='__main__', alter_sys=False)"
+  )
+  flags = small_run.command(poisoned, *values)[3:]
+  done = subprocess.run(
+    [sys.executable, "-c", lie, *flags], cwd=small_run.ROOT, env=small_run.environment(), text=True, timeout=400,
+    stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stdout[-3000:]
+  leave_out = ("/eval/",)
+  assert small_run.artefacts(poisoned, leave_out) == small_run.artefacts(honest, leave_out)
+  lied = read_stage(poisoned / "round_02" / "eval", records.Evaluation)
+  assert {x.score for x in lied} == {0.0}
+  told = read_stage(honest / "round_02" / "eval", records.Evaluation)
+  assert max(x.score for x in told) > 5
+  assert [(x.response, x.judge_score) for x in lied] == [(x.response, x.judge_score) for x in told]
+
+
+def test_interrupted_run_leaves_no_lock(data, tmp_path):
+  process = subprocess.Popen(
+    small_run.command(tmp_path / "run", *data), cwd=small_run.ROOT, env=small_run.environment(),
+    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+  )  # fmt: skip
+  deadline = time.monotonic() + 60
+  while not (tmp_path / "run" / "seeds" / "manifest.json").exists() and time.monotonic() < deadline:
+    time.sleep(0.05)
+  assert (tmp_path / "run" / ".lock").exists()
+  process.send_signal(signal.SIGTERM)
+  assert process.wait(60) == 143
+  assert not (tmp_path / "run" / ".lock").exists()
+
+
+def test_arrays_and_shards_open_with_public_tools(run):
+  import numpy as np
+  import pyarrow.parquet as pq
+
+  table = pq.read_table(run / "round_02" / "responses" / shards.part_name(0, 4))
+  assert {"prompt_id", "sample_id", "text", "tokens", "finished"} <= set(table.column_names)
+  assert np.load(run / "pool" / "clusters" / "centroids.npy", mmap_mode="r").shape == (24, 64)
+  assert os.path.getsize(run / "progress.csv") > 0
