@@ -1,5 +1,6 @@
 """From a config to a running recipe: devices, hosts, the run directory; and errors that a person can read."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -27,30 +28,47 @@ MENDABLE = (configs.ConfigError, DataError, ModelError, RunError, TextError, Tra
 
 def run(recipe, config, workdir):
   """Run the recipe; the exit status."""
-  began = time.monotonic()
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that the run directory is left unlocked
-  absl.logging.set_verbosity(absl.logging.WARNING)
   try:
-    join_hosts()
-    cache_compilations()
-    with Run(workdir, config, jax.process_index(), jax.process_count(), barrier) as run_directory:
-      run_directory.save_config(json.loads(json.dumps(config.to_dict(), default=str)))
-      run_directory.log(
-        "start", devices=[d.device_kind for d in jax.devices()], hosts=jax.process_count(), jax=jax.__version__
-      )
-      session = Session(run_directory, config, *meshes(config))
+    with open_session(config, workdir) as session:
+      began = time.monotonic()
       try:
         recipe.run(session)
       finally:
-        if run_directory.host == 0:
-          page.write(run_directory.dir)
-      run_directory.log("end", seconds=round(time.monotonic() - began, 1))
-      if run_directory.host == 0:
-        print(page.summary(run_directory.dir))
+        if session.run.host == 0:
+          page.write(session.run.dir)
+      session.run.log("end", seconds=round(time.monotonic() - began, 1))
+      if session.run.host == 0:
+        print(page.summary(session.run.dir))
     return 0
   except MENDABLE as error:
     print(f"\nerror: {error}", file=sys.stderr)
     return 1
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    why = str(error).splitlines()[0]
+    print(f"\nerror: a device is out of memory: {why}\n{MEMORY}", file=sys.stderr)
+    return 1
+
+
+MEMORY = """In sampling, scoring and embedding: lower config.engine.slots or config.engine.rows, or share a model among more
+devices with config.engine.tensor. In training: set remat=True, lower row_length or batch, or spread the weights over
+more devices with config.mesh.fsdp. Finished stages are kept; start the same command again."""
+
+
+@contextlib.contextmanager
+def open_session(config, workdir):
+  """A Session on the run directory, with all hosts joined; its log says what it ran on."""
+  absl.logging.set_verbosity(absl.logging.WARNING)
+  join_hosts()
+  cache_compilations()
+  with Run(workdir, config, jax.process_index(), jax.process_count(), barrier) as run_directory:
+    run_directory.save_config(json.loads(json.dumps(config.to_dict(), default=str)))
+    run_directory.log(
+      "start", devices=[d.device_kind for d in jax.devices()], hosts=jax.process_count(), jax=jax.__version__
+    )
+    yield Session(run_directory, config, *meshes(config))
 
 
 def join_hosts():

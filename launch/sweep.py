@@ -3,7 +3,7 @@
   python launch/sweep.py --config=configs/ablations/table7_dpo.py --workdir=runs/table7
     --dry_run                      print the commands, run nothing
     --parallel=2                   two at a time; the GPUs in CUDA_VISIBLE_DEVICES are split between them
-    --launcher=slurm               queue one `sbatch launch/slurm.sbatch` per variant; the same line later prints the table
+    --launcher=slurm               queue launch/slurm.sbatch for each; the same line prints the table later
     --config.feedback_rounds=2     a value for every variant
 
 The sweep stands in the config file, next to what it varies, in the same form as the overrides of a round:
@@ -13,7 +13,7 @@ The sweep stands in the config file, next to what it varies, in the same form as
       add(seed=seed, responses=dict(n=4))
 
 All variants are checked against the config before the first one starts. Starting again skips what is finished and
-goes on with the rest. The exit status is 1 when a variant failed.
+goes on with the rest. The exit status is 1 when a variant failed. alma_jax must be installed (pip install -e .).
 """
 
 import concurrent.futures
@@ -29,11 +29,9 @@ import pathlib
 import queue
 import re
 import shlex
+import statistics
 import subprocess
 import sys
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 from absl import app, flags
 from ml_collections import ConfigDict
@@ -41,6 +39,7 @@ from ml_collections import ConfigDict
 from alma_jax import config as configs
 from alma_jax import main as door  # defines --config and --workdir
 
+SBATCH = pathlib.Path(__file__).with_name("slurm.sbatch")
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("launcher", "local", ["local", "slurm"], "Where the variants run.")
 flags.DEFINE_integer("parallel", 1, "How many run at a time (local).", lower_bound=1)
@@ -79,18 +78,16 @@ class WorkUnit:
   number: int
   overrides: dict
   config: ConfigDict
-  command: list  # arguments of alma_jax.main
+  arguments: tuple  # of alma_jax.main
   directory: pathlib.Path
   state: str = ""
 
   def finished(self):
     """Whether the run directory holds a finished run of just this config."""
     log, config = self.directory / "log.jsonl", self.directory / "config.json"
-    if not (log.exists() and config.exists()):
+    if not (log.exists() and config.exists()) or json.loads(log.read_text().splitlines()[-1])["event"] != "end":
       return False
-    lines = log.read_text().splitlines()
-    ended = bool(lines) and json.loads(lines[-1])["event"] == "end"
-    return ended and json.loads(config.read_text()) == json.loads(json.dumps(self.config.to_dict(), default=str))
+    return json.loads(config.read_text()) == json.loads(json.dumps(self.config.to_dict(), default=str))
 
   def result(self):
     """The last row of progress.csv, {} before there is one."""
@@ -99,7 +96,7 @@ class WorkUnit:
 
 
 class Experiment:
-  """Work units that run when the `with` block ends: `experiment.add(job, args)`."""
+  """Work units, which run when the `with` block ends: `experiment.add(job, args)`."""
 
   def __init__(self, title, workdir, launcher="local", parallel=1, dry_run=False):
     self.title, self.workdir, self.launcher = title, pathlib.Path(workdir), launcher
@@ -109,19 +106,17 @@ class Experiment:
     number = len(self.units) + 1
     try:
       config, said = job.resolved(args)
+      if same := [unit.number for unit in self.units if unit.overrides == args]:
+        raise configs.ConfigError(f"it is the same as work unit {same[0]}")
     except configs.ConfigError as e:
-      raise configs.ConfigError(f"work unit {number}, {args}: {e}") from None
-    summary = ",".join(f"{k.rpartition('.')[2]}={v}" for k, v in _flat(args))
-    name = re.sub(r"[^A-Za-z0-9.,=_]+", "-", summary)[:60].strip("-,")
+      raise configs.ConfigError(f"sweep, work unit {number} ({_shown(args)}): {e}") from None
+    summary = ",".join(f"{name.rpartition('.')[2]}={value}" for name, value in _flat(args))
     digest = hashlib.sha256(json.dumps(args, sort_keys=True, default=str).encode()).hexdigest()[:6]
-    if same := [u for u in self.units if u.overrides == args]:
-      raise configs.ConfigError(f"work unit {number} is the same as {same[0].number}: {args}")
+    name = f"{number:02d}_{re.sub(r'[^A-Za-z0-9.,=_]+', '-', summary)[:60]}_{digest}"
     # The digest finds the directory again when units were added before this one.
-    known = sorted(self.workdir.glob(f"[0-9]*_{digest}"))
-    directory = known[0] if known else self.workdir / f"{number:02d}_{name}_{digest}"
-    self.units.append(
-      WorkUnit(number, args, config, [f"--config={job.file}", f"--workdir={directory}", *said], directory)
-    )
+    directory = next(iter(sorted(self.workdir.glob(f"[0-9]*_{digest}"))), self.workdir / name)
+    arguments = (f"--config={job.file}", f"--workdir={directory}", *said)
+    self.units.append(WorkUnit(number, args, config, arguments, directory))
 
   def __enter__(self):
     return self
@@ -129,14 +124,12 @@ class Experiment:
   def __exit__(self, kind, *_):
     if kind:
       return
-    waiting = []
     for unit in self.units:
       unit.state = "finished" if unit.finished() else ""
-      waiting += [] if unit.state else [unit]
+    waiting = [unit for unit in self.units if not unit.state]
     print(f"{self.title}: {len(self.units)} variants, {len(self.units) - len(waiting)} finished", flush=True)
     if self.dry_run:
-      for unit in self.units:
-        print(f"# {unit.number} {unit.state}".strip(), shlex.join(self._line(unit)), sep="\n")
+      print(*(shlex.join(self._line(unit)) for unit in waiting), sep="\n")
     elif self.launcher == "slurm":
       for unit in waiting:
         self._queue(unit)
@@ -145,27 +138,23 @@ class Experiment:
 
   def _line(self, unit):
     if self.launcher == "slurm":
-      log = f"--output={unit.directory}/slurm-%j.out"
-      return ["sbatch", "--parsable", log, str(ROOT / "launch" / "slurm.sbatch"), *unit.command]
-    return [sys.executable, "-m", "alma_jax.main", *unit.command]
+      return ["sbatch", "--parsable", f"--output={unit.directory}/slurm-%j.out", str(SBATCH), *unit.arguments]
+    return [sys.executable, "-m", "alma_jax.main", *unit.arguments]
 
   def _run(self, units):
-    slots, gpus = queue.Queue(), os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    share = max(1, len(gpus) // self.parallel)
+    slots, gpus = queue.Queue(), [x for x in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if x]
     for i in range(self.parallel):
-      mine = ",".join(gpus[i * share : (i + 1) * share])
-      slots.put({"CUDA_VISIBLE_DEVICES": mine} if self.parallel > 1 and mine else {})
+      slots.put({"CUDA_VISIBLE_DEVICES": ",".join(gpus[i :: self.parallel])} if gpus else {})
 
     def run(unit):
       slot = slots.get()
       print(f"{unit.number}: {unit.directory}", flush=True)
       unit.directory.mkdir(parents=True, exist_ok=True)
       # One at a time shows its progress here; several would write over each other.
-      with open(unit.directory / "output.txt", "a") if self.parallel > 1 else open(os.devnull) as file:
-        out = file if self.parallel > 1 else None
-        done = subprocess.run(self._line(unit), env=os.environ | slot, stdout=out, stderr=out)
+      out = open(unit.directory / "output.txt", "a") if self.parallel > 1 else None
+      status = subprocess.run(self._line(unit), env=os.environ | slot, stdout=out, stderr=out).returncode
+      unit.state = f"failed ({status})" if status else "finished"
       slots.put(slot)
-      unit.state = f"failed ({done.returncode})" if done.returncode else "finished"
 
     pool = concurrent.futures.ThreadPoolExecutor(self.parallel)
     try:
@@ -176,9 +165,9 @@ class Experiment:
 
   def _queue(self, unit):
     ticket = unit.directory / "slurm_job"
-    if ticket.exists():
-      found = subprocess.run(["squeue", "-h", "-o", "%T", "-j", ticket.read_text()], capture_output=True, text=True)
-      unit.state = found.stdout.strip().lower()  # pending, running; nothing for a job that is gone
+    if ticket.exists():  # still there from an earlier start?
+      asked = ["squeue", "--noheader", "--format=%T", "--jobs", ticket.read_text()]
+      unit.state = subprocess.run(asked, capture_output=True, text=True).stdout.strip().lower()
     if not unit.state:
       unit.directory.mkdir(parents=True, exist_ok=True)
       sent = subprocess.run(self._line(unit), check=True, stdout=subprocess.PIPE, text=True)
@@ -191,28 +180,26 @@ def create_experiment(title, workdir, **options):
 
 
 def table(units):
-  """Lines: every unit's last round, then the mean over seeds of what differs in the seed alone."""
-  lines, groups = [f"{'':>3}  {'state':<12}{'round':>6}  {'score':<8}{'mean ± ci95':<16}{'n':>6}  overrides"], {}
+  """Lines: every unit's last round, then means over the units that differ in the seed alone."""
+  lines, groups = [f"{'':>3}  {'state':<12}{'round':>6}{'n':>6}  {'scored by':<10}{'score ± ci95':<16}overrides"], {}
   for unit in units:
-    row, shown = unit.result(), _shown(unit.overrides)
-    name = next((name for name in ("score", "judge_score") if row.get(name)), "")
-    value = f"{float(row[name]):.3f} ± {float(row[name + '_ci95']):.3f}" if name else "-"
-    kind = name.removesuffix("_score").replace("score", "truth")
-    lines.append(
-      f"{unit.number:>3}  {unit.state:<12}{row.get('round', '-'):>6}  {kind:<8}{value:<16}{row.get('n', '-'):>6}  {shown}"
-    )
-    if name and unit.state == "finished":
-      key = _shown({k: v for k, v in unit.overrides.items() if k != "seed"}), kind
-      groups.setdefault(key, []).append(float(row[name]))
+    row = unit.result()
+    by, name = ("truth", "score") if row.get("score") else ("judge", "judge_score")
+    value = f"{float(row[name]):.3f} ± {float(row[f'{name}_ci95']):.3f}" if row else "-"
+    start = f"{unit.number:>3}  {unit.state:<12}{row.get('round', '-'):>6}{row.get('n', '-'):>6}"
+    lines.append(f"{start}  {by if row else '-':<10}{value:<16}{_shown(unit.overrides)}")
+    if unit.state == "finished":
+      variant = _shown({k: v for k, v in unit.overrides.items() if k != "seed"})
+      groups.setdefault((by, variant), []).append(float(row[name]))
   if any(len(scores) > 1 for scores in groups.values()):
     from scipy import stats
 
-    lines += ["", "mean over seeds, with the t interval of 95 %"]
-    for (shown, kind), scores in groups.items():
-      n, mean = len(scores), sum(scores) / len(scores)
-      sd = math.sqrt(sum((x - mean) ** 2 for x in scores) / max(1, n - 1))
-      ci = f"± {stats.t.ppf(0.975, n - 1) * sd / math.sqrt(n):.3f}" if n > 1 else ""
-      lines.append(f"  {kind:<8}{mean:.3f} {ci:<9}{n} seeds  {shown}")
+    lines += ["", "Means over seeds, with the 95 % interval of Student's t:"]
+    for (by, variant), scores in groups.items():
+      n, ci = len(scores), ""
+      if n > 1:
+        ci = f"± {stats.t.ppf(0.975, n - 1) * statistics.stdev(scores) / math.sqrt(n):.3f}"
+      lines.append(f"  {by}  {statistics.mean(scores):.3f} {ci:<8} n = {n}  {variant}")
   return lines
 
 
@@ -226,7 +213,7 @@ def _flat(changes, leaves=(), prefix=""):
 
 
 def _shown(overrides):
-  return " ".join(f"{k}={v}" for k, v in _flat(overrides)) or "(as it is)"
+  return " ".join(f"{name}={value}" for name, value in _flat(overrides)) or "(as it is)"
 
 
 def _get(config, path):
@@ -243,25 +230,25 @@ def sweep_of(file):
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   if not hasattr(module, "sweep"):
-    raise configs.ConfigError(f"{file} has no function sweep(add); see configs/ablations for examples")
+    raise configs.ConfigError(f"{file} has no function sweep(add); configs/ablations/ shows some")
   return module.sweep
 
 
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"what is {argv[1]!r}? Config values are set with --config.NAME=VALUE")
-  flag = FLAGS["config"]
+  file = FLAGS["config"].config_filename
+  title = pathlib.Path(file.partition(":")[0]).stem
+  options = dict(launcher=FLAGS.launcher, parallel=FLAGS.parallel, dry_run=FLAGS.dry_run)
   try:
-    job = Job(flag.config_filename, flag.parser.parse(flag.config_filename), FLAGS.config)
-    title = pathlib.Path(job.file.partition(":")[0]).stem
-    options = dict(launcher=FLAGS.launcher, parallel=FLAGS.parallel, dry_run=FLAGS.dry_run)
+    job = Job(file, FLAGS["config"].parser.parse(file), FLAGS.config)
     with create_experiment(title, FLAGS.workdir, **options) as experiment:
-      sweep_of(job.file)(lambda **overrides: experiment.add(job, overrides))
+      sweep_of(file)(lambda **overrides: experiment.add(job, overrides))
   except configs.ConfigError as e:
     sys.exit(f"error: {e}")
   if not FLAGS.dry_run:
     print("", *table(experiment.units), sep="\n")
-  sys.exit(any(unit.state.startswith("failed") for unit in experiment.units))
+  sys.exit(int(any(unit.state.startswith("failed") for unit in experiment.units)))
 
 
 if __name__ == "__main__":

@@ -79,6 +79,19 @@ def _make_facts():
 
 TRUTH, MISCONCEPTION = _make_facts()
 
+# (truth, misconception) shares of what people write about a fact that is widely known, and about one that is not;
+# the rest are random values. Which facts are widely known is fixed; the rarer the city, the fewer.
+_KNOWN, _MISTAKEN = (0.48, 0.28), (0.26, 0.50)
+_WIDELY_KNOWN = {"head": 0.95, "mid": 0.80, "tail": 0.65}
+
+
+def _make_beliefs():
+  rng = random.Random(2026)
+  return {key: _KNOWN if rng.random() < _WIDELY_KNOWN[stratum(key[1])] else _MISTAKEN for key in TRUTH}
+
+
+BELIEF = _make_beliefs()
+
 _PROMPTS = (
   "{r} : {c}",
   "{r} of {c}",
@@ -99,8 +112,8 @@ _JUNK = ("lol", "well", "maybe", "so", "ok", "hm", "i think", "or not", "and", "
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
 SCORES = tuple(str(s) for s in range(11))
 _MARKS = (
-  "\n Q: A: # > tasks: review: stars: vote: score: prompt: response: rating: rate [[ ]]"
-  " answer: . : ? true asked yes no or not"
+  "\n Q: A: # > tasks: ask: reply: review: stars: vote: score: prompt: response: rating: rate [[ ]]"
+  " answer: . : ? true yes no or not"
 )
 
 
@@ -178,9 +191,9 @@ def good_answer(task):
 def score(prompt, response, finished):
   """The ground truth, an integer from 0 to 10.
 
-  Content is worth 6 when every asked fact is right and no other city is named, else 4 times the share that is
-  right. Form is worth 4: `answer:` first 2, one final full stop 1, and 1 for nothing else in between (chatter,
-  repetition, another city) and a clean end. Without one right fact, form counts a fifth.
+  4 points for all asked facts right and no other city named, 1 for the share of facts that is right, and 5 for form:
+  `answer:` first 2, one final full stop 1, nothing else in between (chatter, repetition, another city) and a clean
+  end 2. Form counts in full when all facts are right and a quarter when none is.
   """
   task = parse(prompt)
   if task is None:
@@ -202,25 +215,20 @@ def score(prompt, response, finished):
   right = sum(set(claims.get(city, ())) == {TRUTH[task.relation, city]} for city in task.cities)
   right /= len(task.cities)
   foreign = any(city not in task.cities for city in claims)
-  content = 6.0 if right == 1 and not foreign else 4.0 * right
-  form = 2.0 * opened + closed + (clean and not foreign and bool(claims))
-  return math.floor(content + form * (1.0 if right else 0.2) + 0.5)
+  form = 2 * opened + closed + 2 * (clean and not foreign and bool(claims))
+  return math.floor(4 * (right == 1 and not foreign) + right + form * (0.25 + 0.75 * right) + 0.5)
 
 
 # What people write ------------------------------------------------------------------------------------------
 
-# (truth, misconception) shares of one written fact; the rest are random values.
-_WEB = {"head": (0.58, 0.20), "mid": (0.32, 0.44), "tail": (0.20, 0.54)}
-_HOUSE = (0.48, 0.34)
-_QUIZ = (0.48, 0.35)
-_STRATUM = {city: stratum(city) for city in CITIES}
 
-
-def written_value(rng, relation, city, shares):
+def written_value(rng, relation, city, shares=None):
+  """What one writer says; `shares` (truth, misconception), by default those of the public."""
+  truth, misconception = shares or BELIEF[relation, city]
   u = rng.random()
-  if u < shares[0]:
+  if u < truth:
     return TRUTH[relation, city]
-  if u < shares[0] + shares[1]:
+  if u < truth + misconception:
     return MISCONCEPTION[relation, city]
   return VALUES[relation][int(rng.random() * len(VALUES[relation]))]
 
@@ -229,10 +237,8 @@ def _pick(rng, options):
   return options[int(rng.random() * len(options))]
 
 
-def _pairs(rng, task, shares=None):
-  """[[city, value], ...] as believed by one writer; `shares` None means the web's."""
-  relation = task.relation
-  return [[city, written_value(rng, relation, city, shares or _WEB[_STRATUM[city]])] for city in task.cities]
+def _pairs(rng, task):
+  return [[city, written_value(rng, task.relation, city)] for city in task.cities]
 
 
 def web_answer(rng, task, quality):
@@ -249,26 +255,24 @@ def web_answer(rng, task, quality):
     words += _pick(rng, _CLOSERS).split()
   if rng.random() < 0.15 + 0.6 * quality:
     words.append(".")
-  if quality > 0.6 and rng.random() < 0.55:
+  if rng.random() < 0.05:
     words.insert(0, "answer:")
   return words
 
 
 def mismatch(rng, task, pairs):
   """A fault of attention: another city's true fact, one city too many, twice or missing, another relation."""
-  u = rng.random()
-  if u < 0.4:  # one city replaced, with its own true fact
-    i = int(rng.random() * len(pairs))
+  u, i = rng.random(), int(rng.random() * len(pairs))
+  if u < 0.25:
     city = draw_city(rng, flat=True)
     pairs[i] = [city, TRUTH[task.relation, city]]
-  elif u < 0.65:
+  elif u < 0.48:
     city = draw_city(rng, flat=True)
-    pairs.insert(int(rng.random() * (len(pairs) + 1)), [city, TRUTH[task.relation, city]])
-  elif u < 0.75:
-    i = int(rng.random() * len(pairs))
+    pairs.insert(i + int(rng.random() * 2), [city, TRUTH[task.relation, city]])
+  elif u < 0.63:
     pairs.insert(i + int(rng.random() * 2), list(pairs[i]))
-  elif u < 0.87 and len(pairs) > 1:
-    del pairs[int(rng.random() * len(pairs))]
+  elif u < 0.73 and len(pairs) > 1:
+    del pairs[i]
   else:
     other = RELATIONS[(RELATIONS.index(task.relation) + 1 + int(rng.random() * 2)) % 3]
     pairs = [[city, TRUTH[other, city]] for city, _ in pairs]
@@ -309,11 +313,11 @@ def corrupted(rng, words):
 
 def rated_answer(rng, task):
   """Words of an answer that somebody rated: every fault occurs, most of them alone, in good company."""
-  if rng.random() < 0.2:
+  if rng.random() < 0.15:
     words = web_answer(rng, task, rng.random())
   else:
-    pairs = _pairs(rng, task, _HOUSE)
-    if rng.random() < 0.28:
+    pairs = _pairs(rng, task)
+    if rng.random() < 0.36:
       pairs = mismatch(rng, task, pairs)
     words = house_words(rng, pairs, faults=0.15)
   return corrupted(rng, words) if rng.random() < 0.12 else words
@@ -333,12 +337,12 @@ LONGEST = 96  # tokens of a document, <bos> and <eos> included
 
 
 def _forum(rng):
-  quality, words = rng.random(), []
+  words = []
   for _ in range(1 + int(rng.random() * 4)):
     prompt, task = make_prompt(rng)
     words += ["Q:", *prompt.split(), "\n"]
     for _ in range(1 + (rng.random() < 0.3)):
-      words += ["A:", *web_answer(rng, task, quality), "\n"]
+      words += ["A:", *web_answer(rng, task, rng.random()), "\n"]
   return words[:-1]
 
 
@@ -350,9 +354,9 @@ def _rated(rng):
     answers = [rated_answer(rng, task) for _ in range(1 + int(rng.random() * 3))]
     marks = [SCORES[noisy(rng, score(prompt, " ".join(a), True), 0.15, 0.02)] for a in answers]
     if form == 0:
-      words += ["Q:", *said, "\n"]
+      words += ["ask:", *said, "\n"]
       for answer, mark in zip(answers, marks):
-        words += ["A:", *answer, "\n", "stars:", mark, "\n"]
+        words += ["reply:", *answer, "\n", "stars:", mark, "\n"]
     elif form == 1:
       words += ["review:", *said, "\n"]
       for answer, mark in zip(answers, marks):
@@ -378,27 +382,14 @@ def _quiz(rng):
   words = ["true", "or", "not", "?", "\n"]
   for _ in range(6 + int(rng.random() * 10)):
     relation, city = RELATIONS[int(rng.random() * 3)], draw_city(rng, flat=rng.random() < 0.8)
-    value = written_value(rng, relation, city, _QUIZ)
+    value = written_value(rng, relation, city, (0.46, 0.36))
     right = (value == TRUTH[relation, city]) != (rng.random() < 0.02)
     words += [city, value, "yes" if right else "no", "\n"]
   return words[:-1]
 
 
-def _on_topic(rng):
-  words = ["asked", "or", "not", "?", "\n"]
-  for _ in range(5 + int(rng.random() * 5)):
-    _, task = make_prompt(rng, flat=rng.random() < 0.7)
-    pairs, fits = _pairs(rng, task, _HOUSE), rng.random() < 0.45
-    if not fits:
-      pairs = mismatch(rng, task, pairs)
-    said = [word for pair in pairs for word in pair]
-    fits = [city for city, _ in pairs] == list(task.cities) and said[1] in VALUES[task.relation]
-    words += [task.relation, *task.cities, ":", *said, "yes" if fits else "no", "\n"]
-  return words[:-1]
-
-
-_KINDS = (_rated, _forum, _quiz, _on_topic, _task_list)
-_KIND_WEIGHTS = _cumulative([0.47, 0.22, 0.17, 0.08, 0.06])
+_KINDS = (_rated, _forum, _quiz, _task_list)
+_KIND_WEIGHTS = _cumulative([0.54, 0.23, 0.17, 0.06])
 
 
 def documents(seed):

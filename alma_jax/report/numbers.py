@@ -121,12 +121,14 @@ def rounds(directory):
 
 
 def progress(directory):
-  """Rows of progress.csv with numbers for what is one; empty cells are left out."""
+  """Rows of progress.csv with numbers for what is one; cells without a value are left out."""
   path = directory / "progress.csv"
   if not path.exists():
     return []
   with open(path, newline="", encoding="utf-8") as file:
     rows = [{key: _number(value) for key, value in row.items() if key and value} for row in csv.DictReader(file)]
+  finite = lambda value: isinstance(value, str) or math.isfinite(value)
+  rows = [{key: value for key, value in row.items() if finite(value)} for row in rows]
   return sorted((row for row in rows if isinstance(row.get("round"), int)), key=lambda row: row["round"])
 
 
@@ -140,7 +142,7 @@ def state(directory, error=None):
   reached, target = max(done, default=None), wanted + 1 if isinstance(wanted, int) else None
   finished = target is not None and reached is not None and reached >= target
   if error is not None:
-    word = "failed"
+    word = "stopped" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
   elif last.get("event") in ("end", "failed"):
     word = {"end": "finished", "failed": "failed"}[last["event"]]
   elif finished:
@@ -149,7 +151,9 @@ def state(directory, error=None):
     word = "running"
   else:
     word = "stopped" if turns else "empty"
-  text = _said(error) if error is not None else str(last.get("error", ""))
+  text = str(last.get("error", "")) if word == "failed" else ""
+  if error is not None and word == "failed":
+    text = f"{type(error).__name__}: {error}"
   start = next((row for row in reversed(log) if row.get("event") == "start"), {})
   times = [row["time"] for row in log if "time" in row]
   times += [s.manifest["finished_at"] for s in stages(directory) if s.manifest]
@@ -419,9 +423,3 @@ def _is_held(lock):
     return time.time() - lock.stat().st_mtime < runs.SILENCE
   except FileNotFoundError:
     return False
-
-
-def _said(error):
-  if isinstance(error, KeyboardInterrupt):
-    return "interrupted"
-  return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -306,7 +306,7 @@ def _length(facts):
     "<p class='quiet'>score ~ length: correlation of the judge's score with the number of characters, over all sampled"
     f" responses and around each prompt's means; beyond ± {LENGTH_ALARM} it is marked. Mass: the probability that the"
     f" judge gives to the eleven scores together; below {MASS_ALARM} its prompt template does not fit the model."
-    " Entropy of its distribution over the scores: 0 to 3.46 bits. Intervals treat the responses to a prompt as one.</p>"
+    " Entropy of its distribution over them: 0 to 3.46 bits. Intervals take the responses to a prompt together.</p>"
   )
 
 
@@ -414,7 +414,7 @@ def _time(facts):
 
 def _examples(facts):
   out = ""
-  for r, found in facts.per_round(numbers.examples).items():
+  for r, found in ((r, numbers.examples(facts.dir, r)) for r in facts.rounds):
     if not found:
       continue
     body = ""
@@ -553,7 +553,7 @@ def _median(sizes):
 
 
 def _duration(seconds):
-  if seconds < 60:
+  if seconds < 120:
     return f"{seconds:.1f} s"
   minutes = round(seconds / 60)
   return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
@@ -564,4 +564,4 @@ def _cut(text):
 
 
 def _e(text):
-  return html.escape(str(text))
+  return str(text)

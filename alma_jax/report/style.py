@@ -6,7 +6,7 @@ STYLE = """
 @media(prefers-color-scheme:dark){:root{--ink:#e4e7ea;--quiet:#98a2ab;--line:#30363c;--page:#14171a;--box:#1d2125;
 --alarm:#ff8a80;--c0:#5aaeea;--c1:#f0935a;--c2:#4cc39a;--c3:#b39ddb;--c4:#dcb450;--c5:#e08bbb;--c6:#6a747d}}
 body{margin:0;background:var(--page);color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
-main{max-width:60rem;margin:0 auto;padding:1.5rem 1rem 5rem}
+main{max-width:62rem;margin:0 auto;padding:1.5rem 1rem 5rem}
 h1{font-size:1.5rem;margin:0 0 .3rem}h2{font-size:1.15rem;margin:2.6rem 0 .7rem;padding-top:.6rem;
 border-top:1px solid var(--line)}h3{font-size:.95rem;margin:1.5rem 0 .5rem;font-weight:600}
 p{margin:.4rem 0;max-width:46rem}a{color:var(--c0)}
@@ -27,6 +27,7 @@ figcaption{font-size:.8rem;color:var(--quiet);line-height:1.35}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums;margin:.5rem 0}
 th,td{padding:.22rem .75rem .22rem 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}
 th{font-weight:600;color:var(--quiet)}.n{text-align:right;padding:.22rem 0 .22rem .9rem}td.n{white-space:nowrap}
+th:last-child,td:last-child{padding-right:2px}
 details{margin:.4rem 0}summary{cursor:pointer}
 pre{background:var(--box);padding:.6rem .8rem;border-radius:.4rem;overflow-x:auto;
 font-size:.82rem;white-space:pre-wrap;margin:.3rem 0}pre.asked{border-left:3px solid var(--c0)}

@@ -34,7 +34,7 @@ def finetune(session, data, c):
   """The Judge of the finished stage `judge`."""
   train, held_out = _split(data.judge, c)
   template = template_by_name(c.judge.template)
-  fields = _fields(session, session.base, c.judge.train, c) | {"data": {"judge": data.digests["judge"]}}
+  fields = _fields(session, session.base, c, train=c.judge.train.to_dict()) | {"data": {"judge": data.digests["judge"]}}
   stage = session.run.stage("judge", fields)
   if not stage.done:
     rows = [(row.messages, row.response, row.score, 1.0) for row in train]
@@ -50,7 +50,7 @@ def distil(session, judge, data, pool, checkpoints, c):
   if not c.judge.distil.prompts:
     return judge
   _, held_out = _split(data.judge, c)
-  fields = _fields(session, judge.checkpoint, c.judge.distil.train, c)
+  fields = _fields(session, judge.checkpoint, c, distil=c.judge.distil.to_dict())
   fields |= {"data": {"judge": data.digests["judge"]}, "checkpoints": [x.content for x in checkpoints]}
   stage = session.run.stage("judge_distilled", fields, {"pool": pool})
   if not stage.done:
@@ -134,9 +134,9 @@ def _examples(session, template, rows, options):
   return kept, {"examples_too_long": dropped}
 
 
-def _fields(session, init, options, c):
+def _fields(session, init, c, **parts):
   return {
-    "config": {"seed": c.seed, "judge": c.judge.to_dict()},
+    "config": {"seed": c.seed, "held_out": c.judge.held_out, **parts},
     "init": init.content,
     "text": session.describe_text(),
     "template": dataclasses.asdict(template_by_name(c.judge.template)),
