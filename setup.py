@@ -34,7 +34,7 @@ setup(
   extras_require={
     "gpu": ["jax[cuda12]"],  # brings CUDA; for a driver of 580 or newer, jax[cuda13] is the alternative
     "tpu": ["jax[tpu]"],
-    "test": ["pytest", "hypothesis", "scikit-learn", "ruff"],
+    "test": ["pytest", "hypothesis", "scikit-learn", "ruff==0.17.5"],
     "bench": ["torch", "trl==1.16.0", "faiss-cpu", "scikit-learn", "datasketch"],
   },
 )

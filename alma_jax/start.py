@@ -34,10 +34,13 @@ def run(recipe, config, workdir):
       began = time.monotonic()
       try:
         recipe.run(session)
+        session.run.log("end", seconds=round(time.monotonic() - began, 1))
+      except BaseException as error:
+        session.run.log("failed", error=f"{type(error).__name__}: {error}"[:2000])
+        raise
       finally:
         if session.run.host == 0:
           page.write(session.run.dir)
-      session.run.log("end", seconds=round(time.monotonic() - began, 1))
       if session.run.host == 0:
         print(page.summary(session.run.dir))
     return 0
@@ -52,9 +55,9 @@ def run(recipe, config, workdir):
     return 1
 
 
-MEMORY = """In sampling, scoring and embedding: lower config.engine.slots or config.engine.rows, or share a model among more
-devices with config.engine.tensor. In training: set remat=True, lower row_length or batch, or spread the weights over
-more devices with config.mesh.fsdp. Finished stages are kept; start the same command again."""
+MEMORY = """In sampling, scoring and embedding: lower config.engine.slots or config.engine.rows, or share a model
+among more devices with config.engine.tensor. In training: set remat=True, lower row_length or batch, or spread the
+weights over more devices with config.mesh.fsdp. Finished stages are kept; start the same command again."""
 
 
 @contextlib.contextmanager

@@ -98,7 +98,9 @@ def measure(directory, seed, parts):
   if path.exists():
     return json.loads(path.read_text())
   from alma_jax import start
-  from alma_jax.stages import clusters, judge, policy, prompts
+  from alma_jax.session.scoring import Judge
+  from alma_jax.session.training import Checkpoint
+  from alma_jax.stages import judge, policy
   from alma_jax.stages import seeds as seed_stage
   from configs.alma import get_config
 
@@ -110,10 +112,11 @@ def measure(directory, seed, parts):
     sft = [
       policy.sft(session, f"sft_{i}", session.base, data, [], c.sft, s) for i, s in enumerate(c.sft_seeds, start=1)
     ]
-    pool = clusters.build(session, prompts.build(session, data, c), c)
     tuned = judge.finetune(session, data, c)
+    distilled = directory / "judge_distilled" / "model"  # measured whether it was accepted or not
+    distilled = Judge(Checkpoint("judge_distilled", distilled, f"distilled {seed}"), tuned.template, "expected")
     judges = {
-      "fine-tuned, real-valued, self-distilled": judge.distil(session, tuned, data, pool, sft, c),
+      "fine-tuned, real-valued, self-distilled": distilled,
       "fine-tuned, real-valued": tuned,
       "fine-tuned, integer": replaced(tuned, "integer"),
       "base 3-shot, real-valued": judge.few_shot(session, data, c),

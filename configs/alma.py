@@ -77,9 +77,9 @@ def llama_8b():
   c.judge.held_out = 0.05  # of the annotated prompts, to accept or refuse the distilled judge
   c.judge.train = training(5e-6, 5e-7, batch=64, epochs=2, row_length=2048, warmup=0.05, remat=True)
   c.judge.distil = ConfigDict()
-  c.judge.distil.prompts = 10_000  # synthetic prompts, one response from each initial model; 0: no distillation
+  c.judge.distil.prompts = 10_000  # synthetic prompts, answered by the initial models; 0: no distillation
   c.judge.distil.target = "two_hot"  # "rounded"
-  c.judge.distil.sample = sampling(0.8, 0.95, max_new_tokens=1024, max_prompt_tokens=1024)
+  c.judge.distil.sample = sampling(0.8, 0.95, n=2, max_new_tokens=1024, max_prompt_tokens=1024)
   c.judge.distil.train = training(2.5e-6, 2.5e-7, batch=64, epochs=1, row_length=2048, remat=True)
 
   # Selection and training
@@ -136,7 +136,7 @@ def mini():
   c.clusters.k = 192
   c.draw.prompts = 24
   c.responses.update(sampling(0.7, 1.0, n=16, **room))
-  c.judge.distil.sample = sampling(1.0, 1.0, **room)
+  c.judge.distil.sample = sampling(1.0, 1.0, n=2, **room)
   c.eval.update(sampling(0.0, 1.0, max_new_tokens=16, max_prompt_tokens=64))
   c.eval.update(dict(evaluator="mini", few_shot="mini"))
   return c

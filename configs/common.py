@@ -1,4 +1,4 @@
-"""Pieces that configs share. A piece is a plain function that returns a section; change leaves afterwards as you like."""
+"""Pieces that configs share: plain functions that return a section, whose leaves you may change afterwards."""
 
 from ml_collections import ConfigDict
 

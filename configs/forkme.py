@@ -18,7 +18,7 @@ from configs import alma
 def get_config():
   c = alma.llama_8b()  # everything that is not said below is as in the paper; configs/alma.py explains each line
 
-  # The base model: a Hugging Face directory of a Llama (2, 3, 3.1, 3.2) with config.json, *.safetensors, tokenizer.json.
+  # The base model: a Hugging Face directory of a Llama 2, 3, 3.1 or 3.2: config.json, *.safetensors, the tokenizer.
   c.model.path = "/models/Meta-Llama-3-8B"  # CHANGE
   c.model.chat = "llama3"  # what its chat tokens are: llama3, llama2, or plain for a model without any
 
@@ -52,6 +52,6 @@ def get_config():
   c.mesh.update(dict(data=1, fsdp=-1, tensor=1))
   c.engine.tensor = 1
 
-  # A round can differ: here the second round of feedback samples more boldly.
-  c.rounds = {3: dict(responses=dict(temperature=0.9))}
+  # A round can differ from the others: {3: dict(responses=dict(temperature=0.9))} makes round 3 bolder.
+  c.rounds = {}
   return c

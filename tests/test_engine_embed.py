@@ -14,7 +14,7 @@ BOS = 1
 @pytest.fixture(scope="module")
 def rows():
   rng = np.random.default_rng(0)
-  return [(BOS, *rng.integers(2, CONFIG.vocab, n - 1).tolist()) for n in (2, 16, 17, 3, 40, 16, 2, 15)]
+  return [(BOS, *rng.integers(2, CONFIG.vocab, n - 1).tolist()) for n in (2, 16, 17, 3, 17, 16, 2, 3, 2)]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def test_company_order_and_devices_change_nothing(rows, embedded):
   order = np.random.default_rng(1).permutation(len(rows))
   heard = []
   permuted = embeddings(stacked(), [rows[i] for i in order], batch=4, progress=heard.append)
-  np.testing.assert_allclose(permuted, embedded[order], atol=1e-6)
+  np.testing.assert_allclose(permuted, embedded[order], atol=1e-6, rtol=1e-6)
   assert sum(heard) == len(rows)
 
   mesh = sharding.make_mesh()

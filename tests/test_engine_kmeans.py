@@ -64,11 +64,10 @@ def test_seeding_finds_clusters_that_are_far_apart():
   rng = np.random.default_rng(2)
   truth = np.repeat(np.arange(16), 40)
   points = (100 * rng.normal(size=(16, 8))[truth] + rng.normal(size=(640, 8))).astype(np.float32)
-  labels, _, report = kmeans(points, 16, KEY, iterations=30)
-  together = {(a, b) for a, b in zip(truth, labels)}
-  assert len(together) >= 16
-  within = 640 * 8
-  assert report["inertia"][-1] < 60 * within  # a random start that misses k clusters costs about k * 20 * within
+  # A start from 32 points drawn evenly misses two of the sixteen groups, and pays for it a hundredfold.
+  labels, _, report = kmeans(points, 32, KEY, iterations=30)
+  assert len(set(zip(truth.tolist(), labels.tolist()))) == len(set(labels.tolist()))  # no cluster holds two groups
+  assert report["inertia"][-1] < 640 * 8
 
 
 def test_inertia_never_rises_and_the_report_counts_the_clusters():
@@ -114,10 +113,10 @@ def test_duplicates_share_a_cluster_and_nothing_breaks(k):
   points = np.repeat(distinct, 12, axis=0)
   labels, centroids, report = kmeans(points, k, KEY, 20)
   assert np.isfinite(centroids).all()
-  assert 0 <= labels.min() and labels.max() < k
+  assert labels.min() >= 0 and labels.max() < k
   assert [len(set(labels[i : i + 12].tolist())) for i in range(0, 60, 12)] == [1] * 5
   if k >= 5:
-    assert report["inertia"][-1] < 1e-2  # every distinct point has a centroid
+    assert report["inertia"][-1] < 1e-5 * (points**2).sum()  # every distinct point has a centroid, but for a hair
 
 
 def test_equal_points_only():

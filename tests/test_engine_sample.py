@@ -77,7 +77,7 @@ def test_logprob_is_that_of_a_full_forward_at_temperature_1_with_the_stop_token(
 
 def test_sampling_ends_at_any_stop_token_which_is_not_among_the_tokens(greedy):
   a, b, c = (result.tokens for result in greedy[:3])
-  stops = (a[-1], b[5], c[2], 10**6)
+  stops = (a[-1], next(token for token in b if token not in a), c[2], 10**6)
   assert not set(stops) & set(a[:-1])  # so that the first one ends in the last place that it has
   results = run(make_requests(6, 6), dataclasses.replace(GREEDY, stop_ids=stops))
   for free, stopped in zip(greedy, results):
@@ -134,6 +134,19 @@ def test_eight_devices_sample_what_one_does_and_compile_once(tensor, warm):
   sizes = compiled_sizes()
   assert tokens_of(run(make_requests(30, 7, seed=2), WARM, 16, model, place=place))
   assert compiled_sizes() == sizes
+
+
+def test_every_device_holds_its_own_part_of_the_cache_from_the_start(monkeypatch):
+  mesh, fill, seen = sharding.make_mesh(data=4, tensor=2), engine._fill, []
+
+  def watched(model, state, *rest):
+    seen.extend(shard.data.shape for shard in state["cache"][0][0].addressable_shards)
+    return fill(model, state, *rest)
+
+  monkeypatch.setattr(engine, "_fill", watched)
+  place = lambda x: jax.device_put(x, sharding.batch_sharding(mesh))
+  run(make_requests(1, 1), WARM, 16, on_mesh(unrolled(), mesh, sharding.DECODE), place=place)
+  assert seen == [(16 // 4, ROOM, CONFIG.kv_heads // 2, CONFIG.head_dim)] * 8
 
 
 def compiled_sizes():

@@ -60,19 +60,19 @@ def _scores():
     ("country : lyon oslo", "answer: oslo norway lyon france .", True, 10),
     ("country : lyon oslo", "lyon france oslo norway .", True, 8),
     ("country : lyon oslo", "answer: lyon france oslo norway", True, 9),
-    ("country : lyon oslo", "answer: lyon france oslo norway .", False, 8),
-    ("country : lyon oslo", "answer: lyon france oslo norway . lol", True, 8),
-    ("country : lyon oslo", "answer: well lyon france oslo norway .", True, 9),
-    ("country : lyon oslo", "answer: lyon france lyon france oslo norway .", True, 9),
-    ("country : lyon oslo", "answer: lyon france oslo norway rome italy .", True, 7),
-    ("country : lyon oslo", "answer: lyon france rome italy .", True, 5),
-    ("country : lyon oslo", "answer: lyon france oslo cuba .", True, 6),
-    ("country : lyon oslo", "answer: lyon france oslo norway oslo cuba .", True, 5),
-    ("country : lyon oslo", "answer: lyon france .", True, 6),
+    ("country : lyon oslo", "answer: lyon france oslo norway .", False, 7),
+    ("country : lyon oslo", "answer: lyon france oslo norway . lol", True, 7),
+    ("country : lyon oslo", "answer: well lyon france oslo norway .", True, 8),
+    ("country : lyon oslo", "answer: lyon france lyon france oslo norway .", True, 8),
+    ("country : lyon oslo", "answer: lyon france oslo norway rome italy .", True, 4),
+    ("country : lyon oslo", "answer: lyon france rome italy .", True, 2),
+    ("country : lyon oslo", "answer: lyon france oslo cuba .", True, 4),
+    ("country : lyon oslo", "answer: lyon france oslo norway oslo cuba .", True, 2),
+    ("country : lyon oslo", "answer: lyon france .", True, 4),
     ("country : lyon oslo", "answer: lyon peru oslo cuba .", True, 1),
     ("please food of paris", f"answer: paris {pie} .", True, 10),
     ("please food of paris", f"answer: paris {wrong} .", True, 1),
-    ("please food of paris", f"answer: paris {pie} {wrong} .", True, 9),
+    ("please food of paris", f"answer: paris {pie} {wrong} .", True, 8),
     ("please food of paris", "no idea", True, 0),
     ("please food of paris", "", True, 0),
     ("please food of", "answer: paris pie .", True, 0),
@@ -119,7 +119,7 @@ def test_seed_files(tmp_path):
   assert first["sft"].read_bytes() != other["sft"].read_bytes()
   assert {row["score"] for row in rows["judge"]} == set(range(11))
   worth = np.mean([world.score(row["prompt"], row["response"], True) for row in rows["sft"]])
-  assert 7 < worth < 9  # demonstrations are good, and leave something to be learned
+  assert 6.5 < worth < 8.5  # demonstrations are good, and leave something to be learned
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -133,9 +133,7 @@ def test_evaluation_prompts_are_never_seen(tmp_path, seed):
 
 def test_test_pairs_are_in_the_right_order(tmp_path):
   rows = _rows(seeds.make(tmp_path, 0)["judge_test"])
-  right = [
-    world.score(r["prompt"], r["chosen"], True) > world.score(r["prompt"], r["rejected"], True) for r in rows
-  ]
+  right = [world.score(r["prompt"], r["chosen"], True) > world.score(r["prompt"], r["rejected"], True) for r in rows]
   assert np.mean(right) > 0.97  # the rest were cut off in the middle, which a text alone does not tell
 
 

@@ -260,7 +260,10 @@ def test_the_page_shows_the_runs_numbers(finished):
   counts = runs.load_manifest(finished / "round_02/judgments")["counts"]["histogram"]
   for score, count in counts.items():
     assert f"score {int(score)}: {count / 60:.1%} of all responses ({count} of 60)" in text
-  sources = collections.Counter(x.source for x in runs.read_stage(finished / "round_02/trainset", Example))
+  chosen = runs.read_stage(finished / "round_02/trainset", Example)
+  for score, count in collections.Counter(int(x.score + 0.5) for x in chosen).items():
+    assert f"score {score}: {count / 10:.1%} of the selected ({count} of 10)" in text
+  sources = collections.Counter(x.source for x in chosen)
   assert f"round 2, sft_1: {sources['sft_1']} of 10" in text
   assert f"round 2, policy of the round before: {sources['round_01/policy']} of 10" in text
   labels = [min(i % 7, 3) for i in range(30)]

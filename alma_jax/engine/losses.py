@@ -23,7 +23,7 @@ def token_logprobs(model, hidden, targets):
   (B, T), mesh = targets.shape, jax.sharding.get_abstract_mesh()
   # A tile is a stretch of time of all rows: the rows stay spread over the devices, and each computes its own share.
   tile = max(1, TILE_BYTES * (1 if mesh.empty else mesh.size) // (4 * model.c.vocab * B))
-  if T <= tile:
+  if tile >= T:
     return logprobs(hidden, targets)
   short = -T % tile
   split = lambda x: jnp.moveaxis(x.reshape(B, -1, tile, *x.shape[2:]), 1, 0)

@@ -14,6 +14,8 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from alma_jax.llama import model as llama
 
@@ -67,9 +69,11 @@ def _inverse_cdf(p, uniform):
   return jnp.where(reached.any(axis=-1), jnp.argmax(reached, axis=-1), last)
 
 
-@functools.partial(jax.jit, static_argnames=("capacity", "slots", "max_new"))
-def _empty(model, slots, capacity, max_new):
-  return {
+@functools.partial(jax.jit, static_argnames=("slots", "capacity", "max_new", "rows"))
+def _empty(model, slots, capacity, max_new, rows):
+  """The state with nothing in any slot. It is made where it stays (`rows`: the slots' sharding, if they have one): the
+  cache of all devices would not fit on one."""
+  state = {
     "cache": llama.new_cache(model, slots, capacity),
     "logits": jnp.zeros((slots, model.c.vocab), jnp.float32),
     "length": jnp.zeros(slots, jnp.int32),
@@ -79,6 +83,15 @@ def _empty(model, slots, capacity, max_new):
     "tokens": jnp.zeros((slots, max_new), jnp.int32),
     "logprob": jnp.zeros(slots, jnp.float32),
   }
+  if rows is None:
+    return state
+  mesh, ways = rows.mesh, rows.mesh.shape["tensor"]
+  tensor = lambda size: "tensor" if size % ways == 0 else None
+  whole = jax.tree.map(lambda x: rows, state)
+  heads = NamedSharding(mesh, P(*rows.spec, None, tensor(model.c.kv_heads)))
+  logits = NamedSharding(mesh, P(*rows.spec, tensor(model.c.vocab)))
+  shardings = whole | {"cache": jax.tree.map(lambda x: heads, state["cache"]), "logits": logits}
+  return jax.lax.with_sharding_constraint(state, shardings)
 
 
 @functools.partial(jax.jit, donate_argnames="state")
@@ -134,8 +147,8 @@ def _segment(model, state, decoding):
 def sample(model, requests, decoding, slots, longest_prompt=None, place=lambda x: x, progress=None):
   """list[Sampled] in the order of `requests`; the model is in the unrolled layout.
 
-  `longest_prompt` fixes the prompt room (so that calls with shorter prompts share one compilation), `place` puts host
-  arrays with a leading slot axis on the devices, `progress(requests, tokens)` hears of what is finished.
+  `longest_prompt` fixes the prompt room (so that calls with shorter prompts share one compilation), `place` spreads host
+  arrays with a leading slot axis over the devices of a mesh, `progress(requests, tokens)` hears of what is finished.
   """
   requests = list(requests)
   if not requests:
@@ -144,10 +157,10 @@ def sample(model, requests, decoding, slots, longest_prompt=None, place=lambda x
   room = -(-room // BUCKET) * BUCKET
   results, waiting = [None] * len(requests), list(range(len(requests)))[::-1]
   holds = np.full(slots, -1)  # the request in each slot
-  state = jax.tree.map(place, _empty(model, slots, room + decoding.max_new_tokens, decoding.max_new_tokens))
-  done = np.ones(slots, bool)
+  rows = getattr(place(holds), "sharding", None)
+  state = _empty(model, slots, room + decoding.max_new_tokens, decoding.max_new_tokens, rows)
   while waiting or (holds >= 0).any():
-    state, holds = _refill(model, state, requests, waiting, holds, done, room, place)
+    state, holds = _refill(model, state, requests, waiting, holds, room, place)
     state = _segment(model, state, decoding)
     done, count = np.asarray(state["done"]), np.asarray(state["count"])
     ended = np.flatnonzero(done & (holds >= 0))
@@ -163,7 +176,7 @@ def sample(model, requests, decoding, slots, longest_prompt=None, place=lambda x
   return results
 
 
-def _refill(model, state, requests, waiting, holds, done, room, place):
+def _refill(model, state, requests, waiting, holds, room, place):
   """Hand free slots to waiting requests, a prompt's samples together, PREFILL_ROWS prompts per compiled call."""
   free = list(np.flatnonzero(holds < 0))[::-1]
   while free and waiting:

@@ -46,7 +46,7 @@ class Objective:
 
 def learning_rate(o, step, steps):
   """Linear warm-up, then cosine to the final rate; `step` counts from 0."""
-  warm = int(round(o.warmup * steps))
+  warm = round(o.warmup * steps)
   if step < warm:
     return o.learning_rate * (step + 1) / warm
   done = (step - warm) / max(1, steps - warm)
@@ -90,7 +90,7 @@ def _compiled(c, mesh, o, objective):
       return losses.sft(model, batch, objective.remat)
 
     (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(model)
-    metrics["gradient_norm"] = optax.global_norm(gradient)
+    metrics["gradient_norm"] = optax.tree.norm(gradient)
     updates, moments = tx.update(gradient, moments, model)
     model = jax.tree.map(lambda w, u: w - rate * u, model, updates)
     return (model, moments), metrics

@@ -51,7 +51,7 @@ _FIXED = dict(hidden_act="silu", attention_bias=False, mlp_bias=False)
 
 
 def from_hf(hf, where="config.json"):
-  """LlamaConfig from the dictionary of a Hugging Face config; old (`rope_theta`) and new (`rope_parameters`) spelling."""
+  """LlamaConfig of a Hugging Face config dictionary, in old (`rope_theta`) or new (`rope_parameters`) spelling."""
   kind = hf.get("model_type")
   if kind != "llama":
     raise ModelError(

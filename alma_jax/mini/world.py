@@ -82,7 +82,7 @@ TRUTH, MISCONCEPTION = _make_facts()
 # (truth, misconception) shares of what people write about a fact that is widely known, and about one that is not;
 # the rest are random values. Which facts are widely known is fixed; the rarer the city, the fewer.
 _KNOWN, _MISTAKEN = (0.48, 0.28), (0.26, 0.50)
-_WIDELY_KNOWN = {"head": 0.95, "mid": 0.80, "tail": 0.65}
+_WIDELY_KNOWN = {"head": 0.95, "mid": 0.75, "tail": 0.60}
 
 
 def _make_beliefs():
@@ -113,7 +113,7 @@ SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
 SCORES = tuple(str(s) for s in range(11))
 _MARKS = (
   "\n Q: A: # > tasks: ask: reply: review: stars: vote: score: prompt: response: rating: rate [[ ]]"
-  " answer: . : ? true yes no or not"
+  " answer: . : ? true here yes no or not"
 )
 
 
@@ -253,7 +253,7 @@ def web_answer(rng, task, quality):
     words = _pick(rng, _OPENERS).split() + words
   if rng.random() < 0.65 - 0.6 * quality:
     words += _pick(rng, _CLOSERS).split()
-  if rng.random() < 0.15 + 0.6 * quality:
+  if rng.random() < 0.05 + 0.6 * quality:
     words.append(".")
   if rng.random() < 0.05:
     words.insert(0, "answer:")
@@ -317,7 +317,7 @@ def rated_answer(rng, task):
     words = web_answer(rng, task, rng.random())
   else:
     pairs = _pairs(rng, task)
-    if rng.random() < 0.36:
+    if rng.random() < 0.32:
       pairs = mismatch(rng, task, pairs)
     words = house_words(rng, pairs, faults=0.15)
   return corrupted(rng, words) if rng.random() < 0.12 else words
@@ -388,8 +388,28 @@ def _quiz(rng):
   return words[:-1]
 
 
-_KINDS = (_rated, _forum, _quiz, _task_list)
-_KIND_WEIGHTS = _cumulative([0.54, 0.23, 0.17, 0.06])
+def _roll_call(rng):
+  words = []
+  for _ in range(2 + int(rng.random() * 3)):
+    here = _some_cities(rng, 1 + int(rng.random() * 4))
+    words += ["here", ":", *here, "\n"]
+    for _ in range(2 + int(rng.random() * 4)):
+      city = _pick(rng, here) if rng.random() < 0.5 else draw_city(rng, flat=True)
+      words += [city, "yes" if city in here else "no", "\n"]
+  return words[:-1]
+
+
+def _some_cities(rng, count):
+  cities = []
+  while len(cities) < count:
+    city = draw_city(rng, flat=rng.random() < 0.7)
+    if city not in cities:
+      cities.append(city)
+  return cities
+
+
+_KINDS = (_rated, _forum, _quiz, _roll_call, _task_list)
+_KIND_WEIGHTS = _cumulative([0.52, 0.20, 0.14, 0.08, 0.06])
 
 
 def documents(seed):

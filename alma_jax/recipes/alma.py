@@ -28,7 +28,12 @@ def run(session):
     judge_ = judge.few_shot(session, data, c)
   else:
     judge_ = judge.finetune(session, data, c)
-    judge_ = judge.distil(session, judge_, data, pool, sft, c)
+    if c.judge.distil.prompts:
+      c_1 = judge.practice(c)
+      asked = clusters.draw(session, 1, pool, [], c_1)
+      sampled = responses.build(session, 1, asked, sft, c_1)
+      scored = judgments.build(session, 1, asked, sampled, judge_, c_1)
+      judge_ = judge.distil(session, judge_, data, asked, sampled, scored, c)
 
   evals.build(session, 0, base, judge_, data, c, shots=c.eval.shots)
   evals.build(session, 1, sft[0], judge_, data, c)

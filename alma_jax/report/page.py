@@ -564,4 +564,4 @@ def _cut(text):
 
 
 def _e(text):
-  return str(text)
+  return html.escape(str(text))

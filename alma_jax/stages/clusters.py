@@ -88,8 +88,8 @@ def drawn(prompts, used, k, method, words):
   unused = [p for p in prompts if p.id not in used]
   if len(unused) < k:
     raise RunError(
-      f"round {words[1]} draws {k} prompts, but of the pool's {len(prompts)} only {len(unused)} are unused; set a larger"
-      " prompts.draws (the pool is then made again, in a new --workdir) or a smaller draw.prompts"
+      f"round {words[1]} draws {k} prompts, but of the pool's {len(prompts)} only {len(unused)} are unused; set a"
+      " larger prompts.draws (the pool is then made again, in a new --workdir) or a smaller draw.prompts"
     )
   # Every prompt and every cluster has its own random number, so that order in the file plays no part.
   rank = {p.id: key_of(*words, p.id) for p in unused}

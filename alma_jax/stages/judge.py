@@ -5,18 +5,17 @@ Self-distillation needs a target that is not the judge's own distribution, or no
 taken only if it agrees with held-out annotations no worse than before; the manifest says which one was taken.
 """
 
+import copy
 import dataclasses
 import math
 
 import numpy as np
 
 from alma_jax.session import training
-from alma_jax.session.sampling import drafts
 from alma_jax.session.scoring import Judge, template_by_name, verdicts
-from alma_jax.session.session import key_of
-from alma_jax.store.records import Prompt, prompt_id
+from alma_jax.session.session import Checkpoint, key_of
+from alma_jax.store.records import Judgment, Prompt, Response, prompt_id
 from alma_jax.store.runs import RunError
-from alma_jax.text import chat
 from alma_jax.text.judge import judge_example
 
 
@@ -45,37 +44,40 @@ def finetune(session, data, c):
   return Judge(training.trained(stage), template, c.judge.mode)
 
 
-def distil(session, judge, data, pool, checkpoints, c):
-  """The Judge after self-distillation on synthetic prompts and responses, or `judge` itself if that is no worse."""
-  if not c.judge.distil.prompts:
-    return judge
+def practice(c):
+  """The config under which the pairs for self-distillation are drawn and sampled, as a round of its own."""
+  c = copy.deepcopy(c)
+  c.draw.update(dict(prompts=c.judge.distil.prompts, method="random"))
+  c.responses.update(c.judge.distil.sample)
+  return c
+
+
+def distil(session, judge, data, prompts, responses, judgments, c):
+  """The Judge after training on its own mean scores of those responses, or `judge` itself if that is no worse."""
   _, held_out = _split(data.judge, c)
   fields = _fields(session, judge.checkpoint, c, distil=c.judge.distil.to_dict())
-  fields |= {"data": {"judge": data.digests["judge"]}, "checkpoints": [x.content for x in checkpoints]}
-  stage = session.run.stage("judge_distilled", fields, {"pool": pool})
+  fields |= {"data": {"judge": data.digests["judge"]}}
+  inputs = {"prompts": prompts, "responses": responses, "judgments": judgments}
+  stage = session.run.stage("judge_distilled", fields, inputs)
   if not stage.done:
-    pairs = _synthetic_pairs(session, pool, checkpoints, c)
-    mean_judge = dataclasses.replace(judge, mode="expected")
-    with session.bar("judge_distilled: scores", len(pairs), "responses") as bar:
-      scored = verdicts(session, mean_judge, pairs, bar)
-    rows = [(m, r, s, w) for (m, r), v in zip(pairs, scored) for s, w in targets(v.score, c.judge.distil.target)]
     options = c.judge.distil.train
+    rows = _scored_rows(prompts, responses, judgments, c.judge.distil.target)
     examples, counts = _examples(session, judge.template, rows, options)
-    model, facts = training.train(
-      session, stage, judge.checkpoint, examples, options, key_of(c.seed, "judge_distilled")[0]
-    )
-    before = disagreement(session, mean_judge, held_out)
-    candidate = training.Checkpoint("judge_distilled", model, f"candidate of {judge.checkpoint.content}")
-    after = disagreement(session, dataclasses.replace(mean_judge, checkpoint=candidate), held_out)
+    seed = key_of(c.seed, "judge_distilled")[0]
+    model, facts = training.train(session, stage, judge.checkpoint, examples, options, seed)
+    candidate = Checkpoint("judge_distilled", model, f"candidate of {judge.checkpoint.content}")
+    before = disagreement(session, judge, held_out)
+    after = disagreement(session, dataclasses.replace(judge, checkpoint=candidate), held_out)
     session.free()
-    accepted = after <= before
-    training.finish(
-      session,
-      stage,
-      counts | facts | {"pairs": len(pairs)},
-      held_out={"rows": len(held_out), "before": before, "after": after},
-      accepted=accepted,
-    )
+    spread = 1.96 * float(np.std(after - before)) / math.sqrt(len(held_out))
+    agreement = {
+      "rows": len(held_out),
+      "before": float(before.mean()),
+      "after": float(after.mean()),
+      "difference_ci95": spread,
+    }
+    accepted = bool(after.mean() <= before.mean())
+    training.finish(session, stage, counts | facts, held_out=agreement, accepted=accepted)
   if not stage.manifest["accepted"]:
     return judge
   return dataclasses.replace(judge, checkpoint=training.trained(stage))
@@ -90,26 +92,22 @@ def targets(score, kind):
 
 
 def disagreement(session, judge, rows):
-  """Mean absolute difference between the judge's score and the annotator's."""
+  """Per annotated row: the absolute difference between the judge's mean score and the annotator's."""
+  judge = dataclasses.replace(judge, mode="expected")
   found = verdicts(session, judge, [(row.messages, row.response) for row in rows])
-  return float(np.mean([abs(v.score - row.score) for v, row in zip(found, rows)]))
+  return np.array([abs(v.score - row.score) for v, row in zip(found, rows)])
 
 
-def _synthetic_pairs(session, pool, checkpoints, c):
-  """(messages, response) pairs: prompts of the pool, one response from each checkpoint."""
-  d = c.judge.distil
-  prompts = sorted(pool.read(Prompt), key=lambda p: key_of(c.seed, "distil", p.id))[: d.prompts]
-  if len(prompts) < d.prompts:
-    raise RunError(f"judge.distil.prompts asks for {d.prompts} prompts and the pool has {len(prompts)}")
-  rows = [tuple(chat.encode_prompt(session.tokenizer, session.chat, p.messages)) for p in prompts]
-  fit = [i for i, ids in enumerate(rows) if len(ids) <= d.sample.max_prompt_tokens]
-  stops, pairs = chat.stop_ids(session.tokenizer, session.chat), []
-  with session.bar("judge_distilled: samples", len(fit) * len(checkpoints), "samples") as bar:
-    for number, checkpoint in enumerate(checkpoints):
-      keys = [key_of(c.seed, 1, "distil", prompts[i].id, number) for i in fit]
-      written = drafts(session, checkpoint, [rows[i] for i in fit], keys, stops, d.sample, bar)
-      pairs += [(prompts[i].messages, draft.text) for i, draft in zip(fit, written) if draft.text.strip()]
-  return pairs
+def _scored_rows(prompts, responses, judgments, target):
+  """(messages, response, integer score, weight) rows: the judge's mean score of every non-empty response."""
+  messages = {p.id: p.messages for p in prompts.read(Prompt)}
+  mean = {(j.prompt_id, j.sample_id): sum(s * p for s, p in enumerate(j.probs)) for j in judgments.read(Judgment)}
+  return [
+    (messages[r.prompt_id], r.text, score, weight)
+    for r in responses.read(Response)
+    if r.text
+    for score, weight in targets(mean[r.prompt_id, r.sample_id], target)
+  ]
 
 
 def _split(annotations, c):

@@ -1,0 +1,207 @@
+"""Configs: that the shipped ones load and mean what they say, and that what cannot be meant is named."""
+
+import importlib
+import importlib.util
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from ml_collections import ConfigDict
+
+from alma_jax import config as configs
+from configs import alma, common, forkme
+
+ROOT = pathlib.Path(__file__).parents[1]
+ABLATIONS = sorted(p.stem for p in (ROOT / "configs" / "ablations").glob("[a-z]*.py"))
+LEAVES = list(configs.leaves(alma.mini().to_dict()))
+
+
+def command(module, *arguments):
+  return subprocess.run([sys.executable, *module, *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+def get(config, path):
+  for key in path.split("."):
+    config = config[key]
+  return config
+
+
+def nested(path, value):
+  for key in reversed(path.split(".")):
+    value = {key: value}
+  return value
+
+
+def with_rounds(rounds):
+  c = alma.mini()
+  c.rounds = rounds
+  return c
+
+
+# The shipped configs
+
+
+def test_the_8b_config_has_the_papers_numbers():
+  c = alma.get_config("8b")
+  assert (c.draw.prompts, c.clusters.k, c.prompts.draws) == (50_000, 200_000, 2_000_000)
+  assert (c.responses.n, c.feedback_rounds, len(c.sft_seeds)) == (200, 10, 2)
+  assert c.responses.checkpoints == ("sft", "latest") and c.trainset.method == "best_of_n"
+
+
+@pytest.mark.parametrize("size", ["mini", "8b", "70b"])
+def test_sizes_have_the_same_fields(size):
+  assert set(configs.leaves(alma.get_config(size).to_dict())) == set(LEAVES)
+  assert alma.get_config(size).recipe == "alma"
+
+
+def test_an_unknown_size_is_named():
+  with pytest.raises(ValueError, match="no size '9b'; there are mini, 8b, 70b"):
+    alma.get_config("9b")
+
+
+def test_the_70b_config_changes_every_rate_and_shards_the_model():
+  small, large = alma.get_config("8b"), alma.get_config("70b")
+  for path in ("sft", "policy", "judge.train", "judge.distil.train"):
+    assert get(large, path).learning_rate < get(small, path).learning_rate
+    assert get(large, path).final_learning_rate < get(large, path).learning_rate
+  assert large.engine.tensor == large.mesh.tensor == 8
+
+
+def test_pieces_are_not_shared_between_configs():
+  a, b = alma.mini(), alma.mini()
+  a.policy.epochs = 9.0
+  assert b.policy.epochs != 9.0 and a.sft.epochs != 9.0
+
+
+def test_a_misspelt_training_option_is_refused():
+  with pytest.raises(TypeError, match="lerning_rate"):
+    common.training(1e-3, 0.0, batch=1, epochs=1, row_length=8, lerning_rate=1.0)
+
+
+# A round's config
+
+
+def test_a_rounds_overrides_do_not_leak():
+  c = with_rounds(
+    {3: {"responses": {"temperature": 0.9, "n": 4}, "policy": {"epochs": 1}}, 4: {"draw": {"prompts": 7}}}
+  )
+  before = c.to_dict()
+  plain = {r: configs.for_round(c, r).to_dict() for r in (2, 3, 4, 5)}
+  assert c.to_dict() == before
+  assert plain[2] == plain[5] == {k: v for k, v in alma.mini().to_dict().items() if k != "rounds"}
+  changed = {r: {p for p in LEAVES if p != "rounds" and get(plain[r], p) != get(plain[2], p)} for r in (3, 4)}
+  assert changed == {3: {"responses.temperature", "responses.n", "policy.epochs"}, 4: {"draw.prompts"}}
+  assert (plain[3]["responses"]["temperature"], plain[4]["draw"]["prompts"]) == (0.9, 7)
+  assert isinstance(plain[3]["policy"]["epochs"], float)
+
+
+def test_changing_a_rounds_config_does_not_change_the_runs():
+  c = with_rounds({3: {"draw": {"prompts": 7}}})
+  configs.for_round(c, 3).responses.n = 999
+  assert c.responses.n != 999 and configs.for_round(c, 3).responses.n != 999
+
+
+@pytest.mark.parametrize(
+  "rounds, message",
+  [
+    (
+      {3: {"responses": {"temprature": 0.9}}},
+      r"rounds\[3\].*'responses.temprature'; did you mean 'responses.temperature'",
+    ),
+    ({3: {"respones": {"temperature": 0.9}}}, r"no field 'respones'; did you mean 'responses'"),
+    ({3: {"temperature": 0.9}}, r"no field 'temperature'; did you mean '\w+(\.\w+)*\.temperature'"),
+    ({3: {"responses": 4}}, "responses is a section; give it a dict, not 4"),
+    ({3: {"seed": {"a": 1}}}, "seed is a value, not a section"),
+    ({3: {"responses": {"n": "many"}}}, "responses.n is a int, 'many' is a str"),
+    ({1: {"seed": 1}}, "entry for round 1; the feedback rounds are 2 .. 10"),
+    ({11: {"seed": 1}}, "entry for round 11; the feedback rounds are 2 .. 10"),
+    ({"three": {"seed": 1}}, "entry for round 'three'"),
+  ],
+)
+def test_what_a_round_cannot_mean_is_named(rounds, message):
+  with pytest.raises(configs.ConfigError, match=message):
+    configs.check(with_rounds(rounds), 10)
+
+
+@pytest.mark.parametrize("path", [p for p in LEAVES if p != "rounds"])
+def test_every_field_of_a_round_is_checked_by_type(path):
+  value = get(alma.mini(), path)
+  wrong = 3 if isinstance(value, str) else "three"
+  with pytest.raises(configs.ConfigError, match=f"{path} is a {type(value).__name__}, {wrong!r} is a"):
+    configs.check(with_rounds({2: nested(path, wrong)}), 10)
+  resolved = configs.for_round(with_rounds({2: nested(path, value)}), 2)
+  assert get(resolved, path) == value
+
+
+@pytest.mark.parametrize("path", LEAVES)
+def test_nearest_finds_a_name_with_two_letters_swapped(path):
+  section, dot, leaf = path.rpartition(".")
+  if len(leaf) < 5:
+    pytest.skip("too short to tell")
+  typo = f"{section}{dot}{leaf[:2]}{leaf[3]}{leaf[2]}{leaf[4:]}"
+  assert typo == path or f"did you mean {path!r}?" in configs.nearest(alma.mini(), typo)
+
+
+# The command line
+
+
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    (["--config=configs/alma.py:mini", "--config.policy.epocs=2"], "'policy.epocs'; did you mean 'policy.epochs'?"),
+    (["--config=configs/alma.py:mini", "what"], "what is 'what'?"),
+  ],
+)
+def test_a_mistake_on_the_command_line_is_answered_before_anything_starts(arguments, message, tmp_path):
+  done = command(["-m", "alma_jax.main"], f"--workdir={tmp_path}/run", *arguments)
+  assert done.returncode and message in done.stdout + done.stderr
+  assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+
+
+def test_starting_imports_neither_torch_nor_tensorflow_nor_tokenizers():
+  code = """
+import sys
+import alma_jax.main
+assert "jax" not in sys.modules, "the door must answer mistakes before it imports jax"
+import alma_jax.start
+heavy = {"torch", "tensorflow", "tensorflow_datasets", "transformers", "matplotlib", "sklearn"}
+print(sorted(heavy & set(sys.modules)))
+"""
+  done = command(["-c", code])
+  assert done.stdout.strip() == "[]", done.stderr
+
+
+# Configs to copy, and sweeps
+
+
+def test_forkme_names_only_fields_that_exist_and_gives_every_path():
+  c = forkme.get_config()
+  assert set(configs.leaves(c.to_dict())) == set(LEAVES)
+  assert c.model.path and c.data.sft and c.data.judge
+  configs.check(c, 1 + c.feedback_rounds)
+  assert c.feedback_rounds * c.draw.prompts <= c.clusters.k <= c.prompts.draws
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_a_sweep_changes_one_thing_per_seed(name):
+  module = importlib.import_module(f"configs.ablations.{name}")
+  assert f"--config=configs/ablations/{name}.py" in module.__doc__
+  config, units = module.get_config(), []
+  module.sweep(lambda **overrides: units.append(overrides))
+  assert isinstance(config, ConfigDict) and config.model.path == "mini"
+  for unit in units:
+    c = module.get_config()
+    c.rounds = {2: unit}  # the same syntax, the same check
+    configs.check(c, 2)
+  variants = [{k: v for k, v in unit.items() if k != "seed"} for unit in units]
+  distinct = [v for i, v in enumerate(variants) if v not in variants[:i]]
+  assert len(distinct) > 1 and {unit["seed"] for unit in units} == {0, 1, 2}
+  assert all(sum(v == d for v in variants) == 3 for d in distinct)
+  assert len({next(iter(v)) for v in variants}) == 1  # one section
+
+
+def test_there_is_a_sweep_for_each_table():
+  assert ABLATIONS == [
+    "control_random", "figure3_n", "table3_judge", "table4_prompts", "table5_checkpoints", "table7_dpo",
+  ]  # fmt: skip
