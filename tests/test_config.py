@@ -134,11 +134,9 @@ def test_every_field_of_a_round_is_checked_by_type(path):
   assert get(resolved, path) == value
 
 
-@pytest.mark.parametrize("path", LEAVES)
+@pytest.mark.parametrize("path", [p for p in LEAVES if len(p.rpartition(".")[2]) >= 5])
 def test_nearest_finds_a_name_with_two_letters_swapped(path):
   section, dot, leaf = path.rpartition(".")
-  if len(leaf) < 5:
-    pytest.skip("too short to tell")
   typo = f"{section}{dot}{leaf[:2]}{leaf[3]}{leaf[2]}{leaf[4:]}"
   assert typo == path or f"did you mean {path!r}?" in configs.nearest(alma.mini(), typo)
 

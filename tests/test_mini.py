@@ -33,7 +33,7 @@ def test_corpus_is_the_same_in_every_process():
 
 
 def test_corpus_is_what_the_checkpoint_was_trained_on():
-  assert _first_documents() == "HASH", "the corpus changed: pretrain and ship a new checkpoint"
+  assert _first_documents() == "f8bf425d4c5875b1", "the corpus changed: pretrain and ship a new checkpoint"
 
 
 def test_corpus_uses_the_vocabulary_and_never_the_judge_template():

@@ -117,7 +117,6 @@ def _fill(model, state, tokens, lengths, source, keys):
 @functools.partial(jax.jit, donate_argnames="state", static_argnames="decoding")
 def _segment(model, state, decoding):
   """STEPS decode steps on all slots; finished slots stand still."""
-  rows = jnp.arange(state["length"].shape[0])
   stops = jnp.asarray(decoding.stop_ids, jnp.int32)
 
   def step(_, s):
@@ -126,7 +125,9 @@ def _segment(model, state, decoding):
     logprob = jnp.take_along_axis(s["logits"], token[:, None], axis=1)[:, 0] - jax.nn.logsumexp(s["logits"], axis=-1)
     live = ~s["done"]
     place = jnp.minimum(s["count"], decoding.max_new_tokens - 1)
-    tokens = s["tokens"].at[rows, place].set(jnp.where(live, token, s["tokens"][rows, place]))
+    # Written row by row: indexed with [rows, place], every device would ask all others for their rows' indices.
+    put = lambda written, at, token, live: written.at[at].set(jnp.where(live, token, written[at]))
+    tokens = jax.vmap(put)(s["tokens"], place, token, live)
     count = s["count"] + live
     done = s["done"] | (token[:, None] == stops).any(axis=1) | (count >= decoding.max_new_tokens)
     hidden, cache = llama.decode(model, token, s["length"], s["cache"])

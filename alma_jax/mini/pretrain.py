@@ -30,7 +30,7 @@ from alma_jax.text import packing
 
 CHECKPOINT = pathlib.Path(__file__).parent / "checkpoint"
 LENGTH, ROWS = world.LONGEST, 32
-STEPS, PEAK, WARMUP = 3600, 4e-3, 100
+STEPS, PEAK, WARMUP = 3000, 4e-3, 100
 VERDICT_WEIGHT = 4.0  # of the loss of ratings, yes and no; they are few and carry what the judge needs
 
 
