@@ -18,18 +18,48 @@ def for_round(config, round):
   """The config with the round's overrides, without `rounds` itself."""
   resolved = ConfigDict(copy.deepcopy(config.to_dict()))
   for key, changes in config.rounds.items():
-    if int(key) == round:
+    if str(key) == str(round):
       _apply(resolved, _plain(changes), f"rounds[{key}]")
   del resolved["rounds"]
   return resolved
 
 
+# Values that are words: what each may be.
+WORDS = {
+  "model.chat": ("llama3", "llama2", "plain", "mini"),
+  "model.dtype": ("auto", "float32", "bfloat16"),
+  "model.save_dtype": ("float32", "bfloat16", "float16"),
+  "draw.method": ("diverse", "random"),
+  "judge.kind": ("finetuned", "few_shot"),
+  "judge.mode": ("expected", "integer"),
+  "judge.template": ("a1", "a2", "mini"),
+  "judge.distil.target": ("two_hot", "rounded"),
+  "trainset.method": ("best_of_n", "dpo", "random"),
+  "eval.evaluator": ("mini", "none"),
+}
+
+
 def check(config, last_round):
-  """Every override must name an existing field of a round that is run."""
+  """Words must be known ones, and every override must name an existing field of a round that is run."""
+  _check_words(for_round(config, 0), "config")
   for key in config.rounds:
     if not str(key).isdigit() or not 2 <= int(key) <= last_round:
       raise ConfigError(f"config.rounds has an entry for round {key!r}; the feedback rounds are 2 .. {last_round}")
-    for_round(config, int(key))
+    _check_words(for_round(config, int(key)), f"config in round {key}")
+
+
+def _check_words(config, where):
+  values = dict(_items(config.to_dict()))
+  for name, words in WORDS.items():
+    if name in values and values[name] not in words:
+      raise ConfigError(f"{where}: {name} is {values[name]!r}; it may be {', '.join(map(repr, words))}")
+  models = ("sft", "latest", *(f"sft_{i + 1}" for i in range(len(values.get("sft_seeds", ())))))
+  chosen = values.get("responses.checkpoints", ("sft",))
+  if isinstance(chosen, str) or not chosen or not set(chosen) <= set(models):
+    raise ConfigError(
+      f"{where}: responses.checkpoints is {chosen!r}; give a tuple of {', '.join(map(repr, models))},"
+      " on the command line as \"('sft','latest')\""
+    )
 
 
 def nearest(config, path):
@@ -41,13 +71,17 @@ def nearest(config, path):
   return f"config has no field {path!r}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
-def leaves(tree, prefix=""):
+def leaves(tree):
   """The dotted names of all values."""
+  return (name for name, _ in _items(tree))
+
+
+def _items(tree, prefix=""):
   for key, value in tree.items():
     if isinstance(value, dict) and value:
-      yield from leaves(value, f"{prefix}{key}.")
+      yield from _items(value, f"{prefix}{key}.")
     else:
-      yield f"{prefix}{key}"
+      yield f"{prefix}{key}", value
 
 
 def _apply(config, changes, where, prefix=""):
@@ -68,7 +102,7 @@ def _apply(config, changes, where, prefix=""):
         node[key] = value
       except TypeError:
         raise ConfigError(
-          f"config.{where}: {prefix}{key} is a {type(node[key]).__name__}, {value!r} is a {type(value).__name__}"
+          f"config.{where}: {prefix}{key} is of type {type(node[key]).__name__}, {value!r} is not"
         ) from None
 
 

@@ -81,7 +81,12 @@ def join_hosts():
   address, count, index = (os.environ.get(name) for name in names)
   if address and count and index:
     jax.distributed.initialize(address, int(count), int(index))
-  elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 or len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1:
+  elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+    # JAX gives each Slurm task one GPU; a task that is alone on its node takes all of them.
+    alone = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").split("(")[0] == "1"
+    gpus = int(os.environ.get("SLURM_GPUS_ON_NODE", "0"))
+    jax.distributed.initialize(local_device_ids=list(range(gpus)) if alone and gpus else None)
+  elif len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1:
     jax.distributed.initialize()
 
 

@@ -113,7 +113,7 @@ def test_changing_a_rounds_config_does_not_change_the_runs():
     ({3: {"temperature": 0.9}}, r"no field 'temperature'; did you mean '\w+(\.\w+)*\.temperature'"),
     ({3: {"responses": 4}}, "responses is a section; give it a dict, not 4"),
     ({3: {"seed": {"a": 1}}}, "seed is a value, not a section"),
-    ({3: {"responses": {"n": "many"}}}, "responses.n is a int, 'many' is a str"),
+    ({3: {"responses": {"n": "many"}}}, "responses.n is of type int, 'many' is not"),
     ({1: {"seed": 1}}, "entry for round 1; the feedback rounds are 2 .. 10"),
     ({11: {"seed": 1}}, "entry for round 11; the feedback rounds are 2 .. 10"),
     ({"three": {"seed": 1}}, "entry for round 'three'"),
@@ -128,7 +128,7 @@ def test_what_a_round_cannot_mean_is_named(rounds, message):
 def test_every_field_of_a_round_is_checked_by_type(path):
   value = get(alma.mini(), path)
   wrong = 3 if isinstance(value, str) else "three"
-  with pytest.raises(configs.ConfigError, match=f"{path} is a {type(value).__name__}, {wrong!r} is a"):
+  with pytest.raises(configs.ConfigError, match=f"{path} is of type {type(value).__name__}, {wrong!r} is not"):
     configs.check(with_rounds({2: nested(path, wrong)}), 10)
   resolved = configs.for_round(with_rounds({2: nested(path, value)}), 2)
   assert get(resolved, path) == value
@@ -203,3 +203,23 @@ def test_there_is_a_sweep_for_each_table():
   assert ABLATIONS == [
     "control_random", "figure3_n", "table3_judge", "table4_prompts", "table5_checkpoints", "table7_dpo",
   ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  ("path", "value"),
+  [("trainset.method", "bestofn"), ("judge.mode", "int"), ("draw.method", "all"), ("model.chat", "llama4")],
+)
+def test_unknown_word_is_named_with_the_known_ones(path, value):
+  config = alma.get_config("mini")
+  with config.unlocked():
+    config.update_from_flattened_dict({path: value})
+  with pytest.raises(configs.ConfigError, match=f"config: {path} is '{value}'; it may be '"):
+    configs.check(config, 10)
+
+
+@pytest.mark.parametrize("value", [("sft_3",), ("sft_1,latest",), "latest", ()])
+def test_unknown_checkpoint_is_named(value):
+  config = alma.get_config("mini")
+  config.rounds = {3: {"responses": {"checkpoints": value}}}
+  with pytest.raises(configs.ConfigError):
+    configs.check(config, 10)

@@ -38,7 +38,8 @@ def lloyd(points, centroids):
 
 def test_one_step_equals_numpy_in_float64(start):
   points = blobs(2500, 7, 12)  # more than two tiles, and a part of one
-  first = points[np.random.default_rng(1).choice(2500, 20, replace=False)]
+  points[:2] += 100  # a small cluster
+  first = points[np.r_[0, np.random.default_rng(1).choice(np.arange(2, 2500), 19, replace=False)]]
   start(first)
   labels, centroids, report = kmeans(points, 20, KEY, iterations=1)
   wanted = lloyd(points, first)

@@ -157,7 +157,7 @@ def contents(batch):
 
 
 @pytest.mark.parametrize(
-  ("count", "epochs", "steps"), [(11, 2, 6), (11, 1.5, 5), (8, 1, 2), (40, 1.1, 11), (3, 1, 1), (11, 0.1, 1)]
+  ("count", "epochs", "steps"), [(11, 2, 6), (11, 1.5, 5), (8, 1, 2), (100, 2.2, 55), (3, 1, 1), (11, 0.1, 1)]
 )
 def test_steps_follow_from_epochs_and_every_example_is_seen_once_an_epoch(count, epochs, steps, session, monkeypatch):
   examples = make_examples(session, count)

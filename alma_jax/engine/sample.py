@@ -148,8 +148,8 @@ def _segment(model, state, decoding):
 def sample(model, requests, decoding, slots, longest_prompt=None, place=lambda x: x, progress=None):
   """list[Sampled] in the order of `requests`; the model is in the unrolled layout.
 
-  `longest_prompt` fixes the prompt room (so that calls with shorter prompts share one compilation), `place` spreads host
-  arrays with a leading slot axis over the devices of a mesh, `progress(requests, tokens)` hears of what is finished.
+  `longest_prompt` fixes the prompt room (so that calls with shorter prompts share one compilation), `place` spreads
+  host arrays with a leading slot axis over a mesh's devices, `progress(requests, tokens)` hears of what is finished.
   """
   requests = list(requests)
   if not requests:

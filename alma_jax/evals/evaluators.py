@@ -4,6 +4,8 @@ An evaluator is a function (messages, response text, finished) -> score 0..10. `
 only one; `mini` is the ground truth of the miniature world.
 """
 
+from alma_jax.config import ConfigError
+
 
 def evaluator_by_name(name):
   """The function, or None for "none"."""
@@ -13,4 +15,4 @@ def evaluator_by_name(name):
     from alma_jax.mini import world
 
     return lambda messages, text, finished: float(world.score(messages[-1]["content"], text, finished))
-  raise ValueError(f"eval.evaluator is {name!r}; there are 'mini' and 'none'")
+  raise ConfigError(f"eval.evaluator is {name!r}; there are 'mini' and 'none'")

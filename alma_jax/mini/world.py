@@ -3,7 +3,7 @@
 A prompt asks for one relation of one to three cities; a good answer gives each its fact, in the house style:
 
   country : lyon oslo          ->  answer: lyon france oslo norway .
-  can you say food of paris ?  ->  answer: paris curry .
+  can you say food of paris ?  ->  answer: paris pie .
 
 The web knows the truth and a popular misconception of every fact; the rarer the city, the more popular the
 misconception. Rated threads and quizzes punish what is wrong, foreign, missing, repeated or badly closed. So

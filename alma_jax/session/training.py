@@ -31,7 +31,7 @@ def train(session, stage, init, examples, options, seed, objective="sft", refere
   group = 2 if objective == "dpo" else 1
   count = len(examples) // group
   per_epoch = math.ceil(count / options.batch)
-  steps = max(1, math.ceil(round(options.epochs * per_epoch, 6)))  # 1.1 * 10 is 11.000000000000002
+  steps = max(1, math.ceil(round(options.epochs * per_epoch, 6)))  # 2.2 * 25 is 55.00000000000001
   packed = _Batches(examples, group, options, seed, per_epoch, _ways(session), reference)
   optimizer = engine.Optimizer(
     learning_rate=options.learning_rate,
