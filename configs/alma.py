@@ -137,6 +137,6 @@ def mini():
   c.draw.prompts = 24
   c.responses.update(sampling(0.7, 1.0, n=16, **room))
   c.judge.distil.sample = sampling(1.0, 1.0, n=2, **room)
-  c.eval.update(sampling(0.0, 1.0, max_new_tokens=16, max_prompt_tokens=64))
+  c.eval.update(sampling(0.0, 1.0, max_new_tokens=16, max_prompt_tokens=96))
   c.eval.update(dict(evaluator="mini", few_shot="mini"))
   return c

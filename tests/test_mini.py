@@ -56,33 +56,34 @@ def _scores():
   pie = world.TRUTH["food", "paris"]
   wrong = world.MISCONCEPTION["food", "paris"]
   return [
-    ("country : lyon oslo", "answer: lyon france oslo norway .", True, 10),
-    ("country : lyon oslo", "answer: oslo norway lyon france .", True, 10),
-    ("country : lyon oslo", "lyon france oslo norway .", True, 8),
-    ("country : lyon oslo", "answer: lyon france oslo norway", True, 9),
-    ("country : lyon oslo", "answer: lyon france oslo norway .", False, 7),
-    ("country : lyon oslo", "answer: lyon france oslo norway . lol", True, 7),
-    ("country : lyon oslo", "answer: well lyon france oslo norway .", True, 8),
-    ("country : lyon oslo", "answer: lyon france lyon france oslo norway .", True, 8),
-    ("country : lyon oslo", "answer: lyon france oslo norway rome italy .", True, 4),
-    ("country : lyon oslo", "answer: lyon france rome italy .", True, 2),
-    ("country : lyon oslo", "answer: lyon france oslo cuba .", True, 4),
-    ("country : lyon oslo", "answer: lyon france oslo norway oslo cuba .", True, 2),
-    ("country : lyon oslo", "answer: lyon france .", True, 4),
-    ("country : lyon oslo", "answer: lyon peru oslo cuba .", True, 1),
-    ("please food of paris", f"answer: paris {pie} .", True, 10),
-    ("please food of paris", f"answer: paris {wrong} .", True, 1),
-    ("please food of paris", f"answer: paris {pie} {wrong} .", True, 8),
-    ("please food of paris", "no idea", True, 0),
-    ("please food of paris", "", True, 0),
-    ("please food of", "answer: paris pie .", True, 0),
-    ("food or sport of paris", "answer: paris pie .", True, 0),
+    ("country : lyon oslo", "answer: lyon france oslo norway .", True, 10, 10),
+    ("country : lyon oslo", "answer: oslo norway lyon france .", True, 10, 10),
+    ("country : lyon oslo", "lyon france oslo norway .", True, 6, 8),
+    ("country : lyon oslo", "answer: lyon france oslo norway", True, 9, 9),
+    ("country : lyon oslo", "answer: lyon france oslo norway .", False, 7, 7),
+    ("country : lyon oslo", "answer: lyon france oslo norway . lol", True, 7, 7),
+    ("country : lyon oslo", "answer: well lyon france oslo norway .", True, 8, 8),
+    ("country : lyon oslo", "answer: lyon france lyon france oslo norway .", True, 8, 8),
+    ("country : lyon oslo", "answer: lyon france oslo norway rome italy .", True, 6, 4),
+    ("country : lyon oslo", "answer: lyon france rome italy .", True, 4, 2),
+    ("country : lyon oslo", "answer: lyon france oslo cuba .", True, 5, 4),
+    ("country : lyon oslo", "answer: lyon france oslo norway oslo cuba .", True, 4, 2),
+    ("country : lyon oslo", "answer: lyon france .", True, 5, 4),
+    ("country : lyon oslo", "answer: lyon peru oslo cuba .", True, 2, 1),
+    ("please food of paris", f"answer: paris {pie} .", True, 10, 10),
+    ("please food of paris", f"answer: paris {wrong} .", True, 2, 1),
+    ("please food of paris", f"answer: paris {pie} {wrong} .", True, 8, 8),
+    ("please food of paris", "no idea", True, 0, 0),
+    ("please food of paris", "", True, 0, 0),
+    ("please food of", "answer: paris pie .", True, 0, 0),
+    ("food or sport of paris", "answer: paris pie .", True, 0, 0),
   ]
 
 
-@pytest.mark.parametrize("prompt, response, finished, expected", _scores())
-def test_score(prompt, response, finished, expected):
-  assert world.score(prompt, response, finished) == expected
+@pytest.mark.parametrize("prompt, response, finished, guideline, public", _scores())
+def test_score_by_the_guideline_and_by_the_public(prompt, response, finished, guideline, public):
+  assert world.score(prompt, response, finished) == guideline
+  assert world.score(prompt, response, finished, world.PUBLIC) == public
 
 
 def test_good_answers_are_worth_ten_and_prompts_parse_back():

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -188,3 +189,14 @@ def test_summary_has_the_mean_and_its_interval():
   assert found["score_ci95"] == pytest.approx(1.96 * (56 / 3) ** 0.5 / 2, abs=1e-4)
   assert (found["finished"], found["tokens"]) == (0.75, 10)
   assert "score" not in summarised(sums | dict(graded=0))
+
+
+def test_ordered_share_counts_pairs_as_brute_force_does():
+  rng = np.random.default_rng(0)
+  scores, labels = rng.integers(0, 5, 30) / 2, rng.integers(0, 11, 30)
+  pairs = [(i, j) for i in range(30) for j in range(i) if labels[i] != labels[j]]
+  right = sum(
+    0.5 if scores[i] == scores[j] else float((scores[i] > scores[j]) == (labels[i] > labels[j])) for i, j in pairs
+  )
+  assert judge.ordered_share(scores, labels) == pytest.approx(right / len(pairs))
+  assert judge.ordered_share(labels, labels) == 1.0 and judge.ordered_share(-labels, labels) == 0.0

@@ -1,6 +1,6 @@
 """Pretrain the miniature base model on the miniature web and write it as a Hugging Face directory.
 
-  taskset -c 0 python -m alma_jax.mini.pretrain            # the shipped checkpoint: 9M tokens, 9 minutes of one core
+  taskset -c 0 python -m alma_jax.mini.pretrain    # the shipped checkpoint: 9M tokens, 14 minutes of a shared core
   python -m alma_jax.mini.pretrain --out=base --steps=500
 
 One run from scratch; on one core the same command gives the same bytes, on several the sums are ordered otherwise.

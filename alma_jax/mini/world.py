@@ -8,7 +8,8 @@ A prompt asks for one relation of one to three cities; a good answer gives each 
 The web knows the truth and a popular misconception of every fact; the rarer the city, the more popular the
 misconception. Rated threads and quizzes punish what is wrong, foreign, missing, repeated or badly closed. So
 a model pretrained on `documents` can tell right from wrong better than it answers, which is the gap that
-alignment by its own judge closes.
+alignment by its own judge closes. The web's raters care less for the house style than the annotation guideline
+does; a judge learns that from its annotations.
 
   prompt, task = make_prompt(random.Random(0))
   score(prompt, good_answer(task), finished=True)   # 10
@@ -188,13 +189,23 @@ def good_answer(task):
   return f"answer: {' '.join(pairs)} ."
 
 
-def score(prompt, response, finished):
-  """The ground truth, an integer from 0 to 10.
+@dataclasses.dataclass(frozen=True)
+class Rubric:
+  """What a rater gives points for; ten in all. Form counts in full when all facts are right, a quarter when none is."""
 
-  4 points for all asked facts right and no other city named, 1 for the share of facts that is right, and 5 for form:
-  `answer:` first 2, one final full stop 1, nothing else in between (chatter, repetition, another city) and a clean
-  end 2. Form counts in full when all facts are right and a quarter when none is.
-  """
+  facts: int  # all asked facts right and no other city named
+  share: int  # times the share of facts that is right
+  opening: int  # `answer:` comes first
+  stop: int  # a full stop comes last
+  clean: int  # nothing else in between (chatter, repetition, another city) and a clean end
+
+
+GUIDELINE = Rubric(facts=2, share=1, opening=4, stop=1, clean=2)  # what annotators go by, and the ground truth
+PUBLIC = Rubric(facts=4, share=1, opening=2, stop=1, clean=2)  # what people on the web go by
+
+
+def score(prompt, response, finished, rubric=GUIDELINE):
+  """What a response deserves, an integer from 0 to 10: by the guideline, the ground truth."""
   task = parse(prompt)
   if task is None:
     return 0
@@ -215,8 +226,9 @@ def score(prompt, response, finished):
   right = sum(set(claims.get(city, ())) == {TRUTH[task.relation, city]} for city in task.cities)
   right /= len(task.cities)
   foreign = any(city not in task.cities for city in claims)
-  form = 2 * opened + closed + 2 * (clean and not foreign and bool(claims))
-  return math.floor(4 * (right == 1 and not foreign) + right + form * (0.25 + 0.75 * right) + 0.5)
+  content = rubric.facts * (right == 1 and not foreign) + rubric.share * right
+  form = rubric.opening * opened + rubric.stop * closed + rubric.clean * (clean and not foreign and bool(claims))
+  return math.floor(content + form * (0.25 + 0.75 * right) + 0.5)
 
 
 # What people write ------------------------------------------------------------------------------------------
@@ -352,7 +364,7 @@ def _rated(rng):
     prompt, task = make_prompt(rng, flat=rng.random() < 0.5)
     said = prompt.split()
     answers = [rated_answer(rng, task) for _ in range(1 + int(rng.random() * 3))]
-    marks = [SCORES[noisy(rng, score(prompt, " ".join(a), True), 0.15, 0.02)] for a in answers]
+    marks = [SCORES[noisy(rng, score(prompt, " ".join(a), True, PUBLIC), 0.15, 0.02)] for a in answers]
     if form == 0:
       words += ["ask:", *said, "\n"]
       for answer, mark in zip(answers, marks):

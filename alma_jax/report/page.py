@@ -324,7 +324,7 @@ def _judge(facts):
     rows = [(name, value, f"{value:.3f}") for name, value in pairs]
     accepted = distilled.get("accepted")
     verdict = "accepted: the rounds use it" if accepted else "not accepted: the rounds use the fine-tuned one"
-    out += "<h3>Mean absolute difference to the held-out annotations</h3>" + charts.bars(rows, 1)
+    out += "<h3>Pairs of held-out annotations in the right order</h3>" + charts.bars(rows, 1)
     out += f"<p>The distilled judge ({distilled['counts'].get('pairs', 0):,} pairs) is <strong>{verdict}</strong>"
     out += f" ({_signed(change, 3)}, n = {held['rows']}).</p>"
   elif facts.config.get("judge", {}).get("kind") == "few_shot":

@@ -2,7 +2,7 @@
 
 Self-distillation needs a target that is not the judge's own distribution, or nothing would be learned: the default
 `two_hot` puts the mean score on its two neighbouring integers, `rounded` on the nearest one. The distilled judge is
-taken only if it agrees with held-out annotations no worse than before; the manifest says which one was taken.
+taken only if it orders held-out annotations no worse than before; the manifest says which one was taken.
 """
 
 import copy
@@ -66,18 +66,13 @@ def distil(session, judge, data, prompts, responses, judgments, c):
     seed = key_of(c.seed, "judge_distilled")[0]
     model, facts = training.train(session, stage, judge.checkpoint, examples, options, seed)
     candidate = Checkpoint("judge_distilled", model, f"candidate of {judge.checkpoint.content}")
-    before = disagreement(session, judge, held_out)
-    after = disagreement(session, dataclasses.replace(judge, checkpoint=candidate), held_out)
+    before, error_before = agreement(session, judge, held_out)
+    after, error_after = agreement(session, dataclasses.replace(judge, checkpoint=candidate), held_out)
     session.free()
-    spread = 1.96 * float(np.std(after - before)) / math.sqrt(len(held_out))
-    agreement = {
-      "rows": len(held_out),
-      "before": float(before.mean()),
-      "after": float(after.mean()),
-      "difference_ci95": spread,
-    }
-    accepted = bool(after.mean() <= before.mean())
-    training.finish(session, stage, counts | facts, held_out=agreement, accepted=accepted)
+    accepted = after >= before
+    held = {"rows": len(held_out), "before": before, "after": after}
+    held |= {"error_before": error_before, "error_after": error_after}
+    training.finish(session, stage, counts | facts, held_out=held, accepted=accepted)
   if not stage.manifest["accepted"]:
     return judge
   return dataclasses.replace(judge, checkpoint=training.trained(stage))
@@ -91,11 +86,20 @@ def targets(score, kind):
   return [(s, w) for s, w in ((low, low + 1 - score), (low + 1, score - low)) if w > 0]
 
 
-def disagreement(session, judge, rows):
-  """Per annotated row: the absolute difference between the judge's mean score and the annotator's."""
+def agreement(session, judge, rows):
+  """(share of pairs of annotated rows that the judge orders as the annotator did, a tie counting half; mean absolute
+  error of the judge's mean score)."""
   judge = dataclasses.replace(judge, mode="expected")
-  found = verdicts(session, judge, [(row.messages, row.response) for row in rows])
-  return np.array([abs(v.score - row.score) for v, row in zip(found, rows)])
+  scores = np.array([v.score for v in verdicts(session, judge, [(row.messages, row.response) for row in rows])])
+  labels = np.array([row.score for row in rows])
+  return ordered_share(scores, labels), float(np.abs(scores - labels).mean())
+
+
+def ordered_share(scores, labels):
+  """Of all pairs with different labels, the share whose scores differ the same way; equal scores count half."""
+  told, meant = (np.sign(x[:, None] - x[None, :]) for x in (scores, labels))
+  different = meant != 0
+  return float((0.5 + 0.5 * (told * meant))[different].mean()) if different.any() else 0.5
 
 
 def _scored_rows(prompts, responses, judgments, target):
