@@ -47,6 +47,9 @@ def run(recipe, config, workdir):
   except MENDABLE as error:
     print(f"\nerror: {error}", file=sys.stderr)
     return 1
+  except KeyboardInterrupt:
+    print("\nstopped; the same command goes on from here", file=sys.stderr)
+    return 130
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise

@@ -4,7 +4,7 @@
 
 What is compared, and with what in the paper:
   rounds      base 3-shot, initial SFT and every round                                         (Figure 2)
-  judge       pairwise accuracy of five judges on pairs of sampled responses                   (Table 3)
+  judge       pairwise accuracy of five judges on pairs of sampled responses (T = 1)           (Table 3)
   best_of_n   the judge's choice among n samples, scored by the ground truth                   (Figure 3)
   variants    after round 6: random prompts, other checkpoints, DPO, no judge                  (Tables 4, 5, 7, control)
 
@@ -124,7 +124,9 @@ def measure(directory, seed, parts):
     }
     found = {}
     if "judge" in parts:
-      pairs = sampled(session, sft, [row.messages for row in data.eval], 1, 1.0, seed)
+      answers = sampled(session, sft, [row.messages for row in data.eval], 1, 1.0, seed)
+      base = answered_by_base(session, data, seed)
+      pairs = [(m, [*own, by_base]) for (m, own), by_base in zip(answers, base)]
       found["judge"] = {name: accuracy(session, j, pairs) for name, j in judges.items()}
     if "best_of_n" in parts:
       few = sampled(session, sft, [row.messages for row in data.eval[::6]], 64, c.responses.temperature, seed)
@@ -166,11 +168,40 @@ def sampled(session, checkpoints, conversations, each, temperature, seed):
   return out
 
 
+def answered_by_base(session, data, seed):
+  """One answer of the base model with three examples to every evaluation prompt, as `sampled` gives them."""
+  import copy
+
+  import tqdm
+
+  from alma_jax.mini import world
+  from alma_jax.session.sampling import drafts
+  from alma_jax.session.session import key_of
+  from alma_jax.text import chat, fewshot
+
+  options, tok = copy.deepcopy(session.config.eval), session.tokenizer
+  options.temperature = 1.0
+  template = fewshot.DIALOGUES["mini"]
+  shots = [{"prompt": r.messages[-1]["content"], "response": r.response} for r in data.sft[: options.shots]]
+  asked = [row.messages[-1]["content"] for row in data.eval]
+  rows = [fewshot.few_shot_ids(tok, template, shots, prompt) for prompt in asked]
+  stops = (*fewshot.stop_ids_of(tok, template), *chat.stop_ids(tok, session.chat))
+  keys = [key_of(seed, "effects", "base", i) for i in range(len(rows))]
+  out = []
+  for prompt, d in zip(asked, drafts(session, session.base, rows, keys, stops, options, tqdm.tqdm(disable=True))):
+    text, finished = fewshot.first_item(d.text, template, d.finished)
+    out.append((text, len(d.tokens), float(world.score(prompt, text, finished)), finished))
+  return out
+
+
 def accuracy(session, judge_, prompts):
   """Share of pairs of different worth that the judge orders rightly; ties wrong ("strict") and ties half."""
+  import itertools
+
   from alma_jax.session.scoring import verdicts
 
-  pairs = [(m, a, b) for m, (a, b) in prompts if a[2] != b[2] and a[0] and b[0]]
+  pairs = [(m, a, b) for m, answers in prompts for a, b in itertools.combinations(answers, 2)]
+  pairs = [(m, a, b) for m, a, b in pairs if a[2] != b[2] and a[0] and b[0]]
   first = verdicts(session, judge_, [(m, a[0]) for m, a, _ in pairs])
   second = verdicts(session, judge_, [(m, b[0]) for m, _, b in pairs])
   margin = np.array([(x.score - y.score) * np.sign(a[2] - b[2]) for x, y, (_, a, b) in zip(first, second, pairs)])
@@ -203,7 +234,7 @@ def best_of_n(session, judge_, prompts):
 
 def judge_table(found):
   if found:
-    print("\nJudge: pairs of samples from the two initial models in the right order (strict: a tie is wrong)")
+    print("\nJudge: pairs of answers of both initial models and the base in the right order (strict: a tie is wrong)")
     for name in found[0]:
       strict, half = ([f[name][key] for f in found] for key in ("strict", "half"))
       ties = np.mean([f[name]["ties"] for f in found])

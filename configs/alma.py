@@ -55,7 +55,7 @@ def llama_8b():
 
   # Prompt synthesis: show a few seeds, keep the next item
   c.prompts = sampling(1.0, 0.95, max_new_tokens=256, max_prompt_tokens=2048)
-  c.prompts.draws = 2_000_000
+  c.prompts.draws = 2_000_000  # four times what ten rounds use; the paper keeps 100M
   c.prompts.shots = (3, 5)
   c.prompts.template = "requests"  # text/fewshot.py, LISTS
   c.prompts.max_characters = 4000

@@ -108,9 +108,13 @@ class Session:
       file=sys.stderr,
       mininterval=0.5,
       dynamic_ncols=True,
-      leave=False,
       smoothing=0.1,
     )
+
+  def say(self, text):
+    """A line above the progress bars, from the first host only."""
+    if self.run.host == 0:
+      tqdm.tqdm.write(text, file=sys.stderr)
 
 
 def key_of(*words):

@@ -32,6 +32,7 @@ def build(session, round, checkpoint, judge, data, c, shots=0):
         records = _evaluated(session, round, checkpoint, judge, rows[part :: c.shards], template, shots, c, bar)
         stage.write_part(part, c.shards, records, Evaluation, _sums(records))
     stage.finish()
+    session.say(in_words(round, checkpoint.name, summarised(stage.manifest["counts"])))
   summary = summarised(stage.manifest["counts"])
   session.run.progress({"round": round, "checkpoint": checkpoint.name, **summary})
   return summary
@@ -77,6 +78,15 @@ def _sums(records):
     "finished": sum(r.finished for r in records),
     "tokens": sum(r.tokens for r in records),
   }
+
+
+def in_words(round, name, summary):
+  scores = [
+    f"{label} {summary[key]:.2f} +- {summary[f'{key}_ci95']:.2f}"
+    for key, label in (("score", "score"), ("judge_score", "judge"))
+    if key in summary
+  ]
+  return f"round {round}, {name}: {', '.join(scores)} ({summary['n']} prompts)"
 
 
 def summarised(s):

@@ -13,12 +13,11 @@ def build(session, round, prompts, responses, judge, c):
     return stage
   messages = {p.id: p.messages for p in prompts.read(Prompt)}
   missing = stage.mine(c.shards)
-  shares = {
-    share: [r for i in range(share, responses.parts, c.shards) for r in responses.read(Response, i)]
-    for share in missing
-  }
-  with session.bar(stage.name, sum(map(len, shares.values())), "responses") as bar:
-    for share, written in shares.items():
+  parts_of = lambda share: range(share, responses.parts, c.shards)
+  total = sum(responses.manifest["parts"][i]["rows"] for share in missing for i in parts_of(share))
+  with session.bar(stage.name, total, "responses") as bar:
+    for share in missing:
+      written = [r for i in parts_of(share) for r in responses.read(Response, i)]
       found = verdicts(session, judge, [(messages[r.prompt_id], r.text) for r in written], bar)
       records = [Judgment(r.prompt_id, r.sample_id, v.score, v.probs, v.mass) for r, v in zip(written, found)]
       counts = {
