@@ -268,13 +268,15 @@ def variants_table(workdir, mains, seeds):
 
 
 def begin(source, place):
-  """A run directory with the source's early stages, so that a variant makes only its rounds."""
+  """A run directory with the stages that come before the rounds, so that a variant makes only its rounds."""
 
-  def later(directory, names):
-    top = pathlib.Path(directory) == source
-    return [name for name in names if top and (name.startswith("round_") or (source / name).is_file())]
+  def not_shared(directory, names):
+    if pathlib.Path(directory) == source:
+      keep = ("seeds", "pool", "sft_1", "sft_2", "judge", "judge_distilled", "round_01")
+      return [name for name in names if name not in keep]
+    return ["eval"] if pathlib.Path(directory) == source / "round_01" else []
 
-  shutil.copytree(source, place, ignore=later)
+  shutil.copytree(source, place, ignore=not_shared)
 
 
 def interval(values, digits=2):

@@ -180,15 +180,16 @@ def prefill(model, tokens, segments):
 def decode(model, tokens, lengths, cache):
   """One step: tokens [B] take place `lengths` [B] of their slots. Returns hidden [B, D] and the updated cache."""
   c = model.c
-  B, S = tokens.shape[0], cache[0][0].shape[1]
+  S = cache[0][0].shape[1]
   cos_sin = rope_angles(c, lengths[:, None])
   mask = (jnp.arange(S) <= lengths[:, None])[:, None, :]
   x, kept = embedded(model, tokens[:, None]), []
-  rows = jnp.arange(B)
+  # Written slot by slot: indexed with [slots, lengths], every device would ask all others for their slots' indices.
+  put = jax.vmap(lambda buffer, at, new: buffer.at[at].set(new))
   for block, (keys, values) in zip(model.blocks, cache):
 
     def attend(q, k, v, keys=keys, values=values):
-      keys, values = keys.at[rows, lengths].set(k[:, 0]), values.at[rows, lengths].set(v[:, 0])
+      keys, values = put(keys, lengths, k[:, 0]), put(values, lengths, v[:, 0])
       return attention(q, keys, values, mask)[0], (keys, values)
 
     x, kv = run_block(block, c, x, cos_sin, attend)

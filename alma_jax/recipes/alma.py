@@ -32,7 +32,7 @@ def run(session):
       c_1 = judge.practice(c)
       asked = clusters.draw(session, 1, pool, [], c_1)
       sampled = responses.build(session, 1, asked, sft, c_1)
-      scored = judgments.build(session, 1, asked, sampled, judge_, c_1)
+      scored = judgments.build(session, 1, asked, sampled, judge.real_valued(judge_), c_1)
       judge_ = judge.distil(session, judge_, data, asked, sampled, scored, c)
 
   evals.build(session, 0, base, judge_, data, c, shots=c.eval.shots)

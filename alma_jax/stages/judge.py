@@ -52,6 +52,11 @@ def practice(c):
   return c
 
 
+def real_valued(judge):
+  """The judge with the probability-weighted score, whatever score the rounds are to use."""
+  return dataclasses.replace(judge, mode="expected")
+
+
 def distil(session, judge, data, prompts, responses, judgments, c):
   """The Judge after training on its own mean scores of those responses, or `judge` itself if that is no worse."""
   _, held_out = _split(data.judge, c)
@@ -89,8 +94,9 @@ def targets(score, kind):
 def agreement(session, judge, rows):
   """(share of pairs of annotated rows that the judge orders as the annotator did, a tie counting half; mean absolute
   error of the judge's mean score)."""
-  judge = dataclasses.replace(judge, mode="expected")
-  scores = np.array([v.score for v in verdicts(session, judge, [(row.messages, row.response) for row in rows])])
+  scores = np.array(
+    [v.score for v in verdicts(session, real_valued(judge), [(row.messages, row.response) for row in rows])]
+  )
   labels = np.array([row.score for row in rows])
   return ordered_share(scores, labels), float(np.abs(scores - labels).mean())
 
@@ -105,7 +111,7 @@ def ordered_share(scores, labels):
 def _scored_rows(prompts, responses, judgments, target):
   """(messages, response, integer score, weight) rows: the judge's mean score of every non-empty response."""
   messages = {p.id: p.messages for p in prompts.read(Prompt)}
-  mean = {(j.prompt_id, j.sample_id): sum(s * p for s, p in enumerate(j.probs)) for j in judgments.read(Judgment)}
+  mean = {(j.prompt_id, j.sample_id): j.score for j in judgments.read(Judgment)}
   return [
     (messages[r.prompt_id], r.text, score, weight)
     for r in responses.read(Response)

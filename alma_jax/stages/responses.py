@@ -13,8 +13,9 @@ from alma_jax.text import chat
 def build(session, round, prompts, checkpoints, c):
   """The finished stage `round_RR/responses`."""
   r = c.responses
+  decides = {key: value for key, value in r.to_dict().items() if key != "checkpoints"}  # the models themselves do
   fields = {
-    "config": {"seed": c.seed, "responses": r.to_dict(), "shards": c.shards, "dtype": session.dtype},
+    "config": {"seed": c.seed, "responses": decides, "shards": c.shards, "dtype": session.dtype},
     "round": round,
     "text": session.describe_text(),
     "checkpoints": {checkpoint.name: checkpoint.content for checkpoint in checkpoints},
