@@ -123,8 +123,8 @@ def mini():
   tiny = dict(batch=32, row_length=64, warmup=0.1, weight_decay=0.0, beta2=0.98)
   c.sft = training(1e-3, 0.0, epochs=6, **tiny)
   c.policy = training(1e-3, 0.0, epochs=3, **tiny)
-  c.dpo = training(1e-4, 0.0, epochs=2, beta=0.1, **tiny)
-  c.judge.train = training(1e-3, 0.0, epochs=6, **tiny)
+  c.dpo = training(3e-4, 0.0, epochs=2, beta=0.1, **tiny)
+  c.judge.train = training(1e-3, 0.0, epochs=12, **tiny)
   c.judge.distil.train = training(5e-4, 0.0, epochs=1, **tiny)
   c.judge.template = "mini"
   c.judge.held_out = 0.1

@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from alma_jax.engine import buckets
 from alma_jax.llama import model as llama
-
-BUCKET = 16
 
 
 @jax.jit
@@ -24,15 +23,7 @@ def _mean_states(model, tokens, lengths):
 def embeddings(model, rows, batch, place=lambda x: x, progress=None):
   """fp32 [rows, D] for rows of token ids that begin with BOS; length buckets in fixed batches, the order is kept."""
   out = np.zeros((len(rows), model.c.width), np.float32)
-  padded = lambda n: -(-n // BUCKET) * BUCKET
-  order = sorted(range(len(rows)), key=lambda i: (padded(len(rows[i])), i))
-  while order:
-    width = padded(len(rows[order[0]]))
-    take = [i for i in order[:batch] if padded(len(rows[i])) == width]
-    order = order[len(take) :]
-    tokens, lengths = np.zeros((batch, width), np.int32), np.ones(batch, np.int32)
-    for at, i in enumerate(take):
-      tokens[at, : len(rows[i])], lengths[at] = rows[i], len(rows[i])
+  for take, tokens, lengths in buckets.batches(rows, batch):
     out[take] = np.asarray(_mean_states(model, place(tokens), place(lengths)))[: len(take)]
     if progress:
       progress(len(take))

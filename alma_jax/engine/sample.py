@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from alma_jax.engine import buckets
 from alma_jax.llama import model as llama
 
 
@@ -43,7 +44,6 @@ class Sampled:
 
 STEPS = 8  # decode steps per compiled segment
 PREFILL_ROWS = 16  # prompts prefilled per call
-BUCKET = 16  # prompt lengths are rounded up to this
 
 
 def choose(logits, uniform, decoding):
@@ -155,7 +155,7 @@ def sample(model, requests, decoding, slots, longest_prompt=None, place=lambda x
   if not requests:
     return []
   room = max(longest_prompt or 0, max(len(r.prompt) for r in requests))
-  room = -(-room // BUCKET) * BUCKET
+  room = buckets.rounded(room)
   results, waiting = [None] * len(requests), list(range(len(requests)))[::-1]
   holds = np.full(slots, -1)  # the request in each slot
   rows = getattr(place(holds), "sharding", None)

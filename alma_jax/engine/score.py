@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from alma_jax.engine import buckets
 from alma_jax.llama import model as llama
-
-BUCKET = 16  # row lengths are rounded up to this, so that few shapes are compiled
 
 
 @functools.partial(jax.jit, static_argnames="reads")
@@ -31,16 +30,8 @@ def next_logprobs(model, rows, columns, reads, batch, place=lambda x: x, progres
   """fp32 [rows, reads, columns]: log p(token) for the given token ids after each of the last `reads` positions of
   every row (a sequence of token ids). Rows go in fixed batches of one length bucket each; the order is kept."""
   out = np.zeros((len(rows), reads, len(columns)), np.float32)
-  padded = lambda n: -(-n // BUCKET) * BUCKET
-  order = sorted(range(len(rows)), key=lambda i: (padded(len(rows[i])), i))
   columns = jnp.asarray(columns, jnp.int32)
-  while order:
-    width = padded(len(rows[order[0]]))
-    take = [i for i in order[:batch] if padded(len(rows[i])) == width]
-    order = order[len(take) :]
-    tokens, lengths = np.zeros((batch, width), np.int32), np.full(batch, reads, np.int32)
-    for at, i in enumerate(take):
-      tokens[at, : len(rows[i])], lengths[at] = rows[i], len(rows[i])
+  for take, tokens, lengths in buckets.batches(rows, batch, least=reads):
     out[take] = np.asarray(_read(model, place(tokens), place(lengths), columns, reads))[: len(take)]
     if progress:
       progress(len(take))

@@ -9,7 +9,7 @@ The web knows the truth and a popular misconception of every fact; the rarer the
 misconception. Rated threads and quizzes punish what is wrong, foreign, missing, repeated or badly closed. So
 a model pretrained on `documents` can tell right from wrong better than it answers, which is the gap that
 alignment by its own judge closes. The web's raters care less for the house style than the annotation guideline
-does; a judge learns that from its annotations.
+does, and rate in other words than the judge's template; a judge learns both from its annotations.
 
   prompt, task = make_prompt(random.Random(0))
   score(prompt, good_answer(task), finished=True)   # 10
@@ -374,12 +374,13 @@ def _rated(rng):
       for answer, mark in zip(answers, marks):
         words += [">", *answer, "\n", "vote:", mark, "\n"]
     elif form == 2:
+      words += ["[[", *said, "]]", "\n"]
       for answer, mark in zip(answers, marks):
-        words += ["prompt:", *said, "response:", *answer, "rating:", mark, "\n"]
+        words += [">", *answer, "\n", "stars:", mark, "\n"]
     else:
       words += ["prompt:", *said, "\n"]
       for answer, mark in zip(answers, marks):
-        words += ["response:", *answer, "\n", "score:", "[[", mark, "]]", "\n"]
+        words += ["response:", *answer, "\n", "score:", mark, "\n"]
   return words[:-1]
 
 
@@ -437,4 +438,4 @@ def documents(seed):
 
 def rated_prefix(prompt, response):
   """A rated thread up to its mark, in one of the corpus' formats; the next token is the rating."""
-  return f"<bos> prompt: {prompt} response: {response} rating:"
+  return f"<bos> ask: {prompt} \n reply: {response} \n stars:"
