@@ -7,6 +7,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
+# XLA runs eight CPU devices on as many threads as there are cores, at least eight. A program with two collectives that
+# do not depend on each other can then block them all, each waiting in one of the two: more threads than can wait.
+os.environ.setdefault("NPROC", "32")
+
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)

@@ -117,7 +117,7 @@ def test_a_large_export_is_split_with_an_index_and_replaces_the_old_one_whole(tm
 
 def test_an_export_that_fails_leaves_the_old_one_untouched(tmp_path):
   class Broken:
-    def save(self, directory):
+    def save(self, directory, eos_token=None):
       raise OSError("disk full")
 
   model = load(FIXTURES / "llama2")
@@ -287,7 +287,7 @@ def test_live_transformers_reads_type_tokenizer_and_chat_template_of_the_export(
   from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
   class Words:
-    def save(self, directory):
+    def save(self, directory, eos_token=None):
       words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
       words.pre_tokenizer = pre_tokenizers.Whitespace()
       PreTrainedTokenizerFast(tokenizer_object=words, chat_template="old").save_pretrained(directory)

@@ -215,6 +215,7 @@ def save(
   model,
   tokenizer=None,
   chat_template=None,
+  eos_token=None,
   stop_ids=(),
   bos_id=None,
   pad_id=None,
@@ -245,7 +246,7 @@ def save(
     _write_json(new / "config.json", to_hf(model.c) | ids | kind | (extra_config or {}))
     _write_json(new / "generation_config.json", {key: x for key, x in ids.items() if x is not None})
     if tokenizer is not None:
-      tokenizer.save(new)
+      tokenizer.save(new, eos_token=eos_token)
     if chat_template is not None:
       _write_chat_template(new, chat_template)
     _replace(directory, new)

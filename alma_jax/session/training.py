@@ -109,6 +109,7 @@ def export(session, stage, model):
     model,
     tokenizer=session.tokenizer,
     chat_template=chat.jinja(session.chat),
+    eos_token=None if session.chat.stop == chat.EOS else session.chat.stop,
     stop_ids=chat.stop_ids(session.tokenizer, session.chat),
     bos_id=session.tokenizer.bos_id,
     pad_id=None,

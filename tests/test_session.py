@@ -1,0 +1,141 @@
+"""Base models in the formats of the real ones, in small: from the directory through SFT, sampling and judging to the
+export, with the tokens that the chat format adds or that the base model never trained."""
+
+import json
+
+import numpy as np
+import pytest
+import text_tokenizers
+from ml_collections import ConfigDict
+
+from alma_jax import start
+from alma_jax.llama import model as llama
+from alma_jax.llama import weights
+from alma_jax.llama.config import LlamaConfig, ModelError
+from alma_jax.session.scoring import Judge, template_by_name, verdicts
+from alma_jax.stages import policy, responses, seeds
+from alma_jax.store import records
+from alma_jax.text import chat
+from alma_jax.text.tokenizer import TextError, load_tokenizer
+from configs.alma import get_config
+
+KINDS = {"llama2": text_tokenizers.sentencepiece_dir, "llama3": text_tokenizers.byte_bpe_dir}
+
+
+def write_base(directory, kind):
+  """A random base model with the tokenizer of its kind; Llama-3's chat markers have all-zero rows."""
+  tokenizer = load_tokenizer(KINDS[kind]())
+  c = LlamaConfig(
+    vocab=tokenizer.size, width=32, depth=2, heads=4, kv_heads=2, head_dim=8, ffn=64, norm_eps=1e-5,
+    rope_base=1e4, rope_scaling=None, tied=False, max_positions=512,
+  )  # fmt: skip
+  model = llama.init(c, 0)
+  if kind == "llama3":
+    markers = np.array(chat.special_ids(tokenizer, chat.LLAMA3))
+    model.embed = model.embed.replace(model.embed[...].at[markers].set(0.0))
+    model.head = model.head.replace(model.head[...].at[:, markers].set(0.0))
+  weights.save(directory, model, tokenizer=tokenizer, bos_id=tokenizer.bos_id, stop_ids=(tokenizer.eos_id,))
+  return tokenizer
+
+
+def config_for(directory, kind, data):
+  config = get_config("mini")
+  config.model.update(dict(path=str(directory), chat=kind))
+  config.data.update(dict(sft=str(data), judge=str(data), eval=""))
+  config.judge.template = "a2"
+  config.sft.update(dict(row_length=128, epochs=1.0, batch=8))
+  config.responses.update(dict(max_prompt_tokens=96, max_new_tokens=8, n=2))
+  config.engine.update(dict(slots=8, rows=8))
+  config.mesh.update(dict(data=2, fsdp=4, tensor=1))
+  return config
+
+
+@pytest.mark.parametrize("kind", ["llama2", "llama3"])
+def test_sft_sampling_and_judging_with_added_and_untrained_tokens(kind, tmp_path):
+  data = tmp_path / "data.jsonl"
+  rows = [{"prompt": f"Say {i}", "response": f"Here is {i}.", "score": i % 11} for i in range(24)]
+  data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  plain = write_base(tmp_path / "base", kind)
+  added = 1 if kind == "llama2" else 0
+  config = config_for(tmp_path / "base", kind, data)
+  with start.open_session(config, tmp_path / "run") as session:
+    assert session.tokenizer.size == plain.size + added
+    c = session.config
+    data = seeds.build(session, c)
+    trained = policy.sft(session, "sft_1", session.base, data, [], c.sft, 1)
+    counts = json.loads((tmp_path / "run" / "sft_1" / "manifest.json").read_text())["counts"]
+    assert counts["untrained_tokens_reset"] == (3 if kind == "llama3" else 0)
+    asked = session.run.stage("round_02/prompts", {})
+    prompt = [{"role": "user", "content": "Say something"}]
+    asked.write_part(0, 1, [records.Prompt(records.prompt_id(prompt), tuple(prompt), "test")], records.Prompt)
+    asked.finish()
+    sampled = responses.build(session, 2, asked, [session.base, trained], c).read(records.Response)
+    assert len(sampled) == 2 and all(len(r.tokens) <= 8 for r in sampled)
+    judge = Judge(session.base, template_by_name("a2"), "expected")
+    verdict = verdicts(session, judge, [(prompt, "Hello."), (prompt, "Hello."), (prompt, "No.")])
+    assert verdict[0] == verdict[1] and 0 <= verdict[2].score <= 10
+    stops = chat.stop_ids(session.tokenizer, session.chat)
+  exported = trained.directory
+  assert json.loads((exported / "config.json").read_text())["vocab_size"] == plain.size + added
+  assert json.loads((exported / "generation_config.json").read_text())["eos_token_id"] == list(stops)
+  back = load_tokenizer(exported)
+  assert (back.size, back.token_id(session.chat.stop)) == (plain.size + added, stops[0])
+  model = weights.load(exported)
+  for row in (model.embed[...][stops[0]], model.head[...][:, stops[0]]):
+    assert float(np.abs(row).max()) > 0  # the mean of random rows is small, yet no row of zeros
+
+
+def test_exported_chat_model_stops_in_transformers_by_its_own_files(tmp_path):
+  transformers = pytest.importorskip("transformers")
+  pytest.importorskip("torch")
+  pytest.importorskip("jinja2")
+  tokenizer = write_base(tmp_path / "base", "llama3")
+  model = weights.load(tmp_path / "base")
+  stop = tokenizer.token_id("<|eot_id|>")
+  model.head = model.head.replace(model.head[...].at[:, stop].set(0.0))
+  model.norm = model.norm.replace(model.norm[...] * 0.0)  # all logits equal: greedy takes the lowest id, never a stop
+  weights.save(
+    tmp_path / "chat", model, tokenizer=tokenizer, chat_template=chat.jinja(chat.LLAMA3), eos_token="<|eot_id|>",
+    stop_ids=chat.stop_ids(tokenizer, chat.LLAMA3), bos_id=tokenizer.bos_id,
+  )  # fmt: skip
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "chat")
+  assert theirs.eos_token == "<|eot_id|>"
+  config = transformers.GenerationConfig.from_pretrained(tmp_path / "chat")
+  assert config.eos_token_id == list(chat.stop_ids(tokenizer, chat.LLAMA3))
+  ids = theirs.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True)
+  ids = ids if isinstance(ids, list) else ids["input_ids"]
+  assert list(ids) == chat.encode_prompt(tokenizer, chat.LLAMA3, [{"role": "user", "content": "Hi"}])
+
+
+def session_error(tmp_path, **changes):
+  config = get_config("mini")
+  config.model.update(changes)
+  with start.open_session(config, tmp_path / "run"):
+    pass
+
+
+def test_missing_model_directory_is_named(tmp_path):
+  with pytest.raises(ModelError, match=r"nowhere/config\.json: no such file"):
+    session_error(tmp_path, path=str(tmp_path / "nowhere"))
+
+
+def test_missing_tokenizer_is_named(tmp_path):
+  write_base(tmp_path / "base", "llama3")
+  for path in (tmp_path / "base").glob("*token*"):
+    path.unlink()
+  with pytest.raises(TextError, match=r"base.*tokenizer\.json"):
+    session_error(tmp_path, path=str(tmp_path / "base"))
+
+
+def test_chat_format_of_another_model_is_refused(tmp_path):
+  write_base(tmp_path / "base", "llama2")
+  with pytest.raises(TextError, match=r"no token '<\|"):
+    session_error(tmp_path, path=str(tmp_path / "base"), chat="llama3")
+
+
+def test_config_dict_is_not_changed_by_a_session(tmp_path):
+  config = get_config("mini")
+  before = config.to_dict()
+  with start.open_session(config, tmp_path / "run") as session:
+    session.config_for(2)
+  assert isinstance(config, ConfigDict) and config.to_dict() == before
