@@ -19,7 +19,7 @@ from alma_jax.text import chat
 from alma_jax.text.tokenizer import TextError, load_tokenizer
 from configs.alma import get_config
 
-KINDS = {"llama2": text_tokenizers.sentencepiece_dir, "llama3": text_tokenizers.byte_bpe_dir}
+KINDS = {"llama2": text_tokenizers.sentencepiece_dir, "llama3": lambda: text_tokenizers.byte_bpe_dir(True)}
 
 
 def write_base(directory, kind):
