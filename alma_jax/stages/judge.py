@@ -149,5 +149,4 @@ def _fields(session, init, c, **parts):
     "text": session.describe_text(),
     "template": dataclasses.asdict(template_by_name(c.judge.template)),
     "dtype": session.dtype,
-    "mesh": dict(session.mesh.shape),
   }

@@ -40,7 +40,6 @@ def _fields(session, init, options, seed):
     "seed": seed,
     "text": session.describe_text(),
     "dtype": session.dtype,
-    "mesh": dict(session.mesh.shape),
   }
 
 
