@@ -67,7 +67,8 @@ def nearest(config, path):
   names = list(leaves(config.to_dict()))
   sections = sorted({name.rpartition(".")[0] for name in names} - {""})
   last = [n for n in names if n.rpartition(".")[2] == path.rpartition(".")[2]]  # right leaf, wrong section
-  near = difflib.get_close_matches(path, names + sections, n=1, cutoff=0.5) or last[:1]
+  near = difflib.get_close_matches(path, names + sections, n=3, cutoff=0.5) or last[:1]
+  near.sort(key=lambda name: sorted(name) != sorted(path))  # letters in another order come before other letters
   return f"config has no field {path!r}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 

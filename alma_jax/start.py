@@ -13,6 +13,8 @@ import jax
 from jax.experimental import multihost_utils
 
 from alma_jax import config as configs
+from alma_jax.engine.choose import DecodingError
+from alma_jax.engine.sample import SlotsError
 from alma_jax.engine.train import TrainingError
 from alma_jax.llama import sharding
 from alma_jax.llama.config import ModelError
@@ -23,7 +25,17 @@ from alma_jax.store.seeds import DataError
 from alma_jax.text.tokenizer import TextError
 
 # What the user can mend: printed as one message, without a traceback.
-MENDABLE = (configs.ConfigError, DataError, ModelError, RunError, TextError, TrainingError, sharding.MeshError)
+MENDABLE = (
+  configs.ConfigError,
+  DataError,
+  DecodingError,
+  ModelError,
+  RunError,
+  SlotsError,
+  TextError,
+  TrainingError,
+  sharding.MeshError,
+)
 
 
 def run(recipe, config, workdir):

@@ -185,12 +185,11 @@ def answered_by_base(session, data, seed):
   shots = [{"prompt": r.messages[-1]["content"], "response": r.response} for r in data.sft[: options.shots]]
   asked = [row.messages[-1]["content"] for row in data.eval]
   rows = [fewshot.few_shot_ids(tok, template, shots, prompt) for prompt in asked]
-  stops = (*fewshot.stop_ids_of(tok, template), *chat.stop_ids(tok, session.chat))
+  stops, bar = chat.stop_ids(tok, session.chat), tqdm.tqdm(disable=True)
   keys = [key_of(seed, "effects", "base", i) for i in range(len(rows))]
   out = []
-  for prompt, d in zip(asked, drafts(session, session.base, rows, keys, stops, options, tqdm.tqdm(disable=True))):
-    text, finished = fewshot.first_item(d.text, template, d.finished)
-    out.append((text, len(d.tokens), float(world.score(prompt, text, finished)), finished))
+  for prompt, d in zip(asked, drafts(session, session.base, rows, keys, stops, options, bar, (template.stop,))):
+    out.append((d.text, len(d.tokens), float(world.score(prompt, d.text, d.finished)), d.finished))
   return out
 
 

@@ -46,7 +46,7 @@ def llama_8b():
   c.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))  # of training, over all hosts; -1: what is left
   c.engine = ConfigDict()
   c.engine.tensor = 1  # devices that share one copy of the model in sampling and scoring
-  c.engine.slots = 96  # sequences that decode together, per copy; each takes 128 KiB a token, 0.4 GB at 3k
+  c.engine.slots = 0  # sequences that decode together, per copy; 0: as many as fit, at most 512
   c.engine.rows = 32  # rows per scoring or embedding call, per copy
 
   # Initial SFT: two models that differ in the order of the data
@@ -102,7 +102,6 @@ def llama_70b():
   """The same with Llama-3-70B: tensor parallelism for sampling, one copy per 8 devices."""
   c = llama_8b()
   c.engine.tensor = 8
-  c.engine.slots = 192  # each takes 320 KiB a token, spread over the copy's devices
   c.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=8))
   for section in (c.sft, c.policy):
     section.learning_rate, section.final_learning_rate = 2e-6, 4e-7

@@ -35,6 +35,8 @@ def sampling(temperature, top_p, max_new_tokens, max_prompt_tokens, **more):
     dict(
       temperature=float(temperature),  # 0: greedy
       top_p=float(top_p),
+      top_k=0,  # 0: all tokens
+      repetition_penalty=1.0,  # as in transformers: above 1, what was said before becomes less likely
       max_new_tokens=max_new_tokens,
       max_prompt_tokens=max_prompt_tokens,
       **more,

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.stats
 
 from alma_jax.llama import model as llama
 from alma_jax.llama import sharding
@@ -65,3 +66,25 @@ def logprobs(model, ids, room=None):
 def log_softmax(z):
   z = z - z.max(axis=-1, keepdims=True)
   return z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
+
+
+def exact(logits, temperature, top_p):
+  """float64 probabilities after temperature and top-p, as transformers' TopPLogitsWarper keeps tokens: in ascending
+  order, those go whose cumulative probability is at most 1 - top_p; the likeliest always stays."""
+  p = np.exp(log_softmax(np.asarray(logits, np.float64) / temperature))
+  order = np.argsort(p, kind="stable")
+  gone = np.cumsum(p[order]) <= 1 - top_p
+  gone[-1] = False
+  p[order[gone]] = 0
+  return p / p.sum()
+
+
+def assert_drawn_from(p, tokens):
+  """Chi-square; rare tokens are taken together."""
+  drawn, wanted = np.bincount(tokens, minlength=len(p)), len(tokens) * p
+  assert drawn[p == 0].sum() == 0
+  common = wanted >= 5
+  drawn, wanted = (np.append(x[common], x[~common].sum()) for x in (drawn, wanted))
+  drawn, wanted = drawn[wanted > 0], wanted[wanted > 0]
+  assert len(wanted) > 2
+  assert scipy.stats.chisquare(drawn, wanted).pvalue > 1e-3

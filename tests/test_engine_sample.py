@@ -1,17 +1,20 @@
 """Sampling against full forwards and exact distributions; the same tokens whatever shares the batch."""
 
 import dataclasses
+import pathlib
 
 import jax
 import numpy as np
 import pytest
-import scipy.stats
-from engine_models import CONFIG, log_softmax, logprobs, on_mesh, stacked, unrolled
+from engine_models import CONFIG, assert_drawn_from, exact, logprobs, on_mesh, stacked, unrolled
+from fixtures.make_llama_fixtures import hf_model
 
 from alma_jax.engine import sample as engine
-from alma_jax.engine.sample import PREFILL_ROWS, Decoding, Request, choose, sample
-from alma_jax.llama import sharding
+from alma_jax.engine.sample import PREFILL_ROWS, Decoding, Request, SlotsError, sample
+from alma_jax.llama import model as llama
+from alma_jax.llama import sharding, weights
 
+FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "llama"
 NEW = 12
 ROOM = 32 + NEW
 GREEDY = Decoding(max_new_tokens=NEW, stop_ids=(), temperature=0.0)
@@ -39,9 +42,9 @@ def brute_force_greedy(prompt):
   return tuple(ids[len(prompt) :])
 
 
-def brute_force_logprob(prompt, tokens):
+def brute_force_logprobs(prompt, tokens):
   p = logprobs(stacked(), [*prompt, *tokens], ROOM)
-  return sum(p[len(prompt) - 1 + i, token] for i, token in enumerate(tokens))
+  return [p[len(prompt) - 1 + i, token] for i, token in enumerate(tokens)]
 
 
 @pytest.fixture(scope="module")
@@ -63,15 +66,17 @@ def test_greedy_tokens_equal_a_loop_of_full_forwards(greedy):
     assert not result.finished
 
 
-def test_logprob_is_that_of_a_full_forward_at_temperature_1_with_the_stop_token(warm):
+def test_logprobs_are_those_of_a_full_forward_whatever_the_temperature_with_the_stop_token(warm):
   assert 3 < sum(r.finished for r in warm) < 24
   for request, result in zip(make_requests(24, 20), warm):
-    if not result.finished:
-      assert len(result.tokens) == NEW
-      assert result.logprob == pytest.approx(brute_force_logprob(request.prompt, result.tokens), abs=1e-4)
-    else:  # which of the stop tokens ended it is not told
-      ends = [brute_force_logprob(request.prompt, (*result.tokens, stop)) for stop in WARM.stop_ids]
-      assert min(abs(result.logprob - end) for end in ends) < 1e-4
+    n = len(result.tokens)
+    assert n == NEW or result.finished
+    wanted = brute_force_logprobs(request.prompt, result.tokens)
+    np.testing.assert_allclose(result.logprobs[:n], wanted, atol=1e-4)
+    if result.finished:  # which of the stop tokens ended it is not told
+      ends = [brute_force_logprobs(request.prompt, (*result.tokens, stop))[-1] for stop in WARM.stop_ids]
+      assert np.abs(np.array(ends) - result.logprobs[n]).min() < 1e-4
+    assert len(result.logprobs) == n + result.finished
     assert not set(result.tokens) & set(WARM.stop_ids)
 
 
@@ -103,7 +108,8 @@ def test_slots_and_room_for_prompts_do_not_change_the_tokens(warm):
   assert PREFILL_ROWS < 20 == len({r.prompt for r in requests})
   results = sample(unrolled(), requests, WARM, slots=32, longest_prompt=60)
   assert tokens_of(results) == tokens_of(warm)
-  np.testing.assert_allclose([r.logprob for r in results], [r.logprob for r in warm], atol=1e-4)
+  for result, other in zip(results, warm):
+    np.testing.assert_allclose(result.logprobs, other.logprobs, atol=1e-5)
 
 
 def test_order_and_company_do_not_change_a_requests_tokens(warm):
@@ -124,39 +130,191 @@ def test_keys_alone_tell_samples_of_one_prompt_apart():
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
-def test_eight_devices_sample_what_one_does_and_compile_once(tensor, warm):
+def test_eight_devices_sample_what_one_does(tensor, warm):
   mesh = sharding.make_mesh(data=-1, tensor=tensor)
   model = on_mesh(unrolled(), mesh, sharding.DECODE)
-  spread = sharding.batch_sharding(mesh)
-  place = lambda x: jax.device_put(x, spread)
-  results = run(make_requests(24, 20), WARM, slots=16, model=model, place=place)
+  results = run(make_requests(24, 20), WARM, slots=2, model=model, mesh=mesh)
   assert tokens_of(results) == tokens_of(warm)
-  sizes = compiled_sizes()
-  assert tokens_of(run(make_requests(30, 7, seed=2), WARM, 16, model, place=place))
-  assert compiled_sizes() == sizes
 
 
 def test_every_device_holds_its_own_part_of_the_cache_from_the_start(monkeypatch):
   mesh, fill, seen = sharding.make_mesh(data=4, tensor=2), engine._fill, []
 
-  def watched(model, state, *rest):
+  def watched(model, state, *rest, **more):
     seen.extend(shard.data.shape for shard in state["cache"][0][0].addressable_shards)
-    return fill(model, state, *rest)
+    return fill(model, state, *rest, **more)
 
   monkeypatch.setattr(engine, "_fill", watched)
-  place = lambda x: jax.device_put(x, sharding.batch_sharding(mesh))
-  run(make_requests(1, 1), WARM, 16, on_mesh(unrolled(), mesh, sharding.DECODE), place=place)
-  assert seen == [(16 // 4, ROOM, CONFIG.kv_heads // 2, CONFIG.head_dim)] * 8
+  run(make_requests(1, 1), WARM, 4, on_mesh(unrolled(), mesh, sharding.DECODE), mesh=mesh)
+  assert seen == [(4, NEW, CONFIG.kv_heads // 2, CONFIG.head_dim)] * 8
+
+
+# What is shared
+
+
+def many_samples(n, prompts, length=(1, 30), seed=0, head=()):
+  rng = np.random.default_rng(seed)
+  tails = [tuple(rng.integers(1, CONFIG.vocab, rng.integers(*length)).tolist()) for _ in range(prompts)]
+  return [Request((*head, *tail), (i, j)) for i, tail in enumerate(tails) for j in range(n)]
+
+
+@pytest.mark.parametrize("n", [3, 9, 40])
+def test_samples_that_share_their_prompts_keys_are_those_that_do_not(n):
+  requests = many_samples(n, 5)
+  assert engine.plan_for(24, 32, n).tile == (4 if n == 3 else 16)
+  shared = run(requests, WARM, slots=24)
+  alone = [run([r], WARM, slots=1)[0] for r in requests[:: 3 * n // 2]]
+  assert tokens_of(shared[:: 3 * n // 2]) == tokens_of(alone)
+  order = np.random.default_rng(2).permutation(len(requests))
+  assert tokens_of(run([requests[i] for i in order], WARM, slots=7)) == tokens_of([shared[i] for i in order])
+  assert len({r.tokens for r in shared}) > len(shared) / 2
+
+
+def test_a_head_that_prompts_share_is_computed_once_and_changes_nothing(monkeypatch):
+  rng, seen, head = np.random.default_rng(3), [], engine._head
+  start = tuple(rng.integers(1, CONFIG.vocab, 40).tolist())
+  requests = many_samples(1, 24, length=(5, 20), head=start)
+  monkeypatch.setattr(
+    engine, "_head", lambda model, tokens, *rest, **more: seen.append(1) or head(model, tokens, *rest, **more)
+  )
+  together = sample(unrolled(), requests, WARM, 8, longest_prompt=64)
+  assert len(seen) == 1
+  apart = [sample(unrolled(), [r], WARM, 8, longest_prompt=64)[0] for r in requests]
+  assert len(seen) == 1  # one prompt alone shares nothing
+  assert tokens_of(together) == tokens_of(apart)
+  for a, b in zip(together, apart):
+    np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_eight_devices_share_prompts_and_heads_as_one_does(tensor):
+  mesh = sharding.make_mesh(data=-1, tensor=tensor)
+  head = tuple(np.random.default_rng(3).integers(1, CONFIG.vocab, 40).tolist())
+  requests = [*many_samples(9, 11), *many_samples(2, 12, head=head, seed=1)]
+  penal = dataclasses.replace(WARM, repetition_penalty=1.2)
+  wanted = sample(unrolled(), requests, penal, 16, longest_prompt=80)
+  found = sample(on_mesh(unrolled(), mesh, sharding.DECODE), requests, penal, 4, longest_prompt=80, mesh=mesh)
+  assert tokens_of(found) == tokens_of(wanted)
+
+
+# When it is over
+
+
+def test_ends_cuts_a_request_where_it_says_whatever_the_segments():
+  requests, asked = many_samples(6, 3), {}
+
+  def ends(request, tokens, seen):
+    asked.setdefault(request, []).append((seen, len(tokens)))
+    cut = 2 + request.key[1] % 5 if request.key[1] else 10**6
+    return cut if len(tokens) >= cut else None
+
+  free = run(requests, dataclasses.replace(WARM, stop_ids=()))
+  cut = run(requests, dataclasses.replace(WARM, stop_ids=()), ends=ends)
+  for request, a, b in zip(requests, free, cut):
+    n = 2 + request.key[1] % 5 if request.key[1] else NEW
+    assert (b.tokens, b.finished) == (a.tokens[:n], request.key[1] > 0)
+    assert b.logprobs == pytest.approx(a.logprobs[:n], abs=1e-5)
+    # Told once of every token, in order.
+    assert [seen for seen, _ in asked[request]] == [0, *(n for _, n in asked[request])][:-1]
+  # A stop token that came first counts; `ends` also hears of those that one ended.
+  stopped = run(requests, WARM)
+  both = run(requests, WARM, ends=lambda request, tokens, seen: 3 if len(tokens) >= 3 else None)
+  for a, b in zip(stopped, both):
+    assert b.tokens == a.tokens[:3] and b.finished
+
+
+def test_no_stop_token_before_the_least_length(greedy):
+  stops = tuple({t for result in greedy for t in result.tokens[:2]})
+  results = run(make_requests(6, 6), dataclasses.replace(GREEDY, stop_ids=stops, min_new_tokens=5))
+  assert all(len(r.tokens) >= 5 for r in results)
+  assert not any(set(r.tokens[:5]) & set(stops) for r in results)
+
+
+def test_a_prompt_without_tokens_is_refused():
+  with pytest.raises(ValueError, match="no tokens"):
+    run([Request((), (0, 0))], GREEDY)
+
+
+# Against transformers
+
+
+@pytest.mark.parametrize("kind", ["llama2", "llama3", "llama31", "llama32"])
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_live_greedy_tokens_equal_transformers_generate(kind, penalty):
+  torch = pytest.importorskip("torch")
+  from transformers import RepetitionPenaltyLogitsProcessor
+
+  hf = hf_model(kind)
+  model = jax.jit(llama.unrolled)(weights.load(FIXTURES / kind))
+  rng = np.random.default_rng(9)
+  prompts = [tuple(rng.integers(3, model.c.vocab, n).tolist()) for n in (3, 11, 7)]
+  decoding = Decoding(NEW, (), temperature=0.0, repetition_penalty=penalty)
+  ours = sample(model, [Request(p, (0, 0)) for p in prompts], decoding, 2)
+  options = dict(max_new_tokens=NEW, do_sample=False, repetition_penalty=penalty, eos_token_id=None, pad_token_id=0)
+  for prompt, result in zip(prompts, ours):
+    theirs = hf.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), **options)
+    assert result.tokens == tuple(theirs[0, len(prompt) :].tolist())
+  if penalty != 1:
+    unpunished = dataclasses.replace(decoding, penalize_prompt=False)
+    free = sample(model, [Request(p, (0, 0)) for p in prompts], unpunished, 2)
+    assert tokens_of(free) != tokens_of(ours)
+    options["logits_processor"] = [RepetitionPenaltyLogitsProcessor(penalty, len(prompts[0]))]
+    theirs = hf.generate(torch.tensor([prompts[0]]), **(options | {"repetition_penalty": 1.0}))
+    assert free[0].tokens == tuple(theirs[0, len(prompts[0]) :].tolist())
+
+
+# What it costs
 
 
 def compiled_sizes():
-  return [f._cache_size() for f in (engine._empty, engine._fill, engine._segment)]
+  return [f._cache_size() for f in (engine._empty, engine._head, engine._fill, engine._start, engine._segment)]
 
 
-def test_a_second_call_compiles_nothing(warm):
+@pytest.mark.parametrize("devices", [1, 8])
+def test_other_prompts_and_another_checkpoint_compile_nothing(devices):
+  mesh = sharding.make_mesh(data=4, tensor=2) if devices == 8 else None
+  place = lambda model: model if mesh is None else on_mesh(model, mesh, sharding.DECODE)
+  requests = lambda seed, prompts: many_samples(9, prompts, length=(17, 30), seed=seed)
+  sample(place(unrolled()), requests(0, 9), WARM, 4, 32, mesh)
   sizes = compiled_sizes()
-  run(make_requests(40, 9, seed=3), WARM)  # other prompts, another number of requests
+  sample(place(unrolled(seed=1)), requests(1, 14), WARM, 4, 32, mesh)
   assert compiled_sizes() == sizes
+
+
+def test_a_segment_updates_the_cache_where_it_is():
+  # Deep, so that what one layer works with is small beside the whole cache.
+  c = dataclasses.replace(CONFIG, depth=8)
+  model, decoding = jax.jit(lambda: llama.unrolled(llama.init(c, 0)))(), Decoding(max_new_tokens=1024)
+  for samples in (1, 40):  # with prefixes of their own, and in tiles
+    call = engine._Call(model, many_samples(samples, 2), decoding, engine.plan_for(16, 32, samples), None)
+    call.refill()
+    tiles = None if call.plan.tile == 1 else call._tiles()
+    compiled = engine._segment.lower(model, call.state, tiles, decoding=decoding, steps=4, mesh=None).compile()
+    memory = compiled.memory_analysis()
+    cache = 2 * c.depth * 16 * 1024 * c.kv_heads * c.head_dim * 4
+    assert memory.alias_size_in_bytes > cache  # donated
+    assert memory.temp_size_in_bytes < cache / 4
+
+
+def test_slots_are_counted_from_the_memory_that_is_free():
+  fit = lambda free, wanted=0: engine.slots_that_fit(unrolled(), WARM, 64, 8, free, None, wanted)
+  assert fit(None) == 64 and fit(None, wanted=7) == 7
+  assert fit(2**40) == engine.MOST_SLOTS
+  half = fit(2**22)
+  assert 8 <= half < engine.MOST_SLOTS
+  assert fit(2**22, wanted=half) == half
+  with pytest.raises(SlotsError, match=rf"engine.slots is 500.*\b{half} would fit"):
+    fit(2**22, wanted=500)
+  with pytest.raises(SlotsError, match=r"not one sequence fits: prompts of 64 and answers of 12.*engine\.tensor"):
+    fit(1000)
+
+
+@pytest.mark.parametrize("slots, samples", [(8, 1), (8, 3), (64, 9), (64, 100)])
+def test_a_call_holds_no_more_than_is_counted(slots, samples):
+  plan = engine.plan_for(slots, 32, samples)
+  state = jax.eval_shape(lambda: engine._empty(unrolled(), plan, WARM, None))
+  held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+  assert held <= engine._bytes(unrolled(), WARM, plan, None)
 
 
 def test_progress_hears_of_every_request_and_token(warm):
@@ -172,28 +330,6 @@ def test_no_requests_give_no_results():
 # Distributions
 
 
-def exact(logits, temperature, top_p):
-  """float64 probabilities after temperature and top-p, as transformers' TopPLogitsWarper keeps tokens: in ascending
-  order, those go whose cumulative probability is at most 1 - top_p; the likeliest always stays."""
-  p = np.exp(log_softmax(np.asarray(logits, np.float64) / temperature))
-  order = np.argsort(p, kind="stable")
-  gone = np.cumsum(p[order]) <= 1 - top_p
-  gone[-1] = False
-  p[order[gone]] = 0
-  return p / p.sum()
-
-
-def assert_drawn_from(p, tokens):
-  """Chi-square; rare tokens are taken together."""
-  drawn, wanted = np.bincount(tokens, minlength=len(p)), len(tokens) * p
-  assert drawn[p == 0].sum() == 0
-  common = wanted >= 5
-  drawn, wanted = (np.append(x[common], x[~common].sum()) for x in (drawn, wanted))
-  drawn, wanted = drawn[wanted > 0], wanted[wanted > 0]
-  assert len(wanted) > 2
-  assert scipy.stats.chisquare(drawn, wanted).pvalue > 1e-3
-
-
 @pytest.mark.parametrize("top_p", [1.0, 0.7])
 def test_tokens_follow_the_exact_distribution_the_second_whatever_the_first(top_p):
   n, prompt = 4096, (7, 8, 9, 10)
@@ -204,71 +340,3 @@ def test_tokens_follow_the_exact_distribution_the_second_whatever_the_first(top_
   likely = np.bincount(first).argmax()
   after = logprobs(stacked(), [*prompt, likely], ROOM)[-1]
   assert_drawn_from(exact(after, 0.8, top_p), second[first == likely])
-
-
-def chosen_fractions(logits, temperature, top_p, n=20_000):
-  """What part of an even grid of uniform numbers chooses each token."""
-  grid = ((np.arange(n) + 0.5) / n).astype(np.float32)
-  rows = np.broadcast_to(logits, (n, len(logits))).astype(np.float32)
-  found = jax.jit(choose, static_argnums=2)(rows, grid, Decoding(1, (), temperature, top_p))
-  return np.bincount(np.asarray(found), minlength=len(logits)) / n
-
-
-@pytest.mark.parametrize("top_p", [0.0, 1e-6, 0.3, 0.7, 0.95, 0.999, 1.0])
-def test_top_p_keeps_the_smallest_set_that_reaches_p(top_p):
-  logits = np.random.default_rng(4).normal(size=33) * 2
-  p = exact(logits, 0.8, top_p)
-  np.testing.assert_allclose(chosen_fractions(logits, 0.8, top_p), p, atol=2e-4)
-  everything = exact(logits, 0.8, 1.0)
-  kept = everything[p > 0]
-  assert kept.sum() >= top_p - 1e-12
-  assert len(kept) == 1 or kept.sum() - kept.min() < top_p
-
-
-def test_top_p_cuts_ties_by_index():
-  np.testing.assert_allclose(chosen_fractions(np.array([0.0, 1, 1, 1, 1]), 1.0, 0.4), [0, 0.5, 0.5, 0, 0], atol=1e-4)
-
-
-@pytest.mark.parametrize("top_p", [0.3, 0.9])
-def test_live_top_p_equals_transformers(top_p):
-  torch = pytest.importorskip("torch")
-  from transformers.generation.logits_process import TopPLogitsWarper
-
-  logits = np.random.default_rng(6).normal(size=50) * 2
-  theirs = TopPLogitsWarper(top_p)(None, torch.tensor(logits[None])).softmax(-1)[0].numpy()
-  np.testing.assert_allclose(chosen_fractions(logits, 1.0, top_p), theirs, atol=2e-4)
-
-
-@pytest.mark.parametrize("top_p", [1.0, 0.9])
-def test_a_token_of_probability_0_is_never_drawn(top_p):
-  # A parallel cumulative sum is not monotonic, and moves where nothing is added: each such place is tried.
-  rng = np.random.default_rng(0)
-  vocab, n = 5000, 96
-  logits = (3 * rng.normal(size=vocab)).astype(np.float32)
-  logits[rng.random(vocab) < 0.5] = -np.inf
-  logits[[0, -1]] = -np.inf
-  p = np.asarray(jax.nn.softmax(logits))
-  cdf = np.asarray(jax.jit(lambda x: jax.numpy.cumsum(x, axis=-1))(np.broadcast_to(p, (n, vocab))))[0]
-  moves = np.diff(cdf)
-  traps = np.flatnonzero(((moves != 0) & (p[1:] == 0)) | (moves < 0))
-  assert len(traps) > 10
-  numbers = np.concatenate([cdf[traps], cdf[traps + 1], np.nextafter(cdf[traps], np.float32(0))])
-  numbers = np.concatenate([numbers[numbers < 1], [0.0, 2.0**-24, 1 - 2.0**-24, 1 - 2.0**-23]]).astype(np.float32)
-  draw = jax.jit(choose, static_argnums=2)
-  for start in range(0, len(numbers), n):
-    some = np.resize(numbers[start : start + n], n)
-    drawn = np.asarray(draw(np.broadcast_to(logits, (n, vocab)), some, Decoding(1, (), 1.0, top_p)))
-    assert (p[drawn] > 0).all()
-
-
-@pytest.mark.parametrize("logits", [[-np.inf, 0.0, -np.inf], [-np.inf, 0.0, 0.0, -np.inf, -np.inf]])
-def test_the_ends_of_the_unit_interval_reach_the_ends_of_the_possible_tokens(logits):
-  rows = np.array([logits, logits], np.float32)
-  possible = np.flatnonzero(rows[0] > -np.inf)
-  for top_p in (1.0, 0.99):
-    drawn = choose(rows, np.array([0.0, 1 - 2.0**-24], np.float32), Decoding(1, (), 1.0, top_p))
-    assert drawn.tolist() == [possible[0], possible[-1]]
-
-
-def test_greedy_takes_the_lowest_index_of_a_tie():
-  assert choose(np.array([[0.0, 2.0, 2.0]], np.float32), np.array([0.9]), GREEDY).tolist() == [1]

@@ -9,7 +9,6 @@ import pytest
 from fixtures.make_llama_fixtures import KINDS, hf_logits, hf_model, tokens_for
 
 from alma_jax.llama import model as llama
-from alma_jax.llama.attention import attention
 from alma_jax.llama.config import from_hf
 from alma_jax.llama.weights import NAMES, load, to_theirs
 
@@ -39,26 +38,58 @@ def test_logits_equal_those_recorded_from_transformers(kind):
 
 
 @pytest.mark.parametrize("kind", ["llama3", "llama31", "llama32"])
-def test_decoding_with_cache_equals_the_full_forward(kind):
+def test_decoding_after_a_prefix_equals_the_full_forward(kind):
   tokens, _ = expected(kind)
   model = load(FIXTURES / kind)
   full = np.asarray(row_logits(model, tokens))
   T = tokens.shape[1]
-  lengths, capacity = np.array([T // 2, T // 4]), T + 3
+  lengths = np.array([T // 2, T // 4])
   fast = jax.jit(llama.unrolled)(model)
   prompt = np.where(np.arange(T // 2) < lengths[:, None], tokens[:, : T // 2], 7)  # 7: padding, must not be seen
-  hidden, kept = jax.jit(llama.prefill)(fast, prompt, (np.arange(T // 2) < lengths[:, None]).astype(int))
+  hidden, kept = jax.jit(llama.prefill)(fast, prompt, lengths)
   for row, length in enumerate(lengths):
     np.testing.assert_allclose(llama.logits(model, hidden)[row, :length], full[row, :length], atol=2e-5)
-  # Beyond a row's length the cache holds what prefill made of padding: decode overwrites it before it looks.
-  cache = jax.tree.map(
-    lambda empty, filled: empty.at[:, : T // 2].set(filled), llama.new_cache(fast, 2, capacity), kept
-  )
+  # Beyond a row's length the prefix holds what prefill made of padding.
+  prefix, cache = llama.Prefix(kept, lengths), llama.new_cache(fast, 2, T // 2)
   step = jax.jit(llama.decode, donate_argnums=3)
   for i in range(T // 2):
     at = lengths + i
-    hidden, cache = step(fast, tokens[[0, 1], at], at, cache)
+    hidden, cache = step(fast, tokens[[0, 1], at], np.array([i, i]), cache, prefix, None)
     np.testing.assert_allclose(llama.logits(model, hidden), full[[0, 1], at], atol=2e-5)
+
+
+def test_slots_of_one_prefix_decode_from_its_tile_as_from_a_prefix_of_their_own():
+  tokens, _ = expected("llama31")
+  fast = jax.jit(llama.unrolled)(load(FIXTURES / "llama31"))
+  lengths, owner = np.array([9, 14]), np.array([1, 0, 1, 1])  # slots 0, 2 and 3 continue prompt 1
+  _, kv = jax.jit(llama.prefill)(fast, tokens[:, :16], lengths)
+  own = llama.Prefix(jax.tree.map(lambda x: x[owner], kv), lengths[owner])
+  # Tiles of two slots: 0 and 2 | 3 and a place to spare | 1 and a place to spare.
+  tiles = llama.Tiles(np.array([1, 1, 0]), np.array([[0, 2], [3, 0], [1, 1]]), np.array([0, 4, 1, 2]))
+  step, a, b = jax.jit(llama.decode), llama.new_cache(fast, 4, 3), llama.new_cache(fast, 4, 3)
+  for i in range(3):
+    drawn, counts = np.array([3, 4, 5, 6]) + i, np.full(4, i)
+    alone, a = step(fast, drawn, counts, a, own, None)
+    tiled, b = step(fast, drawn, counts, b, llama.Prefix(kv, lengths), tiles)
+    np.testing.assert_allclose(tiled, alone, atol=2e-6)
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-6), a, b)
+
+
+@pytest.mark.parametrize("layout", ["stacked", "unrolled"])
+def test_prefill_after_a_shared_prefix_equals_the_full_forward(layout):
+  tokens, _ = expected("llama31")
+  model = load(FIXTURES / "llama31")
+  T, shared = tokens.shape[1], np.array([7, 10])
+  model = model if layout == "stacked" else jax.jit(llama.unrolled)(model)
+  _, kv = jax.jit(llama.prefill)(model, tokens[:, :12], shared)
+  owner, lengths = np.array([0, 0, 1, 1]), np.array([3, 8, 8, 1])  # rows 0 and 1 continue prompt 0
+  rows = np.stack([np.roll(tokens[o], -shared[o])[:8] for o in owner])
+  rows[1, 2:] = rows[3, 2:]  # another continuation than row 0's
+  hidden, _ = jax.jit(llama.prefill)(model, rows, lengths, llama.Prefix(kv, shared))
+  for row, o, n, x in zip(rows, owner, lengths, llama.logits(model, hidden)):
+    whole = np.concatenate([tokens[o, : shared[o]], row[:n]])
+    np.testing.assert_allclose(x[:n], row_logits(model, whole[None])[0, shared[o] :], atol=2e-5)
+  assert T >= 18
 
 
 def test_packed_segments_equal_separate_rows():
@@ -93,24 +124,6 @@ def test_bfloat16_weights_compute_in_bfloat16_and_give_fp32_logits():
   error = np.abs(np.asarray(ours) - logits)
   assert error.mean() < 0.02
   assert error.max() > 1e-4  # else it was not computed in bfloat16
-
-
-def test_attention_and_its_log_sum_exp_equal_a_float64_formula():
-  rng = np.random.default_rng(0)
-  q, k, v = rng.normal(size=(2, 5, 4, 8)), rng.normal(size=(2, 7, 2, 8)), rng.normal(size=(2, 7, 2, 8))
-  mask = rng.random((2, 5, 7)) < 0.5
-  mask[:, :, 0] = True
-  mask[1, 2] = False  # a query that may look nowhere
-  out, lse = attention(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), mask)
-  k, v = np.repeat(k, 2, axis=2), np.repeat(v, 2, axis=2)  # heads 0, 1 share the first key/value head
-  scores = np.where(mask[:, None], np.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(8), -np.inf)
-  with np.errstate(divide="ignore", invalid="ignore"):
-    total = np.exp(scores).sum(-1, keepdims=True)
-    wanted = np.einsum("bnts,bsnh->btnh", np.exp(scores) / total, v)
-  seen = mask.any(-1)
-  np.testing.assert_allclose(out[seen], wanted[seen], atol=1e-5)
-  np.testing.assert_allclose(np.exp(lse[seen]), total[..., 0].transpose(0, 2, 1)[seen], rtol=1e-5)
-  assert np.isfinite(out).all()
 
 
 @pytest.mark.parametrize("kind", ["llama31", "llama32", "wide_heads"])

@@ -57,13 +57,13 @@ def test_decoding_under_decode_rules_equals_the_full_forward_on_one_device(alone
   with jax.set_mesh(mesh):
     fast = jax.jit(llama.unrolled)(model)
     rows = batch_sharding(mesh)
-    hidden, kept = jax.jit(llama.prefill)(fast, jax.device_put(TOKENS[:, :T], rows), np.ones((8, T), int))
-    cache = jax.tree.map(lambda c, kv: c.at[:, :T].set(kv), llama.new_cache(fast, 8, 16), kept)
+    hidden, kept = jax.jit(llama.prefill)(fast, jax.device_put(TOKENS[:, :T], rows), np.full(8, T))
     np.testing.assert_allclose(llama.logits(model, hidden), alone[0][:, :T], atol=2e-5)
-    step = jax.jit(llama.decode)
-    for at in range(T, T + 3):
-      hidden, cache = step(fast, jax.device_put(TOKENS[:, at], rows), np.full(8, at), cache)
-      np.testing.assert_allclose(llama.logits(model, hidden), alone[0][:, at], atol=2e-5)
+    prefix, cache, step = llama.Prefix(kept, np.full(8, T)), llama.new_cache(fast, 8, 6), jax.jit(llama.decode)
+    for at in range(3):
+      token = jax.device_put(TOKENS[:, T + at], rows)
+      hidden, cache = step(fast, token, np.full(8, at), cache, prefix, None)
+      np.testing.assert_allclose(llama.logits(model, hidden), alone[0][:, T + at], atol=2e-5)
 
 
 def leaf_shardings(tree):

@@ -12,13 +12,15 @@ Axes: B batch, T query length, S key length, N query heads, K key/value heads, G
 F feed-forward width, V vocabulary, L layers.
 """
 
+import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from alma_jax.llama.attention import attention
+from alma_jax.llama import attention
 from alma_jax.llama.sharding import constrain_batch, constrain_vocab
 
 
@@ -120,35 +122,35 @@ def run_block(block, c, x, cos_sin, attend):
   return x + jnp.einsum("btf,fd->btd", h, block.down[...]), kept
 
 
-def causal_mask(segments):
-  """[B, T, T]: earlier or equal place, same segment. Segments [B, T] number the packed examples; padding is 0."""
-  T = segments.shape[1]
-  return (segments[:, :, None] == segments[:, None, :]) & jnp.tril(jnp.ones((T, T), bool))
-
-
 def embedded(model, tokens):
   """[..., D] rows of the embedding table."""
   return constrain_vocab(model.embed[...])[tokens]
 
 
 def hidden_states(model, tokens, positions, segments, remat=False):
-  """Final-norm hidden states [B, T, D] of right-padded or packed rows; positions restart with every segment."""
-  c = model.c
-  cos_sin, mask = rope_angles(c, positions), causal_mask(segments)
+  """Final-norm hidden states [B, T, D] of right-padded or packed rows; positions restart with every segment. Segments
+  [B, T] number the packed examples; padding is 0."""
+  c, cos_sin = model.c, rope_angles(model.c, positions)
 
-  def layer(x, block):
-    x, _ = run_block(block, c, x, cos_sin, lambda q, k, v: (attention(q, k, v, mask)[0], None))
-    return x, None
+  def layer(x, block, _):
+    return run_block(block, c, x, cos_sin, lambda q, k, v: (attention.causal(q, k, v, segments)[0], None))
 
-  x = embedded(model, tokens)
   if remat:
     layer = jax.checkpoint(layer, prevent_cse=False)
-  if isinstance(model.blocks, tuple):
-    for block in model.blocks:
-      x, _ = layer(x, block)
-  else:
-    x, _ = jax.lax.scan(layer, x, model.blocks)
+  x, _ = _run_layers(model, layer, embedded(model, tokens), None)
   return rms_norm(x, model.norm, c.norm_eps)
+
+
+def _run_layers(model, layer, x, per_layer):
+  """`layer(x, block, its own) -> (x, kept)` through all blocks of either layout; what is kept comes in that layout: a
+  tuple with one entry per layer, or arrays that lead with the layer axis. So does `per_layer`, unless it is None."""
+  if not isinstance(model.blocks, tuple):
+    return jax.lax.scan(lambda x, inputs: layer(x, *inputs), x, (model.blocks, per_layer))
+  kept = []
+  for i, block in enumerate(model.blocks):
+    x, keep = layer(x, block, None if per_layer is None else per_layer[i])
+    kept.append(keep)
+  return x, tuple(kept)
 
 
 def logits(model, hidden):
@@ -165,33 +167,140 @@ def new_cache(model, slots, capacity):
   return tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(c.depth))
 
 
-def prefill(model, tokens, segments):
-  """Hidden states of right-padded prompts and their per-layer (k, v) [B, T, K, H]; unrolled layout."""
-  c = model.c
-  positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-  cos_sin, mask = rope_angles(c, positions), causal_mask(segments)
-  x, kept = embedded(model, tokens), []
-  for block in model.blocks:
-    x, kv = run_block(block, c, x, cos_sin, lambda q, k, v: (attention(q, k, v, mask)[0], (k, v)))
-    kept.append(kv)
-  return rms_norm(x, model.norm, c.norm_eps), tuple(kept)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prefix:
+  """Keys and values [P, S, K, H] of every layer that came before, and how many of the S places are real, [P]."""
+
+  kv: Any  # as the model's layout has it: a tuple of (k, v) per layer, or (k, v) that lead with the layer axis
+  lengths: Any
 
 
-def decode(model, tokens, lengths, cache):
-  """One step: tokens [B] take place `lengths` [B] of their slots. Returns hidden [B, D] and the updated cache."""
+def prefill(model, tokens, lengths, prefix=None):
+  """(hidden states [B, T, D], every layer's (k, v) [B, T, K, H]) of right-padded rows, B of them.
+
+  With a `prefix` of P rows, B / P consecutive rows of tokens continue each of them: it is read, never computed again.
+  """
+  c, (B, T) = model.c, tokens.shape
+  segments = (jnp.arange(T) < lengths[:, None]).astype(jnp.int32)
+  before = 0 if prefix is None else jnp.repeat(prefix.lengths, B // prefix.lengths.shape[0])[:, None]
+  cos_sin = rope_angles(c, jnp.broadcast_to(jnp.arange(T) + before, (B, T)))
+
+  def layer(x, block, past):
+    def attend(q, k, v):
+      own = attention.causal(q, k, v, segments)
+      if past is None:
+        return own[0], (k, v)
+      shared = attention.over(q.reshape(past[0].shape[0], -1, *q.shape[2:]), *past, prefix.lengths)
+      shared = jax.tree.map(lambda new, old: new.reshape(old.shape), shared, own)
+      return attention.merged(own, shared)[0], (k, v)
+
+    return run_block(block, c, x, cos_sin, attend)
+
+  x, kept = _run_layers(model, layer, embedded(model, tokens), None if prefix is None else prefix.kv)
+  return rms_norm(x, model.norm, c.norm_eps), kept
+
+
+def keys_values(model, tokens, lengths, prefix=None):
+  """`prefill` for the keys and values alone: the last layer ends with them. Stacked layout."""
+  last, layer, own = model.c.depth - 1, *_continued(model, tokens, lengths, prefix)
+  x, kept = jax.lax.scan(layer, embedded(model, tokens), jnp.arange(last))
+  return jax.tree.map(lambda upper, x: jnp.concatenate([upper, x[None]]), kept, own(x))
+
+
+def read(model, tokens, lengths, places, prefix=None):
+  """fp32 final-norm hidden states [B, R, D] at the places [B, R] of the rows of `prefill`. Of the last layer all places
+  get keys and values, and only these the rest. Stacked layout."""
+  c, (layer, own) = model.c, _continued(model, tokens, lengths, prefix)
+  x = jax.lax.fori_loop(0, c.depth - 1, lambda i, x: layer(x, i)[0], embedded(model, tokens))
+  k, v = own(x)
+
+  def attend(q, *_):
+    parts = [attention.over(q[:, r : r + 1], k, v, places[:, r] + 1) for r in range(places.shape[1])]
+    found = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *parts)
+    return _with_prefix(found, q, None if prefix is None else _at(prefix.kv, c.depth - 1), prefix), None
+
+  x = jnp.take_along_axis(x, places[..., None], axis=1)
+  cos_sin = rope_angles(c, places + _before(prefix, len(tokens)))
+  x, _ = run_block(_at(model.blocks, c.depth - 1), c, x, cos_sin, attend)
+  return rms_norm(x.astype(jnp.float32), model.norm, c.norm_eps)
+
+
+def _continued(model, tokens, lengths, prefix):
+  """(layer(x, i) -> (x, (k, v)), own(x) -> the last layer's (k, v)) for the rows of `prefill`."""
+  c, (B, T) = model.c, tokens.shape
+  segments = (jnp.arange(T) < lengths[:, None]).astype(jnp.int32)
+  cos_sin = rope_angles(c, jnp.broadcast_to(jnp.arange(T) + _before(prefix, B), (B, T)))
+
+  def layer(x, i):
+    past = None if prefix is None else _at(prefix.kv, i)
+    attend = lambda q, k, v: (_with_prefix(attention.causal(q, k, v, segments), q, past, prefix), (k, v))
+    return run_block(_at(model.blocks, i), c, x, cos_sin, attend)
+
+  def own(x):  # what the block makes of the queries is not used, so the compiler leaves it out
+    return run_block(_at(model.blocks, c.depth - 1), c, x, cos_sin, lambda q, k, v: (q, (k, v)))[1]
+
+  return layer, own
+
+
+def _at(stacked, i):
+  """Layer i of a stacked tree, without a copy of the others."""
+  return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), stacked)
+
+
+def _before(prefix, rows):
+  """[rows, 1] how many tokens stand before every row."""
+  return (
+    jnp.zeros((rows, 1), int) if prefix is None else jnp.repeat(prefix.lengths, rows // len(prefix.lengths))[:, None]
+  )
+
+
+def _with_prefix(own, q, past, prefix):
+  """Attention [B, T, N, H] over what `own` has looked at and over the prefix's keys and values of this layer."""
+  if past is None:
+    return own[0]
+  shared = attention.over(q.reshape(past[0].shape[0], -1, *q.shape[2:]), *past, prefix.lengths)
+  return attention.merged(own, jax.tree.map(lambda new, old: new.reshape(old.shape), shared, own))[0]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+  """Which slots read which prefix: up to W slots of one prefix form a tile, so that its keys are read once for them."""
+
+  prefix: Any  # [n] the prefix of every tile; -1: the tile is not used
+  slots: Any  # [n, W] its slots; where a tile is not full, any slot
+  place: Any  # [B] where slot b's result stands among the n x W
+
+
+def decode(model, tokens, counts, cache, prefix, tiles):
+  """One step: token [B] takes place `counts` [B] of its slot's own cache and sees the slot's prefix before that.
+
+  Unrolled layout. Without `tiles` slot b has prefix b. Returns hidden [B, D] and the updated cache.
+  """
   c = model.c
-  S = cache[0][0].shape[1]
-  cos_sin = rope_angles(c, lengths[:, None])
-  mask = (jnp.arange(S) <= lengths[:, None])[:, None, :]
-  x, kept = embedded(model, tokens[:, None]), []
-  # Written slot by slot: indexed with [slots, lengths], every device would ask all others for their slots' indices.
+  if tiles is None:
+    before, grouped, single = prefix.lengths, lambda x: x, lambda x: x
+  else:
+    before = prefix.lengths[tiles.prefix[tiles.place // tiles.slots.shape[1]]]
+    grouped = lambda x: x[tiles.slots][:, :, 0]  # [B, 1, ...] -> [n, W, ...]
+    single = lambda x: x.reshape(-1, 1, *x.shape[2:])[tiles.place]
+  lengths = prefix.lengths if tiles is None else jnp.where(tiles.prefix < 0, 0, prefix.lengths[tiles.prefix])
+  cos_sin = rope_angles(c, (before + counts)[:, None])
+  # Written slot by slot: indexed with [slots, counts], every device would ask all others for their slots' indices.
   put = jax.vmap(lambda buffer, at, new: buffer.at[at].set(new))
-  for block, (keys, values) in zip(model.blocks, cache):
 
-    def attend(q, k, v, keys=keys, values=values):
-      keys, values = put(keys, lengths, k[:, 0]), put(values, lengths, v[:, 0])
-      return attention(q, keys, values, mask)[0], (keys, values)
+  def layer(x, block, own):
+    (keys, values), (prefix_keys, prefix_values) = own
 
-    x, kv = run_block(block, c, x, cos_sin, attend)
-    kept.append(kv)
-  return rms_norm(x, model.norm, c.norm_eps)[:, 0], tuple(kept)
+    def attend(q, k, v):
+      written = put(keys, counts, k[:, 0]), put(values, counts, v[:, 0])
+      new = attention.over(q, *written, counts + 1)
+      at = slice(None) if tiles is None else tiles.prefix
+      old = attention.over(grouped(q), prefix_keys[at], prefix_values[at], lengths)
+      return attention.merged(new, jax.tree.map(single, old))[0], written
+
+    return run_block(block, c, x, cos_sin, attend)
+
+  x, cache = _run_layers(model, layer, embedded(model, tokens[:, None]), tuple(zip(cache, prefix.kv)))
+  return rms_norm(x, model.norm, c.norm_eps)[:, 0], cache

@@ -68,9 +68,12 @@ def batch_sharding(mesh):
 
 
 def constrain_batch(x):
-  """Keep the leading axis spread over the batch axes of the mesh in force (set by jax.set_mesh), if there is one."""
+  """Keep the leading axis spread over the batch axes of the mesh in force (set by jax.set_mesh), if there is one.
+
+  Inside jax.shard_map over those axes it is spread already.
+  """
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
+  if mesh.empty or "data" in mesh.manual_axes:
     return x
   ways = mesh.shape["data"] * mesh.shape["fsdp"]
   return jax.lax.with_sharding_constraint(x, P(BATCH)) if x.shape[0] % ways == 0 else x

@@ -1,6 +1,7 @@
 """Sampling with text in and text out, on this host's devices."""
 
 import dataclasses
+import functools
 
 from alma_jax.engine import sample as engine
 
@@ -9,22 +10,25 @@ from alma_jax.engine import sample as engine
 class Draft:
   """One sampled continuation."""
 
-  text: str
-  tokens: tuple
-  finished: bool
-  logprob: float
+  text: str  # up to a stop string, without it
+  tokens: tuple  # without the stop token, but with those that a stop string is in
+  finished: bool  # ended by a stop token or string
+  logprobs: tuple  # of every drawn token as the model gives them; a stop token's own comes last
+
+  @property
+  def logprob(self):
+    return sum(self.logprobs)
 
 
-def drafts(session, checkpoint, prompts, keys, stop_ids, options, bar):
-  """list[Draft]: one per (prompt ids, key). `options` has temperature, top_p, max_new_tokens and max_prompt_tokens,
-  the room for prompts, which every prompt must fit."""
-  decoding = engine.Decoding(
-    max_new_tokens=options.max_new_tokens,
-    stop_ids=tuple(stop_ids),
-    temperature=float(options.temperature),
-    top_p=float(options.top_p),
-  )
+def drafts(bench, checkpoint, prompts, keys, stop_ids, options, bar, stop_strings=()):
+  """list[Draft]: one per (prompt ids, key). `options` has max_new_tokens, max_prompt_tokens (the room for prompts, which
+  every prompt must fit) and how tokens are drawn, see `engine.choose.Decoding`."""
+  names = [field.name for field in dataclasses.fields(engine.Decoding) if field.name in options]
+  decoding = engine.Decoding(stop_ids=tuple(stop_ids), **{name: options[name] for name in names})
   requests = [engine.Request(tuple(prompt), key) for prompt, key in zip(prompts, keys)]
+  model, decode = bench.model(checkpoint, "unrolled"), bench.tokenizer.decode
+  share = len(requests) / max(1, len({r.prompt for r in requests}))
+  longest, mesh, wanted = options.max_prompt_tokens, bench.local_mesh, bench.config.engine.slots
 
   def progress(finished, tokens):
     bar.update(finished)
@@ -32,13 +36,36 @@ def drafts(session, checkpoint, prompts, keys, stop_ids, options, bar):
     bar.set_postfix_str(f"{bar.tokens / max(bar.format_dict['elapsed'], 1e-3):,.0f} tokens/s", refresh=False)
 
   sampled = engine.sample(
-    session.model(checkpoint, "unrolled"),
+    model,
     requests,
     decoding,
-    slots=session.config.engine.slots * session.local_ways,
-    longest_prompt=options.max_prompt_tokens,
-    place=session.place,
+    engine.slots_that_fit(model, decoding, longest, share, bench.free_bytes, mesh, wanted),
+    longest,
+    mesh,
     progress=progress,
+    ends=functools.partial(_end, decode, tuple(stop_strings)) if stop_strings else None,
   )
-  decode = session.tokenizer.decode
-  return [Draft(decode(s.tokens).strip(), s.tokens, s.finished, s.logprob) for s in sampled]
+  text = lambda tokens: _before(decode(tokens), stop_strings).strip()
+  return [Draft(text(s.tokens), s.tokens, s.finished, s.logprobs) for s in sampled]
+
+
+def _before(text, stop_strings):
+  """The text up to the first of the stop strings."""
+  return text[: min((at for at in (text.find(stop) for stop in stop_strings) if at >= 0), default=len(text))]
+
+
+def _end(decode, stop_strings, request, tokens, seen):
+  """The least number of tokens whose text holds a stop string, or None. The text of the first `seen` holds none."""
+  longest = max(map(len, stop_strings))
+  # What is new, and as much before it as a stop string may begin in.
+  start = max(0, seen - 1)
+  while start and len(decode(tokens[start:seen])) < longest:
+    start -= 1
+  start = max(0, start - 4)  # a cut inside a character shows as another one, or more: those are not looked at
+  if not _holds(decode(tokens[start:]), stop_strings):
+    return None
+  return next((n for n in range(seen + 1, len(tokens) + 1) if _holds(decode(tokens[:n]), stop_strings)), None)
+
+
+def _holds(text, stop_strings):
+  return any(stop in text for stop in stop_strings)

@@ -43,20 +43,17 @@ def _evaluated(session, round, checkpoint, judge, rows, template, shots, c, bar)
   if template:
     shown = [{"prompt": fewshot.last_user_turn(s.messages), "response": s.response} for s in shots]
     ask = lambda row: fewshot.few_shot_ids(tok, template, shown, fewshot.last_user_turn(row.messages))
-    stops = (*fewshot.stop_ids_of(tok, template), *chat.stop_ids(tok, session.chat))
   else:
     ask = lambda row: tuple(chat.encode_prompt(tok, session.chat, row.messages))
-    stops = chat.stop_ids(tok, session.chat)
+  stops, strings = chat.stop_ids(tok, session.chat), (template.stop,) if template else ()
   prompts = [ask(row) for row in rows]
   fit = [i for i, ids in enumerate(prompts) if len(ids) <= c.eval.max_prompt_tokens]
   keys = [key_of(c.seed, round, "eval", prompt_id(rows[i].messages)) for i in fit]
-  written = dict(zip(fit, drafts(session, checkpoint, [prompts[i] for i in fit], keys, stops, c.eval, bar)))
+  written = dict(zip(fit, drafts(session, checkpoint, [prompts[i] for i in fit], keys, stops, c.eval, bar, strings)))
   answers = []
   for i, row in enumerate(rows):
     draft = written.get(i)
     text, finished = (draft.text, draft.finished) if draft else ("", False)  # no room for the prompt: no answer
-    if template:
-      text, finished = fewshot.first_item(text, template, finished)
     answers.append((row.messages, text, finished, len(draft.tokens) if draft else 0))
   scored = verdicts(session, judge, [(messages, text) for messages, text, _, _ in answers])
   truth = evaluator_by_name(c.eval.evaluator)

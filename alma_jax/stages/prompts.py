@@ -7,6 +7,8 @@ short enough and is neither a seed, nor an evaluation prompt, nor already there,
 import collections
 import dataclasses
 
+import numpy as np
+
 from alma_jax.session.sampling import drafts
 from alma_jax.session.session import key_of, random_numbers
 from alma_jax.store.records import Prompt, prompt_id
@@ -45,22 +47,23 @@ def _draws(session, template, shown, fields, c):
   if stage.done:
     return stage
   tok = session.tokenizer
-  stops = (*fewshot.stop_ids_of(tok, template), *(() if tok.eos_id is None else (tok.eos_id,)))
-  with session.bar("pool: prompts", len(range(p.draws)) * len(missing) // c.shards, "prompts") as bar:
+  eos = () if tok.eos_id is None else (tok.eos_id,)
+  shots = _shots(random_numbers(c.seed, "shots"), p.draws, len(shown), p.shots)
+  # Neighbours in this order begin with the same shots, which the sampler then reads once.
+  parts = np.array_split(np.lexsort(shots.T[::-1]), c.shards)
+  with session.bar("pool: prompts", sum(len(parts[i]) for i in missing), "prompts") as bar:
     for part in missing:
       contexts, keys = [], []
-      for draw in range(part, p.draws, c.shards):
-        random = random_numbers(c.seed, "shots", draw)
-        size = int(random.integers(p.shots[0], p.shots[1] + 1))
-        shots = [shown[i] for i in random.choice(len(shown), min(size, len(shown)), replace=False)]
-        contexts.append(fewshot.few_shot_ids(tok, template, [{"prompt": s} for s in shots]))
+      for draw in parts[part].tolist():
+        show = [{"prompt": shown[i]} for i in shots[draw] if i >= 0]
+        contexts.append(fewshot.few_shot_ids(tok, template, show))
         keys.append(key_of(c.seed, 0, "prompts", draw))
       fit = [i for i, ids in enumerate(contexts) if len(ids) <= p.max_prompt_tokens]
-      written = drafts(session, session.base, [contexts[i] for i in fit], [keys[i] for i in fit], stops, p, bar)
+      asked = [contexts[i] for i in fit], [keys[i] for i in fit]
+      written = drafts(session, session.base, *asked, eos, p, bar, stop_strings=(template.stop,))
       records, counts = [], collections.Counter(context_too_long=len(contexts) - len(fit))
       for draft in written:
-        text, ended = fewshot.first_item(draft.text, template, draft.finished)
-        reason = None if ended else "cut_off"
+        text, reason = draft.text, None if draft.finished else "cut_off"
         reason = reason or ("empty" if not text else "too_long" if len(text) > p.max_characters else None)
         counts[reason or "usable"] += 1
         if not reason:
@@ -68,6 +71,21 @@ def _draws(session, template, shown, fields, c):
       stage.write_part(part, c.shards, records, Prompt, {"draws": len(contexts), **counts})
   stage.finish()
   return stage
+
+
+def _shots(random, draws, seeds, sizes):
+  """[draws, most] seeds that each draw shows, different ones in random order, then -1: a size between the two of
+  `sizes` for every draw. More draws leave the first ones as they are."""
+  least, most = (min(size, seeds) for size in sizes)
+  numbers = random.random((draws, most + 1))
+  shots = np.empty((draws, most), np.int64)
+  for place in range(most):
+    # One of those not shown yet, by its rank among them: every smaller one that is shown moves it up.
+    shots[:, place] = numbers[:, place] * (seeds - place)
+    for shown in np.sort(shots[:, :place], axis=1).T:
+      shots[:, place] += shots[:, place] >= shown
+  size = least + (numbers[:, most] * (most - least + 1)).astype(int)
+  return np.where(np.arange(most) < size[:, None], shots, -1)
 
 
 def _unique(drafted, forbidden):

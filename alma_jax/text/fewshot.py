@@ -3,7 +3,7 @@
   LISTS     show a few prompts as a list and let the model write the next item          (prompt synthesis)
   DIALOGUES show a few prompt/response pairs and let the model answer the last prompt   (the base model's 3-shot score)
 
-Both end an item at `stop`; what the model writes after it is not part of the item.
+Both end an item at `stop`, where sampling stops, too.
 """
 
 import dataclasses
@@ -67,18 +67,6 @@ def _filled(text, shot):
   # One pass, so that a prompt which holds "{response}" stays as it is.
   parts = text.split("{prompt}")
   return shot["prompt"].join(part.replace("{response}", shot.get("response", "")) for part in parts)
-
-
-def stop_ids_of(tok, template):
-  """The stop delimiter as a token id where it is one token, so that sampling can end there; else nothing."""
-  ids = tok.encode(template.stop)
-  return tuple(ids) if len(ids) == 1 else ()
-
-
-def first_item(text, template, stopped):
-  """(the item's text, whether it ended): all before the delimiter; without one the item ended if a stop token came."""
-  item, delimiter, _ = text.partition(template.stop)
-  return item.strip(), bool(delimiter) or stopped
 
 
 def first_user_turn(messages):

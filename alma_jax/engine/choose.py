@@ -1,0 +1,142 @@
+"""Choosing the next token: from logits and one uniform number per row to a token, exactly.
+
+The logits pass, in transformers' order, a repetition penalty, a minimum length, temperature, top-k and top-p; the token
+is then read off the cumulative distribution. No sort, no noise as wide as the vocabulary: the k-th largest weight and
+the edge of the nucleus are found by bisection on the bits of a float, and the inverse CDF looks at block sums first.
+
+    token, logprob = choose(logits, uniform, Decoding(max_new_tokens=64, temperature=0.7, top_p=0.9))
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+class DecodingError(ValueError):
+  """A way of drawing tokens that there is not; the message names the value."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+  """How tokens are drawn. The meanings are those of transformers' `generate`."""
+
+  max_new_tokens: int
+  stop_ids: tuple = ()
+  temperature: float = 1.0  # 0: greedy
+  top_k: int = 0  # 0: all tokens
+  top_p: float = 1.0
+  repetition_penalty: float = 1.0
+  penalize_prompt: bool = True  # tokens of the prompt count as said, too
+  min_new_tokens: int = 0  # no stop token before that
+
+  def __post_init__(self):
+    """A value outside its range would be sampled from silently."""
+    ranges = dict(
+      max_new_tokens=(self.max_new_tokens >= 1, "at least 1"),
+      temperature=(self.temperature >= 0, "0 (greedy) or more"),
+      top_k=(self.top_k >= 0, "0 (all tokens) or more"),
+      top_p=(0 <= self.top_p <= 1, "from 0 (only the likeliest) to 1 (all)"),
+      repetition_penalty=(self.repetition_penalty > 0, "above 0; 1 is none"),
+      min_new_tokens=(0 <= self.min_new_tokens <= self.max_new_tokens, "from 0 to max_new_tokens"),
+    )
+    for name, (fits, wanted) in ranges.items():
+      if not fits:
+        raise DecodingError(f"{name} is {getattr(self, name)!r}; it must be {wanted}")
+
+  @property
+  def remembers(self):
+    """Whether the tokens said so far matter."""
+    return self.repetition_penalty != 1
+
+
+def choose(logits, uniform, decoding, said=None, count=None):
+  """(token [B], its log-probability in the model's own distribution [B]) from fp32 logits [B, V].
+
+  `said` [B, V] marks the tokens that the penalty applies to, `count` [B] is how many have been drawn.
+  """
+  if decoding.temperature == 0:
+    token = _argmax(_ruled(logits, decoding, said, count))
+  else:
+    token = _inverse_cdf(weights(logits, decoding, said, count), uniform)
+  return token, jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
+
+
+def weights(logits, decoding, said=None, count=None):
+  """fp32 [B, V]: what is drawn from, in proportion; the largest of a row is 1."""
+  z = _ruled(logits, decoding, said, count)
+  w = jnp.exp((z - z.max(axis=-1, keepdims=True)) / decoding.temperature)
+  if 0 < decoding.top_k < w.shape[-1]:
+    edge = _edge(w, lambda kept: kept.sum(axis=-1, keepdims=True) >= decoding.top_k)
+    w = jnp.where(w >= edge, w, 0.0)  # all that tie for the last place stay, as in transformers
+  if decoding.top_p < 1:
+    wanted = jnp.maximum(decoding.top_p * w.sum(axis=-1, keepdims=True), 1e-30)  # the first one always stays
+    edge = _edge(w, lambda kept: jnp.where(kept, w, 0.0).sum(axis=-1, keepdims=True) >= wanted)
+    # Of those that tie at the edge, the first few that are needed.
+    short = wanted - jnp.where(w > edge, w, 0.0).sum(axis=-1, keepdims=True)
+    tied = w == edge
+    few = jnp.cumsum(tied, axis=-1) <= jnp.maximum(jnp.ceil(short / jnp.maximum(edge, 1e-37)), 1.0)
+    w = jnp.where((w > edge) | (tied & few), w, 0.0)
+  return w
+
+
+def _ruled(logits, decoding, said, count):
+  z = logits
+  if decoding.remembers:
+    penalty = decoding.repetition_penalty
+    z = jnp.where(said, jnp.where(z < 0, z * penalty, z / penalty), z)
+  if decoding.min_new_tokens and decoding.stop_ids:
+    stop = jnp.zeros(z.shape[-1], bool).at[jnp.asarray(decoding.stop_ids)].set(True, mode="drop")
+    z = jnp.where((count[:, None] < decoding.min_new_tokens) & stop, -jnp.inf, z)
+  return z
+
+
+def _edge(w, enough):
+  """[B, 1]: the largest number such that the weights of at least that size are enough. All of them always are.
+
+  Non-negative floats are ordered as their bits are, and 1.0 is 0x3f800000, so that 30 bits decide.
+  """
+
+  def narrow(i, low):
+    tried = low + (1 << (29 - i))
+    return jnp.where(enough(w >= jax.lax.bitcast_convert_type(tried, jnp.float32)), tried, low)
+
+  low = jax.lax.fori_loop(0, 30, narrow, jnp.zeros((w.shape[0], 1), jnp.int32))
+  return jax.lax.bitcast_convert_type(low, jnp.float32)
+
+
+def _blocks(x, filler):
+  """[B, V] as [B, n, size], n about as large as the size. The size divides V where it can: padding is a copy."""
+  V = x.shape[-1]
+  size, divides = 1 << ((V.bit_length() + 1) // 2), V & -V
+  size = divides if size // 4 <= divides < size else size
+  return jnp.pad(x, ((0, 0), (0, -V % size)), constant_values=filler).reshape(x.shape[0], -1, size)
+
+
+def _inverse_cdf(w, uniform):
+  """The first token whose cumulative weight is above uniform x total: its block by the blocks' sums, then inside."""
+  blocks = _blocks(w, 0.0)
+  mass = blocks.sum(axis=-1)
+  reach = jnp.cumsum(mass, axis=-1)
+  target = uniform * reach[:, -1]
+  block = _first_above(reach, target, mass > 0)[:, None]
+  inside = jnp.take_along_axis(blocks, block[..., None], axis=1)[:, 0]
+  before = jnp.take_along_axis(reach - mass, block, axis=1)[:, 0]
+  return block[:, 0] * blocks.shape[-1] + _first_above(jnp.cumsum(inside, axis=-1), target - before, inside > 0)
+
+
+def _first_above(reach, target, possible):
+  """A parallel sum is not quite monotonic and differences round: what has no weight is ruled out by name, and where
+  rounding leaves nothing, it is the last of the others."""
+  at = jnp.arange(reach.shape[-1])
+  first = jnp.where(possible & (reach > target[:, None]), at, at.size).min(axis=-1)
+  return jnp.where(first < at.size, first, jnp.where(possible, at, 0).max(axis=-1))
+
+
+def _argmax(z):
+  """The lowest index of the largest: on CPUs many times faster by blocks, and by a smallest index, than in one."""
+  blocks = _blocks(z, -jnp.inf)
+  top = blocks.max(axis=-1)
+  first = lambda x: jnp.where(x == x.max(axis=-1, keepdims=True), jnp.arange(x.shape[-1]), x.shape[-1]).min(axis=-1)
+  block = first(top)[:, None]
+  return block[:, 0] * blocks.shape[-1] + first(jnp.take_along_axis(blocks, block[..., None], axis=1)[:, 0])
