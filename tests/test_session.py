@@ -9,6 +9,7 @@ import text_tokenizers
 from ml_collections import ConfigDict
 
 from alma_jax import start
+from alma_jax.config import ConfigError
 from alma_jax.llama import model as llama
 from alma_jax.llama import weights
 from alma_jax.llama.config import LlamaConfig, ModelError
@@ -139,3 +140,19 @@ def test_config_dict_is_not_changed_by_a_session(tmp_path):
   with start.open_session(config, tmp_path / "run") as session:
     session.config_for(2)
   assert isinstance(config, ConfigDict) and config.to_dict() == before
+
+
+@pytest.mark.parametrize(
+  "values, message",
+  [
+    ({"responses.top_p": 1.5}, r"config\.responses\.top_p is 1\.5; it must be from 0"),
+    ({"judge.distil.sample.temperature": -1.0}, r"config\.judge\.distil\.sample\.temperature is -1\.0"),
+    ({"rounds": {3: {"eval": {"top_k": -2}}}}, r"config\.eval\.top_k is -2"),
+  ],
+)
+def test_a_way_of_sampling_that_there_is_not_is_found_at_the_start(tmp_path, values, message):
+  config = get_config("mini")
+  config.update_from_flattened_dict({k: v for k, v in values.items() if k != "rounds"})
+  config.rounds = values.get("rounds", {})
+  with pytest.raises(ConfigError, match=message), start.open_session(config, tmp_path / "run"):
+    pass

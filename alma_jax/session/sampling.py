@@ -20,11 +20,16 @@ class Draft:
     return sum(self.logprobs)
 
 
-def drafts(bench, checkpoint, prompts, keys, stop_ids, options, bar, stop_strings=()):
-  """list[Draft]: one per (prompt ids, key). `options` has max_new_tokens, max_prompt_tokens (the room for prompts, which
-  every prompt must fit) and how tokens are drawn, see `engine.choose.Decoding`."""
+def decoding_of(options, stop_ids=()):
+  """The Decoding that a section of the config describes."""
   names = [field.name for field in dataclasses.fields(engine.Decoding) if field.name in options]
-  decoding = engine.Decoding(stop_ids=tuple(stop_ids), **{name: options[name] for name in names})
+  return engine.Decoding(**{"stop_ids": tuple(stop_ids)} | {name: options[name] for name in names})
+
+
+def drafts(bench, checkpoint, prompts, keys, stop_ids, options, bar, stop_strings=()):
+  """list[Draft]: one per (prompt ids, key). `options` has max_new_tokens, max_prompt_tokens (the room for prompts, into
+  which every prompt must fit) and how tokens are drawn, see `engine.choose.Decoding`."""
+  decoding = decoding_of(options, stop_ids)
   requests = [engine.Request(tuple(prompt), key) for prompt, key in zip(prompts, keys)]
   model, decode = bench.model(checkpoint, "unrolled"), bench.tokenizer.decode
   share = len(requests) / max(1, len({r.prompt for r in requests}))
@@ -45,8 +50,12 @@ def drafts(bench, checkpoint, prompts, keys, stop_ids, options, bar, stop_string
     progress=progress,
     ends=functools.partial(_end, decode, tuple(stop_strings)) if stop_strings else None,
   )
-  text = lambda tokens: _before(decode(tokens), stop_strings).strip()
-  return [Draft(text(s.tokens), s.tokens, s.finished, s.logprobs) for s in sampled]
+  found = []
+  for s in sampled:
+    text = _before(decode(s.tokens), stop_strings)
+    # What continues a raw text may begin with a space; a chat's turn has none around it.
+    found.append(Draft(text.strip() if bench.chat else text, s.tokens, s.finished, s.logprobs))
+  return found
 
 
 def _before(text, stop_strings):

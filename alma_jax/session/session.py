@@ -9,8 +9,11 @@ import hashlib
 import json
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from alma_jax import config as configs
+from alma_jax.engine.choose import DecodingError
+from alma_jax.session import sampling
 from alma_jax.session.workbench import Checkpoint, Workbench, content_of
 from alma_jax.store import shards
 
@@ -22,6 +25,8 @@ class Session(Workbench):
       raise configs.ConfigError("config.model.path is empty: give the directory of a base model in Hugging Face format")
     super().__init__(config, local_mesh, speaks=run.host == 0)
     self.run, self.mesh = run, mesh
+    for round in self.feedback_rounds():
+      _check_sampling(configs.for_round(config, round), "config")
     self.base = Checkpoint("base", self.directory, content_of(self.directory))
 
   def feedback_rounds(self):
@@ -40,6 +45,18 @@ class Session(Workbench):
   def describe_text(self):
     """The part of every fingerprint that says how text becomes tokens."""
     return {"tokenizer": self.tokenizer.fingerprint, "chat": dataclasses.asdict(self.chat)}
+
+
+def _check_sampling(section, where):
+  """A way of sampling that there is not is found now, not after hours of training."""
+  if "max_new_tokens" in section:
+    try:
+      sampling.decoding_of(section)
+    except DecodingError as error:
+      raise configs.ConfigError(f"{where}.{error}") from None
+  for name, value in section.items():
+    if isinstance(value, ConfigDict):
+      _check_sampling(value, f"{where}.{name}")
 
 
 def key_of(*words):

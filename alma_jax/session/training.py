@@ -15,7 +15,7 @@ from orbax.checkpoint import v1 as ocp
 
 from alma_jax.engine import train as engine
 from alma_jax.llama import sharding, weights
-from alma_jax.session.session import Checkpoint
+from alma_jax.session.workbench import Checkpoint
 from alma_jax.text import chat, packing
 
 ROWS = 4  # the number of rows is rounded up to this, so that rounds of like size share a compilation

@@ -42,7 +42,7 @@ def load_examples(source, need=("response",)):
   dropped, ignored = {"empty": [], "duplicate": []}, set()
   for line, item in items:
     total += 1
-    row = _row(item, need, line, f"{source}, {unit} {line}")
+    row = row_of(item, need, line, f"{source}, {unit} {line}")
     ignored.update(item.keys() - set(FIELDS))
     # Two annotators may give one answer different scores: such rows are both kept.
     key = (tuple((m["role"], m["content"]) for m in row.messages), row.response, row.score)
@@ -62,18 +62,18 @@ def load_examples(source, need=("response",)):
   return rows, report | {"ignored_fields": sorted(ignored)}
 
 
-def _row(item, need, line, where):
+def row_of(item, need, line, where):
   if not isinstance(item, dict):
     raise DataError(f'{where}: expected an object such as {{"prompt": ..., "response": ...}}, found {_kind(item)}.')
   item = {key: value for key, value in item.items() if value is not None}
   _require(("prompt", "messages"), item, where)
   answer = None
   if "response" in need and "response" in item:
-    answer = _text(item["response"], f"{where}, field response")
+    answer = text_of(item["response"], f"{where}, field response")
   if "messages" in item:
     messages, answer = _split(_messages(item["messages"], where), answer, where)
   else:
-    messages = ({"role": "user", "content": _text(item["prompt"], f"{where}, field prompt")},)
+    messages = ({"role": "user", "content": text_of(item["prompt"], f"{where}, field prompt")},)
   if "response" not in need:
     return SeedRow(messages, None, None, line)
   if answer is None:
@@ -113,17 +113,17 @@ def _messages(value, where):
       raise DataError(f'{here}: expected {{"role": ..., "content": ...}}, found {_kind(turn)}.')
     for key in ("role", "content"):
       _require((key,), turn, here)
-    role = _text(turn["role"], f"{here}.role")
+    role = text_of(turn["role"], f"{here}.role")
     if role not in ROLES:
       near = "".join(f" Did you mean {name!r}?" for name in _near(role, ROLES))
       raise DataError(f"{here}.role: unknown role {role!r}; expected one of {', '.join(ROLES)}.{near}")
     if role == "system" and i > 0:
       raise DataError(f"{here}.role: a system turn is allowed only as the first.")
-    turns.append({"role": role, "content": _text(turn["content"], f"{here}.content")})
+    turns.append({"role": role, "content": text_of(turn["content"], f"{here}.content")})
   return tuple(turns)
 
 
-def _text(value, where):
+def text_of(value, where):
   try:
     value = value.decode() if isinstance(value, bytes) else value  # TFDS gives bytes
     if not isinstance(value, str):

@@ -1,0 +1,563 @@
+"""The commands sample and score: what they write against the session's own functions and transformers, killed and
+resumed starts, the models that --model may mean, and what they say of a user's mistakes."""
+
+import collections
+import fcntl
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import small_run
+import text_tokenizers
+import tqdm
+from ml_collections import ConfigDict
+
+from alma_jax import config as configs
+from alma_jax.llama import model as llama
+from alma_jax.llama import sharding, weights
+from alma_jax.llama.config import LlamaConfig
+from alma_jax.session import workbench
+from alma_jax.session.sampling import drafts
+from alma_jax.session.scoring import Judge, Verdict, template_by_name, verdicts
+from alma_jax.session.session import key_of
+from alma_jax.store import records
+from alma_jax.store.runs import Run
+from alma_jax.text import chat
+from alma_jax.text.tokenizer import load_tokenizer
+from alma_jax.tools import command, jsonl, sample, score
+from configs.alma import get_config
+
+CITIES = ("paris", "turin", "quito", "bilbao")
+PROMPTS = [f"{kind} of {city}" for city in CITIES for kind in ("country", "food", "sport")][:10]
+SMALL = ("--n=2", "--max_new_tokens=8", "--slots=8", "--seed=3")
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+  """Programs for one device compile faster; the engine's own tests use all eight."""
+  monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+
+
+def user(text):
+  return ({"role": "user", "content": text},)
+
+
+def write_rows(path, rows):
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return path
+
+
+def read_rows(path):
+  return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+
+
+def started(tool, tmp_path, rows, *flags, model="mini", output="out.jsonl"):
+  """The exit status of the tool on an input file of these rows."""
+  source = write_rows(tmp_path / "in.jsonl", rows)
+  return tool.main([f"--model={model}", f"--input={source}", f"--output={tmp_path / output}", *flags])
+
+
+def made(tool, tmp_path, rows, *flags, **more):
+  assert started(tool, tmp_path, rows, *flags, **more) == 0
+  return read_rows(tmp_path / more.get("output", "out.jsonl"))
+
+
+def bench_of(directory="mini", fmt="mini", slots=8, rows=8):
+  config = {"model": {"path": str(directory), "chat": fmt, "dtype": "auto"}, "engine": {"slots": slots, "rows": rows}}
+  bench = workbench.Workbench(ConfigDict(config), sharding.make_mesh(devices=jax.devices()[:1]))
+  return bench, workbench.Checkpoint("it", bench.directory, workbench.content_of(bench.directory))
+
+
+def save_mini(directory, scale=1.0, more_stops=()):
+  """The embedded base model as a chat model in Hugging Face format, its logits scaled."""
+  model, tokenizer = weights.load(workbench.MINI_CHECKPOINT), load_tokenizer(workbench.MINI_CHECKPOINT)
+  model.head = model.head.replace(model.head[...] * scale)
+  weights.save(
+    directory, model, tokenizer=tokenizer, chat_template=chat.jinja(chat.MINI), bos_id=tokenizer.bos_id,
+    stop_ids=(*chat.stop_ids(tokenizer, chat.MINI), *map(tokenizer.token_id, more_stops)),
+  )  # fmt: skip
+  return directory
+
+
+# Sampling
+
+
+def test_output_is_what_drafts_gives_for_keys_of_seed_id_and_sample(tmp_path):
+  rows = [{"prompt": PROMPTS[0]}, {"messages": list(user(PROMPTS[1])), "id": "a b", "note": 1}, {"prompt": "ü ?"}]
+  lines = made(sample, tmp_path, rows, *SMALL, "--temperature=1.5", "--top_k=40", "--top_p=0.9")
+  ids = [records.prompt_id(user(PROMPTS[0])), "a b", records.prompt_id(user("ü ?"))]
+  assert [line["id"] for line in lines] == ids
+  assert [set(line) for line in lines] == [{"id", k, "responses"} for k in ("prompt", "messages", "prompt")]
+  bench, checkpoint = bench_of()
+  texts = [PROMPTS[0], PROMPTS[1], "ü ?"]
+  prompts = [chat.encode_prompt(bench.tokenizer, bench.chat, user(t)) for t in texts for _ in range(2)]
+  keys = [key_of(3, "sample", i, s) for i in ids for s in range(2)]
+  options = ConfigDict(dict(temperature=1.5, top_k=40, top_p=0.9, max_new_tokens=8, max_prompt_tokens=16))
+  stops = chat.stop_ids(bench.tokenizer, bench.chat)
+  expected = drafts(bench, checkpoint, prompts, keys, stops, options, tqdm.tqdm(disable=True))
+  found = [(r["sample_id"], r["text"], tuple(r["tokens"]), r["finished"]) for x in lines for r in x["responses"]]
+  assert found == [(i % 2, d.text, d.tokens, d.finished) for i, d in enumerate(expected)]
+  assert len(set(found)) > 3
+  logprobs = [x for line in lines for r in line["responses"] for x in r["logprobs"]]
+  np.testing.assert_allclose(logprobs, [x for d in expected for x in d.logprobs], rtol=1e-5, atol=1e-5)
+
+
+def test_greedy_answers_and_logprobs_equal_transformers(tmp_path):
+  torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+  pytest.importorskip("jinja2")
+  # The chat format is recognised by the template; one of the stop tokens stands in generation_config.json alone.
+  save_mini(tmp_path / "model", more_stops=["."])
+  rows = [{"prompt": prompt} for prompt in PROMPTS]
+  flags = ("--n=1", "--temperature=0", "--max_new_tokens=12", "--slots=8")
+  lines = made(sample, tmp_path, rows, *flags, model=tmp_path / "model")
+  tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+  model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+  ended = collections.Counter()
+  for line in lines:
+    ids = tokenizer.apply_chat_template(list(user(line["prompt"])), add_generation_prompt=True, return_tensors="pt")
+    ids = ids if torch.is_tensor(ids) else ids["input_ids"]
+    out = model.generate(ids, max_new_tokens=12, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    drawn, [response] = out.sequences[0, ids.shape[1] :], line["responses"]
+    stopped = int(drawn[-1]) in model.generation_config.eos_token_id
+    ended[stopped] += 1
+    assert response["tokens"] == drawn[: len(drawn) - stopped].tolist() and response["finished"] == stopped
+    assert response["text"] == tokenizer.decode(drawn[: len(drawn) - stopped], skip_special_tokens=True).strip()
+    logprobs = torch.log_softmax(torch.stack(out.logits)[:, 0].double(), -1)  # the stop token's own is there, too
+    np.testing.assert_allclose(response["logprobs"], logprobs[range(len(drawn)), drawn], rtol=0, atol=1e-4)
+  assert ended[True] and ended[False]
+  cut = made(sample, tmp_path, rows, *flags, "--stop=Q:", model=tmp_path / "model", output="cut")
+  texts = [[line["responses"][0]["text"] for line in x] for x in (cut, lines)]
+  assert texts[0] == [text.partition("Q:")[0].strip() for text in texts[1]] != texts[1]
+
+
+def test_a_sample_depends_on_seed_id_and_sample_id_alone(tmp_path):
+  rows = [{"prompt": prompt, "id": i} for i, prompt in enumerate(PROMPTS)]
+  told = lambda lines: {(x["id"], r["sample_id"]): r["text"] for x in lines for r in x["responses"]}
+  whole = told(made(sample, tmp_path, rows, *SMALL, output="whole"))
+  other = told(made(sample, tmp_path, [{"prompt": "sport"}, *rows[::-2]], *SMALL, "--n=3", "--slots=4", output="other"))
+  common = whole.keys() & other.keys()
+  assert len(common) == 10 and all(whole[key] == other[key] for key in common)
+  seed = told(made(sample, tmp_path, rows, *SMALL, "--seed=4", output="seed"))
+  assert sum(whole[key] != seed[key] for key in whole) > 5
+  renamed = [{**row, "id": f"x{row['id']}"} for row in rows]
+  assert list(told(made(sample, tmp_path, renamed, *SMALL, output="id")).values()) != list(whole.values())
+
+
+def test_raw_text_stands_behind_the_bos_token_and_needs_no_chat_format(tmp_path):
+  model = save_mini(tmp_path / "model")
+  for path in (model / "chat_template.jinja", model / "generation_config.json"):
+    path.unlink()
+  settings = json.loads((model / "tokenizer_config.json").read_text()) | {"chat_template": None}
+  (model / "tokenizer_config.json").write_text(json.dumps(settings))
+  flags = ("--n=1", "--temperature=0", "--max_new_tokens=8", "--slots=8", "--raw")
+  text = "Q: country of paris \n A:"
+  [line] = made(sample, tmp_path, [{"prompt": text}], *flags, model=model)
+  bench, checkpoint = bench_of()
+  options = ConfigDict(dict(temperature=0.0, max_new_tokens=8, max_prompt_tokens=16))
+  ids = [bench.tokenizer.bos_id, *bench.tokenizer.encode(text)]
+  [expected] = drafts(bench, checkpoint, [ids], [(0, 0)], [bench.tokenizer.eos_id], options, tqdm.tqdm(disable=True))
+  assert line["responses"][0]["tokens"] == list(expected.tokens)
+  assert started(sample, tmp_path, [{"prompt": text}], *flags[:-1], model=model, output="chat") == 1
+
+
+def test_sampling_stops_where_the_models_own_files_say(tmp_path):
+  """An exported Llama-3 names <|eot_id|> its EOS; where documents end is known from generation_config.json alone."""
+  tokenizer = load_tokenizer(text_tokenizers.byte_bpe_dir(True))
+  c = LlamaConfig(
+    vocab=tokenizer.size, width=16, depth=1, heads=2, kv_heads=1, head_dim=8, ffn=16, norm_eps=1e-5, rope_base=1e4,
+    rope_scaling=None, tied=False, max_positions=64,
+  )  # fmt: skip
+  stops = chat.stop_ids(tokenizer, chat.LLAMA3)
+  weights.save(
+    tmp_path / "model", llama.init(c, 0), tokenizer=tokenizer, chat_template=chat.jinja(chat.LLAMA3),
+    eos_token="<|eot_id|>", stop_ids=stops, bos_id=tokenizer.bos_id,
+  )  # fmt: skip
+  assert command.model_of(tmp_path / "model", None).chat == "llama3"
+  bench, _ = bench_of(tmp_path / "model", "llama3")
+  assert len(chat.stop_ids(bench.tokenizer, bench.chat)) < len(stops) == 2
+  assert set(sample.stop_ids(bench)) == set(stops)
+
+
+# Killed and resumed
+
+
+@pytest.mark.parametrize("tool", [sample, score])
+def test_output_cut_anywhere_is_continued_to_the_same_bytes(tool, tmp_path, monkeypatch):
+  monkeypatch.setattr(tool, "FILLINGS", 1)
+  rows = [{"prompt": prompt, "response": prompt[::-1]} for prompt in PROMPTS]
+  flags = SMALL if tool is sample else ("--rows=4", "--mode=sampled")
+  computed = []
+  inner = "_sampled" if tool is sample else "_scored"
+  function = getattr(tool, inner)
+  counted = lambda *args: computed.append(next(len(x) for x in args if isinstance(x, list))) or function(*args)
+  monkeypatch.setattr(tool, inner, counted)
+  made(tool, tmp_path, rows, *flags)
+  assert computed == [4, 4, 2]
+  out = tmp_path / "out.jsonl"
+  data = out.read_bytes()
+  ends = [i + 1 for i, byte in enumerate(data) if byte == ord("\n")]
+  chunks_left = {0: 3, ends[0] - 3: 3, ends[0]: 3, ends[3]: 2, ends[5] + 1: 2, len(data) - 1: 1, len(data): 0}
+  for size, left in chunks_left.items():
+    out.write_bytes(data[:size])
+    computed.clear()
+    made(tool, tmp_path, rows, *flags)
+    assert out.read_bytes() == data, size
+    assert len(computed) == left, size
+
+
+def test_killed_and_stopped_processes_leave_what_the_same_command_completes(tmp_path):
+  rows = [{"prompt": f"{a} {b} {c}"} for a in PROMPTS for b in CITIES for c in CITIES[:3]]
+  source = write_rows(tmp_path / "in.jsonl", rows)
+  start = lambda output: subprocess.Popen(
+    [
+      sys.executable, "-m", "alma_jax.tools.sample", "--model=mini", f"--input={source}", f"--output={output}",
+      "--n=4", "--max_new_tokens=16", "--slots=4",
+    ],
+    cwd=small_run.ROOT, env=small_run.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+  )  # fmt: skip
+  whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+  process = start(whole)
+  process.communicate(timeout=120)
+  assert process.returncode == 0
+  for kill, status in ((signal.SIGTERM, 143), (signal.SIGKILL, -9)):
+    process = start(cut)
+    before, deadline = cut.stat().st_size if cut.exists() else 0, time.monotonic() + 120
+    while not (cut.exists() and cut.stat().st_size > before) and time.monotonic() < deadline:
+      time.sleep(0.002)
+    process.send_signal(kill)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == status and "Traceback" not in said
+    assert 0 < cut.read_bytes().count(b"\n") < len(rows)
+  process = start(cut)
+  process.communicate(timeout=120)
+  assert process.returncode == 0
+  assert cut.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    {"temperature": 0.7}, {"top_p": 0.5}, {"top_k": 3}, {"repetition_penalty": 1.5}, {"penalize_prompt": "false"},
+    {"max_new_tokens": 9}, {"min_new_tokens": 1}, {"stop": "x"}, {"seed": 4}, {"n": 3}, {"raw": None}, {"model": None},
+    {"input": None},
+  ],
+  ids=lambda change: next(iter(change)),
+)  # fmt: skip
+def test_a_start_with_another_value_is_refused_by_the_name_of_the_value(change, tmp_path, capsys):
+  rows = [{"prompt": prompt} for prompt in PROMPTS]
+  out, [(name, value)] = tmp_path / "out.jsonl", change.items()
+  flags = {"input": write_rows(tmp_path / "in.jsonl", rows), "model": "mini", "output": out}
+  flags |= dict(flag[2:].split("=") for flag in SMALL)
+  written = lambda flags: [f"--{k}" if v is None else f"--{k}={v}" for k, v in flags.items()]
+  parsed = sample._flags().values(written(flags))
+  _, bench, checkpoint = command.opened(parsed, None)
+  fields, names = sample.decides(parsed, bench, checkpoint)
+  with jsonl.Output(out, fields, names, 10) as output:
+    output.write([{"id": 1}])
+  before = out.read_bytes()
+  if name == "model":
+    value = save_mini(tmp_path / "model", scale=0.5)
+  if name == "input":
+    value = write_rows(tmp_path / "in.jsonl", rows[1:])
+  assert sample.main(written(flags | {name: value})) == 1
+  said = capsys.readouterr().err
+  assert f"  {'chat' if name == 'raw' else name}: " in said and " -> " in said and "--output" in said
+  assert said.count(" -> ") == (2 if name == "raw" else 1), said  # and no other
+  assert out.read_bytes() == before
+
+
+def test_slots_devices_and_paths_do_not_decide(tmp_path):
+  rows = [{"prompt": prompt} for prompt in PROMPTS[:2]]
+  before = made(sample, tmp_path, rows, *SMALL)
+  shutil.copytree(workbench.MINI_CHECKPOINT, tmp_path / "copy")
+  assert made(sample, tmp_path, rows, *SMALL, "--slots=5", "--chat=mini", model=tmp_path / "copy") == before
+
+
+@pytest.mark.parametrize(
+  ("spoil", "message"),
+  [
+    (lambda out, meta: meta.unlink(), "no out.jsonl.meta.json beside it says how it was made"),
+    (lambda out, meta: meta.write_text("{"), "out.jsonl.meta.json is damaged"),
+    (lambda out, meta: out.write_bytes(out.read_bytes() * 2), "has 2 lines and should have 1 at most"),
+    (lambda out, meta: out.unlink() or out.mkdir(), "out.jsonl is a directory"),
+  ],
+)
+def test_an_output_that_is_not_ones_own_is_left_alone(spoil, message, tmp_path):
+  out = tmp_path / "out.jsonl"
+  with jsonl.Output(out, {"seed": 1}, {}, 1) as output:
+    output.write([{"id": "ü"}])
+  spoil(out, tmp_path / "out.jsonl.meta.json")
+  before = out.read_bytes() if out.is_file() else None
+  with pytest.raises(Exception, match=message):
+    jsonl.Output(out, {"seed": 1}, {}, 1)
+  assert before == (out.read_bytes() if out.is_file() else None)
+
+
+def test_two_processes_do_not_write_one_output(tmp_path):
+  with open(tmp_path / "out.jsonl", "ab") as other:
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(Exception, match="another process is writing"):
+      jsonl.Output(tmp_path / "out.jsonl", {}, {}, 1)
+  jsonl.Output(tmp_path / "out.jsonl", {}, {}, 1)
+
+
+# Scoring
+
+
+PAIRS = [{"prompt": p, "response": r, "id": f"{p}/{r}"} for p in PROMPTS[:3] for r in ("france", "pie .", "")]
+
+
+def test_scores_equal_verdicts_and_modes_read_the_same_probabilities(tmp_path):
+  runs = {mode: made(score, tmp_path, PAIRS, "--rows=8", f"--mode={mode}", output=mode) for mode in
+          ("expected", "argmax", "sampled")}  # fmt: skip
+  bench, checkpoint = bench_of()
+  judge = Judge(checkpoint, template_by_name("mini"), "expected")
+  expected = verdicts(bench, judge, [(user(row["prompt"]), row["response"]) for row in PAIRS])
+  lines = runs["expected"]
+  assert [line["id"] for line in lines] == [row["id"] for row in PAIRS]
+  assert all(set(line) == {"id", "score", "probs", "mass"} and len(line["probs"]) == 11 for line in lines)
+  for name in ("score", "probs", "mass"):
+    np.testing.assert_allclose([x[name] for x in lines], [getattr(v, name) for v in expected], rtol=1e-4, atol=1e-9)
+  for mode in ("argmax", "sampled"):
+    assert [(x["probs"], x["mass"]) for x in runs[mode]] == [(x["probs"], x["mass"]) for x in lines]
+  assert [x["score"] for x in runs["argmax"]] == [float(np.argmax(x["probs"])) for x in lines]
+
+
+def test_sampled_scores_follow_the_probabilities_and_the_words_alone():
+  probs = (0.0, 0.1, 0.2, 0.0, 0.05, 0.3, 0.0, 0.0, 0.15, 0.2, 0.0)
+  verdict = Verdict(5.0, probs, 1.0)
+  drawn = [score._score("sampled", verdict, (0, "score", i, None, "text")) for i in range(8000)]
+  assert drawn == [score._score("sampled", verdict, (0, "score", i, None, "text")) for i in range(8000)]
+  for s, p in enumerate(probs):
+    assert abs(drawn.count(s) / 8000 - p) <= 5 * (p * (1 - p) / 8000) ** 0.5
+
+
+def test_rows_of_the_sampler_messages_and_pairs_are_scored_alike(tmp_path):
+  answers = ("france", "pie .")
+  sampled = [{"id": p, "prompt": p, "responses": [{"sample_id": 7 + i, "text": a} for i, a in enumerate(answers)]}
+             for p in PROMPTS[:3]]  # fmt: skip
+  pairs = [{"prompt": p, "response": a} for p in PROMPTS[:3] for a in answers]
+  ended = [{"messages": [*user(p), {"role": "assistant", "content": a}]} for p in PROMPTS[:3] for a in answers]
+  found = [made(score, tmp_path, rows, "--rows=8", output=str(i)) for i, rows in enumerate((sampled, pairs, ended))]
+  assert [(x["id"], x["sample_id"]) for x in found[0]] == [(p, 7 + i) for p in PROMPTS[:3] for i in range(2)]
+  assert [x["id"] for x in found[1]] == [records.prompt_id(user(p)) for p in PROMPTS[:3] for _ in answers]
+  assert found[1] == found[2]
+  for name in ("score", "probs", "mass"):
+    assert [x[name] for x in found[0]] == [x[name] for x in found[1]]
+
+
+def test_the_samplers_output_goes_into_the_scorer(tmp_path):
+  lines = made(sample, tmp_path, [{"prompt": p} for p in PROMPTS[:3]], *SMALL)
+  scored = made(score, tmp_path, lines, "--rows=8", output="scores")
+  assert [(x["id"], x["sample_id"]) for x in scored] == [(x["id"], i) for x in lines for i in range(2)]
+
+
+def test_a_judge_that_does_not_know_the_template_is_pointed_out_once(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(score, "FILLINGS", 1)
+  made(score, tmp_path, PAIRS, "--rows=3")  # the base model never saw the judge's template
+  said = capsys.readouterr().err
+  assert said.count("does not fit it") == 1 and "'mini'" in said and "--template" in said
+  monkeypatch.setattr(score, "verdicts", lambda b, j, pairs, bar: [Verdict(5.0, (1.0,) * 11, 0.95) for _ in pairs])
+  made(score, tmp_path, PAIRS, "--rows=3", output="fine")
+  assert "does not fit" not in capsys.readouterr().err
+
+
+# What --model means
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  """A run directory whose stages hold models that differ."""
+  directory, config = tmp_path_factory.mktemp("run") / "run", get_config("mini")
+  config.judge.template = "a1"
+  with Run(directory, config) as run:
+    run.save_config(config.to_dict())
+    for i, name in enumerate(("sft_1", "round_02/policy", "round_10/policy", "round_09/policy", "judge")):
+      stage = run.stage(name, {"i": i})
+      save_mini(stage.dir / "model", 1 + i)
+      stage.finish(files=["model/config.json"])
+    run.stage("round_11/policy", {})  # begun
+    run.stage("seeds", {}).finish()
+    run.stage("pool/prompts", {}).finish()
+  (directory / "round_02" / "config.json").write_text(json.dumps(configs.for_round(config, 2).to_dict(), default=str))
+  return directory
+
+
+def stage_of(run, path, pick=command.newest_policy):
+  return str(command.model_of(run / path, pick).directory.relative_to(run))
+
+
+def test_a_run_is_its_newest_policy_or_its_judge_with_the_runs_formats(run, tmp_path):
+  model = command.model_of(run, command.newest_policy)
+  assert (stage_of(run, ""), model.chat, model.template) == ("round_10/policy/model", "mini", "a1")
+  for path in ("round_02/policy", "sft_1", "judge"):
+    found = command.model_of(run / path, None)
+    assert (found.directory, found.chat, found.template) == (run / path / "model", "mini", "a1")
+  assert command.model_of(run / "sft_1" / "model", None) == command.Model(run / "sft_1" / "model", "mini", None)
+  assert stage_of(run, "", command.judge_of) == "judge/model"
+  copy = shutil.copytree(run, tmp_path / "run")
+  for accepted, expected in ((False, "judge/model"), (True, "judge_distilled/model")):
+    shutil.rmtree(copy / "judge_distilled", ignore_errors=True)
+    with Run(copy) as again:
+      stage = again.stage("judge_distilled", {})
+      shutil.copytree(copy / "judge" / "model", stage.dir / "model")
+      stage.finish(accepted=accepted)
+    assert stage_of(copy, "", command.judge_of) == expected
+  for path in copy.glob("round_*"):
+    shutil.rmtree(path)
+  assert stage_of(copy, "") == "sft_1/model"
+
+
+def test_a_run_samples_like_its_newest_policy(run, tmp_path):
+  rows = [{"prompt": prompt} for prompt in PROMPTS[:3]]
+  found = [
+    made(sample, tmp_path, rows, *SMALL, model=model, output=str(i))
+    for i, model in enumerate((run, run / "round_10" / "policy" / "model", run / "round_02" / "policy"))
+  ]
+  assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.parametrize(
+  ("path", "message"),
+  [
+    ("round_11/policy", "holds no finished stage"),
+    ("seeds", "this stage holds no model; those that do: sft_1, judge, round_RR/policy"),
+    ("nowhere", "the directory .*nowhere does not exist"),
+    ("config.json", "is a file; give the directory"),
+    ("round_02", "one round of a run; give its policy, .*round_02/policy, or the whole run"),
+    ("pool", "pool/config.json: no such file"),
+  ],
+)
+def test_what_is_no_model_is_named(path, message, run, tmp_path, capsys):
+  assert started(sample, tmp_path, [{"prompt": "a"}], *SMALL, model=run / path) == 1
+  assert_said(capsys, message)
+
+
+def test_a_run_without_a_finished_model_is_named(tmp_path, capsys):
+  with Run(tmp_path / "run", get_config("mini")) as run:
+    run.save_config(get_config("mini").to_dict())
+  for tool, stage in ((sample, "sft_1"), (score, "judge")):
+    assert started(tool, tmp_path, PAIRS, model=tmp_path / "run") == 1
+    assert_said(capsys, f"wait for its stage {stage}")
+
+
+# What users are told
+
+
+def assert_said(capsys, message):
+  said = capsys.readouterr().err
+  assert re.search(message, said), said
+  assert said.startswith("error: ") and "Traceback" not in said
+
+
+HELLO = '{"prompt": "country of paris"}\n'
+LONG = json.dumps({"prompt": "paris " * 300, "response": "x"})
+
+
+@pytest.mark.parametrize(
+  ("text", "flags", "message"),
+  [
+    (None, [], "in.jsonl: no such file"),
+    ("", [], "in.jsonl: the file holds no rows"),
+    (HELLO + "\n{oops}\n", [], "in.jsonl, line 3, column 2: not valid JSON"),
+    ("[\n{}]", [], "in.jsonl, line 1: a JSON array; expected one object per line"),
+    (HELLO + '"text"', [], "in.jsonl, line 2: expected an object"),
+    (b'{"prompt": "\xff"}', [], "in.jsonl, line 1: not UTF-8 text .byte 12"),
+    ('{"promt": "a"}', [], "line 1: `prompt` or `messages` is missing .* misspell 'promt'"),
+    ('{"prompt": 3}', [], "line 1, field prompt: expected a string, found a number"),
+    ('{"messages": [{"role": "usr", "content": "a"}]}', [], r"messages\[0\].role: unknown role 'usr'.* mean 'user'"),
+    ('{"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]}', [], "line 1: .*no system"),
+    (
+      '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
+      [],
+      "must be the user's",
+    ),
+    ('{"prompt": "a", "id": true}', [], "line 1, field id: expected a string or a whole number, found true"),
+    ('{"prompt": " "}', [], "line 1: the prompt is empty"),
+    (HELLO + LONG, [], r"line 2: a prompt of 30\d tokens; .* leave 240"),
+    (HELLO, ["--max_new_tokens=256"], "--max_new_tokens=256: ask for less, the model has 256 positions"),
+    (HELLO + '{"prompt": "x"}\n' + HELLO, [], "lines 1 and 3: both have the id '[0-9a-f]{16}'"),
+    ('{"prompt": "a", "id": 1}\n{"prompt": "b", "id": "1"}', [], "lines 1 and 2: both have the id '1'"),
+    ('{"messages": [{"role": "user", "content": "a"}]}', ["--raw"], "line 1: --raw takes a text"),
+    (HELLO, ["--output=nowhere/out.jsonl"], "--output: there is no directory nowhere"),
+    (HELLO, ["--tensor=3"], "3"),
+  ],
+)
+def test_mistakes_in_sampling_are_named(text, flags, message, tmp_path, capsys):
+  source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+  if text is not None:
+    source.write_bytes(text if isinstance(text, bytes) else text.encode())
+  known = ["--model=mini", f"--input={source}", f"--output={out}", "--max_new_tokens=16"]
+  assert sample.main([*known, *flags]) == 1
+  assert_said(capsys, message)
+  assert not out.exists()
+
+
+@pytest.mark.parametrize(
+  ("row", "flags", "message"),
+  [
+    ({"prompt": "a"}, [], "line 1: `response` is missing"),
+    ({"prompt": "a", "response": "b", "responses": []}, [], "both `response` and `responses`"),
+    ({"prompt": "a", "responses": "b"}, [], "field responses: expected a list"),
+    ({"prompt": "a", "responses": [{"txt": "b"}]}, [], r"responses\[0\]: expected an object with \"text\""),
+    ({"prompt": "a", "responses": [{"text": 3}]}, [], r"responses\[0\].text: expected a string"),
+    ({"prompt": "a", "responses": [{"text": "b", "sample_id": None}]}, [], r"responses\[0\].sample_id"),
+    (json.loads(LONG), [], r"line 1: prompt and response are 3\d\d tokens in template mini"),
+    ({"prompt": "a", "response": "b"}, ["--template=a2"], "judge template 'a2': the tokenizer in .* cannot write"),
+  ],
+)
+def test_mistakes_in_scoring_are_named(row, flags, message, tmp_path, capsys):
+  assert started(score, tmp_path, [row], *flags) == 1
+  assert_said(capsys, message)
+  assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+  ("tool", "flag", "message"),
+  [
+    (sample, "--temprature=1", "no flag '--temprature'; did you mean '--temperature'?"),
+    (sample, "--temp=1", "no flag '--temp'"),  # abbreviations would change their meaning with the next flag
+    (sample, "--temperature=nan", "--temperature: 'nan' is not a number of at least 0"),
+    (sample, "--top_p=1.5", "--top_p: '1.5' is not a number from 0 to 1"),
+    (sample, "--n=0", "--n: '0' is not a whole number of at least 1"),
+    (sample, "--min_new_tokens=2000", "--min_new_tokens=2000 is more than --max_new_tokens=1024"),
+    (sample, "--chat=lama3", "'lama3' is none of llama3, llama2, plain, mini; did you mean 'llama3'?"),
+    (score, "--mode=expcted", "'expcted' is none of expected, argmax, sampled; did you mean 'expected'?"),
+    (score, "--template=a3", "'a3' is none of a1, a2, mini; did you mean 'a2'?"),
+  ],
+)
+def test_mistaken_flags_are_named(tool, flag, message, capsys):
+  with pytest.raises(SystemExit) as stop:
+    tool.main(["--model=mini", "--input=x", "--output=y", flag])
+  said = capsys.readouterr().err
+  assert stop.value.code == 2 and message in said and said.count("\n") == 1
+
+
+def test_a_model_whose_chat_format_is_not_known_asks_for_it(tmp_path, capsys):
+  model = save_mini(tmp_path / "model")
+  (model / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+  assert started(sample, tmp_path, [{"prompt": "a"}], *SMALL, model=model) == 1
+  assert_said(capsys, "chat format is not known: give --chat .llama3, llama2, plain, mini.*has the tokens of mini$")
+
+
+def test_a_damaged_file_of_a_model_is_named(tmp_path, capsys):
+  model = save_mini(tmp_path / "model")
+  for name in ("generation_config.json", "tokenizer_config.json", "config.json"):
+    whole = (model / name).read_text()
+    (model / name).write_text(whole[:-5])
+    assert started(sample, tmp_path, [{"prompt": "a"}], *SMALL, model=model, output=name) == 1
+    assert_said(capsys, f"{name} is damaged")
+    (model / name).write_text(whole)
+
+
+def test_lines_are_counted_and_split_as_json_means_it(tmp_path):
+  path = tmp_path / "in.jsonl"
+  path.write_bytes(b'\xef\xbb\xbf{"prompt": "a\xe2\x80\xa8b"}\r\n\n  \n{"prompt": "c"}')
+  assert list(jsonl.read(path)) == [(1, {"prompt": "a\u2028b"}), (4, {"prompt": "c"})]
