@@ -1,85 +1,236 @@
-"""Judge reads against unpadded full forwards, whatever the batch; a score of two tokens against all sequences."""
+"""Scores against unpadded full forwards and transformers, whatever the batch, the sharing and the devices."""
+
+import collections
+import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import text_tokenizers
 from engine_models import CONFIG, logprobs, on_mesh, stacked
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from alma_jax.engine import score as engine
-from alma_jax.engine.score import next_logprobs
-from alma_jax.llama import sharding
-from alma_jax.text.judge import ScoreTrie, expected_score
+from alma_jax.engine import buckets, score
+from alma_jax.engine.score import next_logprobs, sequence_logprobs, token_logprobs
+from alma_jax.llama import model as llama
+from alma_jax.llama import sharding, weights
+from alma_jax.text import chat, judge
 
 COLUMNS = [5, 2, 90, 17]
-LENGTHS = [2, 16, 17, 17, 3, 16, 2, 17, 2]  # both sides of a bucket's end
+
+
+def ids(rng, n):
+  return tuple(rng.integers(1, CONFIG.vocab, n).tolist())
+
+
+def some_rows(seed=0):
+  """(rows, what most of their prefixes begin with): prefixes of many rows and of one, lengths on both sides of a
+  width's end, a row that is there three times, a prefix of nothing."""
+  rng = np.random.default_rng(seed)
+  common = ids(rng, 70)
+  prefixes = [common + ids(rng, 4), common[:64] + ids(rng, 9), common]
+  rows = [(prefix, ids(rng, n)) for prefix in prefixes for n in (2, 16, 17, 9, 5, 6, 7, 8)]
+  rows += [(prefix, ids(rng, n)) for prefix in [ids(rng, 7)] for n in (2, 17)]
+  rows += [(common + ids(rng, 1), ids(rng, 5)), ((), ids(rng, 12)), rows[1], rows[1]]
+  return [rows[i] for i in rng.permutation(len(rows))], common
 
 
 @pytest.fixture(scope="module")
 def rows():
-  rng = np.random.default_rng(0)
-  return [tuple(rng.integers(1, CONFIG.vocab, n).tolist()) for n in LENGTHS]
+  return some_rows()[0]
 
 
 @pytest.fixture(scope="module")
 def read(rows):
-  return next_logprobs(stacked(), rows, COLUMNS, reads=2, batch=4)
+  return next_logprobs(stacked(), rows, COLUMNS, reads=2, batch=8)
 
 
 def test_reads_equal_full_forwards_of_each_row_alone(rows, read):
   assert read.shape == (len(rows), 2, len(COLUMNS))
-  for row, found in zip(rows, read):
-    np.testing.assert_allclose(found, logprobs(stacked(), row)[-2:][:, COLUMNS], atol=1e-5)
+  for (prefix, suffix), found in zip(rows, read):
+    np.testing.assert_allclose(found, logprobs(stacked(), prefix + suffix, room=112)[-2:][:, COLUMNS], atol=1e-5)
 
 
-@pytest.mark.parametrize("batch", [4, 16])
-def test_company_order_and_padding_change_nothing(batch, rows, read):
+def test_company_order_and_padding_change_nothing(rows, read):
   order = np.random.default_rng(1).permutation(len(rows))
-  permuted = next_logprobs(stacked(), [rows[i] for i in order], COLUMNS, 2, batch)
+  permuted = next_logprobs(stacked(), [rows[i] for i in order], COLUMNS, 2, batch=32)
   np.testing.assert_allclose(permuted, read[order], atol=1e-6, rtol=1e-6)
-  for i in (1, 3):
-    alone = next_logprobs(stacked(), [rows[i]], COLUMNS, 2, batch)[0]
-    np.testing.assert_allclose(alone, read[i], atol=1e-6, rtol=1e-6)
+  alone = next_logprobs(stacked(), rows[:1], COLUMNS, 2, batch=8)[0]
+  np.testing.assert_allclose(alone, read[0], atol=1e-6, rtol=1e-6)
 
 
-def test_one_read_is_the_last_of_two_and_a_column_does_not_depend_on_the_others(rows, read):
-  short = [row for row in rows if len(row) <= 16]
-  found = next_logprobs(stacked(), short, COLUMNS[2:3], reads=1, batch=4)
-  wanted = [x[1, 2] for row, x in zip(rows, read) if len(row) <= 16]
-  np.testing.assert_allclose(found[:, 0, 0], wanted, atol=1e-6, rtol=1e-6)
+def test_what_all_prefixes_share_changes_no_score(rows, read):
+  found = next_logprobs(stacked(), rows, COLUMNS, 2, batch=8, common=some_rows()[1])
+  np.testing.assert_allclose(found, read, atol=1e-5)
 
 
-def test_eight_devices_read_what_one_does_and_compile_once(rows, read):
+def test_every_prefix_and_every_equal_row_is_computed_once(rows):
+  heard = []
+  next_logprobs(stacked(), rows, COLUMNS, 2, batch=8, progress=lambda *done: heard.append(done))
+  once = [*dict(rows), *(suffix for _, suffix in set(rows))]
+  assert np.sum(heard, axis=0).tolist() == [len(rows), sum(map(len, once))]
+  common, heard = some_rows()[1], []
+  next_logprobs(stacked(), rows, COLUMNS, 2, 8, common, progress=lambda *done: heard.append(done))
+  sharing = sum(prefix[:64] == common[:64] for prefix in dict(rows))
+  assert sum(tokens for _, tokens in heard) == sum(map(len, once)) - 64 * (sharing - 1)
+
+
+def test_more_reads_than_a_suffix_has_tokens_are_refused():
+  with pytest.raises(ValueError, match="row 1: 3 places are to be read of a suffix of 2"):
+    next_logprobs(stacked(), [((4,), (1, 2, 3)), ((4,), (1, 2))], COLUMNS, reads=3, batch=8)
+
+
+def programs():
+  return sum(f._cache_size() for f in (score._read, score._score, score._prefixes, score._chosen))
+
+
+def test_eight_devices_read_what_one_does_and_a_second_call_compiles_nothing(rows, read):
   mesh = sharding.make_mesh(data=4, tensor=2)
   model = on_mesh(stacked(), mesh, sharding.DECODE)
-  place = lambda x: jax.device_put(x, sharding.batch_sharding(mesh))
-  spread = lambda: next_logprobs(model, rows, COLUMNS, 2, batch=8, place=place)
-  np.testing.assert_allclose(spread(), read, atol=1e-5)
-  size = engine._read._cache_size()
-  spread()
-  assert engine._read._cache_size() == size
+  np.testing.assert_allclose(next_logprobs(model, rows, COLUMNS, 2, batch=4, mesh=mesh), read, atol=1e-5)
+  compiled = programs()
+  others, _ = some_rows(seed=1)
+  found = next_logprobs(model, others, COLUMNS, 2, batch=4, mesh=mesh)
+  assert programs() == compiled
+  np.testing.assert_allclose(found[0], next_logprobs(stacked(), others[:1], COLUMNS, 2, batch=8)[0], atol=1e-5)
 
 
-def test_progress_hears_of_every_row(rows):
-  heard = []
-  next_logprobs(stacked(), rows, COLUMNS, 2, 4, progress=heard.append)
-  assert sum(heard) == len(rows)
+def test_devices_ask_one_another_for_nothing(monkeypatch, rows, read):
+  mesh = sharding.make_mesh(data=8)
+  model = on_mesh(stacked(), mesh, sharding.DECODE)
+  texts = {}
+
+  def spied(name):
+    function = getattr(score, name)
+
+    def call(*arguments, **static):
+      if name not in texts:
+        texts[name] = function.lower(*arguments, **static).compile().as_text()
+      return function(*arguments, **static)
+
+    monkeypatch.setattr(score, name, call)
+
+  for name in ("_read", "_prefixes", "_chosen"):
+    spied(name)
+  few = [i for i, (prefix, suffix) in enumerate(rows) if len(prefix) > 64 and len(suffix) <= 16]
+  found = next_logprobs(model, [rows[i] for i in few], COLUMNS, 2, batch=4, common=some_rows()[1], mesh=mesh)
+  np.testing.assert_allclose(found, read[few], atol=1e-5)
+  assert len(texts) == 3
+  for text in texts.values():
+    assert not re.findall(r" (all-\w+|reduce-scatter|collective-\w+)\(", text)
 
 
-def test_a_score_of_two_tokens_equals_a_sum_over_whole_sequences():
-  # As with Llama-2: "1" is token 21, "0" is 20, "]]" is 50; "1" competes with "10" with its closer included.
-  digits = [(20 + score,) for score in range(10)]
-  digits[1] = (21, 50)
-  trie = ScoreTrie(paths=(*digits, (21, 20)), inner=(21,))
-  prefix = tuple(np.random.default_rng(3).integers(60, CONFIG.vocab, 15).tolist())
+def test_token_logprobs_equal_full_forwards(rows):
+  rows = [row for row in rows if row[0]]
+  wanted = [
+    logprobs(stacked(), prefix + suffix, room=112)[len(prefix) - 1 : -1][np.arange(len(suffix)), list(suffix)]
+    for prefix, suffix in rows
+  ]
+  for ours, theirs in zip(token_logprobs(stacked(), rows, batch=8, common=some_rows()[1]), wanted):
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
-  total = np.zeros(11)
-  for score, path in enumerate(trie.paths):
-    p = logprobs(stacked(), [*prefix, *path])  # the model on the whole sequence of this score
-    total[score] = np.exp(sum(p[len(prefix) - 1 + i, token] for i, token in enumerate(path)))
-  wanted = total / total.sum()
 
-  found = next_logprobs(stacked(), [(*prefix, *trie.inner)], np.arange(CONFIG.vocab), reads=2, batch=2)
-  score, probs, mass = expected_score(trie, found[0])
-  np.testing.assert_allclose(probs, wanted, atol=1e-6)
-  assert score == pytest.approx(wanted @ np.arange(11), abs=1e-5)
-  assert mass == pytest.approx(total.sum(), rel=1e-5)
+def test_bfloat16_weights_leave_the_logits_of_a_read_in_fp32():
+  model = llama.cast(stacked(), jnp.bfloat16)
+  hidden = jax.random.normal(jax.random.key(0), (3, 2, CONFIG.width))
+  wanted = np.float64(hidden) @ np.float64(model.head[...])
+  error = lambda z: np.abs(np.float64(z) - wanted).max()
+  assert error(llama.logits(model, hidden.astype(jnp.bfloat16))) > 1e-3
+  assert error(score._exact_logits(model, hidden)) < 1e-4
+  found = next_logprobs(model, [((1, 2), (3, 4))], np.arange(CONFIG.vocab), reads=1, batch=2)
+  assert found.dtype == np.float32 and np.exp(found).sum() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.fixture(scope="module", params=["llama2", "llama3"])
+def peer(request, tmp_path_factory):
+  """(tokenizer, chat format, our model, ids -> log-softmax [T, V] from transformers on that row alone)."""
+  torch = pytest.importorskip("torch")
+  transformers = pytest.importorskip("transformers")
+  make = {"llama2": text_tokenizers.sentencepieces, "llama3": text_tokenizers.byte_bpe}[request.param]
+  fmt = chat.format_by_name(request.param)
+  tok, _ = chat.prepare(make(), fmt)
+  torch.manual_seed(0)
+  config = transformers.LlamaConfig(
+    vocab_size=tok.size, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, initializer_range=0.3, max_position_embeddings=1024,
+  )  # fmt: skip
+  hf = transformers.LlamaForCausalLM(config).eval()
+  directory = tmp_path_factory.mktemp(request.param)
+  hf.save_pretrained(directory)
+
+  @torch.inference_mode()
+  def theirs(ids):
+    return hf(torch.tensor([ids])).logits[0].double().log_softmax(dim=-1).numpy()
+
+  return tok, fmt, weights.load(directory), theirs
+
+
+def test_judging_equals_transformers_on_every_answer_in_full(peer):
+  tok, fmt, model, theirs = peer
+  trie = judge.score_paths(tok, judge.A2)
+  assert len(trie.inner) == (1 if fmt is chat.LLAMA2 else 0)  # "10" is two tokens there
+  asked = [({"role": "user", "content": text},) for text in ("Hello?", "What is the answer?")]
+  texts = [(m, text) for m in asked for text in ("Fine, thanks.", "the quick fox", "")]
+  rows = [(judge.judge_prefix(tok, fmt, judge.A2, m), judge.judge_suffix(tok, fmt, judge.A2, x)) for m, x in texts]
+  forced = [(prefix, (*suffix, *trie.inner)) for prefix, suffix in rows]
+  found = next_logprobs(model, forced, np.arange(tok.size), len(trie.inner) + 1, batch=4)
+  for (prefix, suffix), read in zip(rows, found):
+    said = np.zeros(11)
+    for n, path in enumerate(trie.paths):
+      p = theirs([*prefix, *suffix, *path])
+      said[n] = np.exp(sum(p[len(prefix) + len(suffix) - 1 + i, token] for i, token in enumerate(path)))
+    mean, probs, mass = judge.expected_score(trie, read)
+    np.testing.assert_allclose(probs, said / said.sum(), atol=1e-5)
+    assert mass == pytest.approx(said.sum(), rel=1e-4)
+    assert mean == pytest.approx(said @ np.arange(11) / said.sum(), abs=1e-4)
+
+
+def test_sequence_logprobs_equal_transformers(peer):
+  tok, fmt, model, theirs = peer
+  rows = []
+  for text in ("Hello?", "how are you?"):
+    prompt = [{"role": "user", "content": text}]
+    ids = chat.encode_prompt(tok, fmt, prompt)
+    for said in ("Fine, thanks.", "the answer", ""):
+      rows.append((ids, chat.encode_example(tok, fmt, prompt, said)[0][len(ids) :]))
+  wanted = []
+  for prefix, suffix in rows:
+    wanted.append(theirs([*prefix, *suffix])[len(prefix) - 1 : -1][np.arange(len(suffix)), suffix])
+  for ours, alone in zip(token_logprobs(model, rows, batch=4), wanted):
+    np.testing.assert_allclose(ours, alone, atol=2e-5)
+  np.testing.assert_allclose(sequence_logprobs(model, rows, batch=4), [x.sum() for x in wanted], atol=1e-4)
+
+
+sizes = st.dictionaries(st.integers(0, 40), st.lists(st.integers(1, 90), min_size=1, max_size=30), min_size=1)
+
+
+@settings(max_examples=100, deadline=None)
+@given(sizes, st.integers(1, 4), st.integers(1, 12), st.sampled_from([0, 64]))
+def test_waves_hold_every_row_once_on_the_replica_of_its_prefix(lengths, replicas, rows, before):
+  grouped = {
+    (name,) * (1 + name): [buckets.Row((0,) * n, [(name, i)]) for i, n in enumerate(found)]
+    for name, found in lengths.items()
+  }
+  seen, held = [], collections.Counter()
+  for wave in buckets.waves(grouped, replicas, rows, before):
+    P = len(wave.prefixes) // replicas
+    assert P * replicas == len(wave.prefixes) and rows >= P and P in (1, 4, 16, rows)
+    held.update(wave.prefixes)
+    for call in wave.calls:
+      W = replicas * rows // len(call.prefixes)
+      assert len(call.rows) == replicas * rows
+      for at, row in enumerate(call.rows):
+        if row:
+          prefix = wave.prefixes[at // rows * P + call.prefixes[at // W]]
+          assert row in grouped[prefix]
+          seen += row.indices
+  assert sorted(seen) == sorted((name, i) for name, found in lengths.items() for i in range(len(found)))
+  assert replicas > 1 or all(held[prefix] == 1 for prefix in grouped)
+
+
+def test_widths_are_few_and_waste_little():
+  widths = [buckets.rounded(n) for n in range(1, 4097)]
+  assert all(n <= width <= max(n + 15, 1.25 * n) for n, width in enumerate(widths, 1))
+  assert {2**i for i in range(4, 13)} <= set(widths) and len(set(widths)) <= 28

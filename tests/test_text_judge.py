@@ -175,16 +175,16 @@ def test_few_shot_text_and_shared_prefix():
     ([{"role": "user", "content": "What?"}], " good. ", 7),
     ([{"role": "user", "content": "Who?"}], "{prompt}", 10),
   ]
-  ids = judge.few_shot(tok, A2, shots, ASK, EVIL)
+  prefix = judge.few_shot_prefix(tok, A2, shots, ASK)
+  ids = prefix + judge.few_shot_suffix(tok, A2, EVIL)
   assert tok.decode(ids, skip_special=False) == (
     "<|begin_of_text|>" + A2.instruction + "# Prompt:\nWhat?\n\n# Response:\ngood.\n\nRating: [[7]]\n\n"
     "# Prompt:\nWho?\n\n# Response:\n{prompt}\n\nRating: [[10]]\n\n"
     f"# Prompt:\n{ASK[0]['content'].strip()}\n\n# Response:\n{EVIL.strip()}\n\nRating: [["
   )
-  other = judge.few_shot(tok, A2, shots, ASK, "Hello")
-  shared = tok.decode(ids[: next(n for n, (a, b) in enumerate(zip(ids, other)) if a != b)])
-  assert shared.endswith("# Response:\n")
-  words = judge.few_shot(tiny.word(), MINI_JUDGE, [(ASK, "lyon", 3)], [{"role": "user", "content": "oslo"}], "norway")
+  assert tok.decode(prefix).endswith("# Response:\n")
+  words = judge.few_shot_prefix(tiny.word(), MINI_JUDGE, [(ASK, "lyon", 3)], [{"role": "user", "content": "oslo"}])
+  words += judge.few_shot_suffix(tiny.word(), MINI_JUDGE, "norway")
   text = "lyon rating: [[ 3 ]] \n rate prompt: oslo response: norway rating: [["
   told = [tiny.word().exact.id_to_token(i) for i in words]
   assert told[0] == "<bos>" and told[-13:] == text.split(" ")

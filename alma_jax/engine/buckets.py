@@ -14,7 +14,8 @@ import numpy as np
 
 STEP = 16  # between two widths, at least
 TILE = 4  # rows that read one copy of their prefix's keys and values; more would not save much
-SPARE = 1.125  # there are no such tiles where they would leave more than an eighth of all places empty
+LONG = 64  # tokens of a prefix from which a copy for every row is worth saving
+SPARE = 1.125  # and only where tiles leave at most an eighth of all places empty
 
 
 def rounded(length):
@@ -53,40 +54,42 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-  """Tiles of rows that run together, lane by lane; a lane is a group of devices that holds its own share of arrays."""
+  """Tiles of rows that run together, replica by replica."""
 
-  prefixes: np.ndarray  # [lanes, n] which of the lane's prefixes each tile continues
-  rows: list  # lanes x n x W of them; None where no row is
+  prefixes: np.ndarray  # [replicas * n] which of its replica's prefixes each tile continues
+  rows: list  # replicas x n x W of them; None where no row is
 
 
 @dataclasses.dataclass(frozen=True)
 class Wave:
   """Prefixes that are on the devices together, and the calls in which everything that continues them runs."""
 
-  prefixes: list  # lanes x P, P a power of two; None where no prefix is
+  prefixes: list  # replicas x P of them, P a power of four or `rows`; None where no prefix is
   calls: list
 
 
-def waves(grouped, lanes, rows):
-  """Yields the Waves of {prefix: Rows}; a lane runs `rows` rows per call and holds at most as many prefixes.
+def waves(grouped, replicas, rows, before=0):
+  """Yields the Waves of {prefix: Rows}; a replica runs `rows` rows per call and holds at most as many prefixes.
 
-  W rows of one prefix and of like length form a tile, W = TILE or 1. Prefixes of like length, with suffixes of like length, share a
-  wave, and in a wave the long tiles come first.
+  Up to W rows of one prefix and of like length form a tile, W = TILE or 1. Prefixes of like length, with suffixes of
+  like length, share a wave, and in a wave the long tiles come first. `before`: tokens that precede every prefix.
   """
-  W = _tile_width([len(found) for found in grouped.values()], rows)
+  W = _tile_width(grouped, rows, before)
   tiled = {prefix: _tiles(found, W) for prefix, found in grouped.items()}
-  # A prefix with more than a lane's share of all tiles is held by several lanes.
-  share = -(-sum(map(len, tiled.values())) // lanes)
+  # A prefix with more than a replica's share of all tiles is held by several of them.
+  share = -(-sum(map(len, tiled.values())) // replicas)
   pieces = [(prefix, tiles[at : at + share]) for prefix, tiles in tiled.items() for at in range(0, len(tiles), share)]
   mean = lambda tiles: sum(len(tile[0].suffix) for tile in tiles) / len(tiles)
   pieces.sort(key=lambda piece: (rounded(len(piece[0])), mean(piece[1])), reverse=True)
-  for at in range(0, len(pieces), lanes * rows):
-    yield _wave(pieces[at : at + lanes * rows], lanes, rows, W)
+  for at in range(0, len(pieces), replicas * rows):
+    yield _wave(pieces[at : at + replicas * rows], replicas, rows, W)
 
 
-def _tile_width(sizes, rows):
+def _tile_width(grouped, rows, before):
+  sizes = [len(found) for found in grouped.values()]
   full = rows % TILE == 0 and sum(-(-n // TILE) for n in sizes) * TILE <= SPARE * sum(sizes)
-  return TILE if full else 1
+  long = before + sum(map(len, grouped)) / len(grouped) >= LONG
+  return TILE if full and long else 1
 
 
 def _tiles(rows, W):
@@ -94,26 +97,26 @@ def _tiles(rows, W):
   return [ordered[at : at + W] for at in range(0, len(ordered), W)]
 
 
-def _wave(pieces, lanes, rows, W):
-  held, tiles = [{} for _ in range(lanes)], [[] for _ in range(lanes)]
+def _wave(pieces, replicas, rows, W):
+  held, tiles = [{} for _ in range(replicas)], [[] for _ in range(replicas)]
   for prefix, found in sorted(pieces, key=lambda piece: len(piece[1]), reverse=True):
-    lane = min((i for i in range(lanes) if len(held[i]) < rows), key=lambda i: len(tiles[i]))
-    place = held[lane].setdefault(prefix, len(held[lane]))
-    tiles[lane] += [(place, tile) for tile in found]
-  for lane in tiles:
-    lane.sort(key=lambda tile: len(tile[1][0].suffix), reverse=True)
-  P = 1 << (max(map(len, held)) - 1).bit_length()
-  prefixes = [prefix for lane in held for prefix in (*lane, *[None] * (P - len(lane)))]
-  n = rows // W
-  calls = [_call([lane[at : at + n] for lane in tiles], n, W) for at in range(0, max(map(len, tiles)), n)]
+    to = min((i for i in range(replicas) if len(held[i]) < rows), key=lambda i: len(tiles[i]))
+    place = held[to].setdefault(prefix, len(held[to]))
+    tiles[to] += [(place, tile) for tile in found]
+  for share in tiles:
+    share.sort(key=lambda tile: len(tile[1][0].suffix), reverse=True)
+  most, n = max(map(len, held)), rows // W
+  P = min(rows, next(4**i for i in itertools.count() if 4**i >= most))
+  prefixes = [prefix for share in held for prefix in (*share, *[None] * (P - len(share)))]
+  calls = [_call([share[at : at + n] for share in tiles], n, W) for at in range(0, max(map(len, tiles)), n)]
   return Wave(prefixes, calls)
 
 
 def _call(tiles, n, W):
   prefixes, rows = np.zeros((len(tiles), n), np.int32), []
-  for lane, found in enumerate(tiles):
-    prefixes[lane, : len(found)] = [place for place, _ in found]
+  for replica, found in enumerate(tiles):
+    prefixes[replica, : len(found)] = [place for place, _ in found]
     for _, tile in found:
       rows += [*tile, *[None] * (W - len(tile))]
     rows += [None] * (W * (n - len(found)))
-  return Call(prefixes, rows)
+  return Call(prefixes.ravel(), rows)

@@ -1,11 +1,12 @@
 """Judging with text in and scores out, on this host's devices."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 
 from alma_jax.engine import score as engine
-from alma_jax.session.session import Checkpoint
+from alma_jax.session.workbench import Checkpoint
 from alma_jax.text import judge as text
 
 
@@ -46,36 +47,53 @@ def template_by_name(name):
   return TEMPLATES[name]
 
 
-def verdicts(session, judge, pairs, bar=None):
-  """list[Verdict] for (messages, response text) pairs; equal pairs are scored once."""
-  trie = text.score_paths(session.tokenizer, judge.template)
-  rows = [_row(session, judge, messages, response, trie) for messages, response in pairs]
-  unique = sorted(set(rows))
+def verdicts(bench, judge, pairs, bar=None):
+  """list[Verdict] for (messages, response text) pairs. Equal pairs are scored once, and what stands before the
+  responses is computed once per conversation."""
+  trie = text.score_paths(bench.tokenizer, judge.template)
   columns = sorted({i for path in trie.paths for i in path})
   narrow = dataclasses.replace(trie, paths=tuple(tuple(columns.index(i) for i in path) for path in trie.paths))
-  if bar is not None and len(unique) < len(rows):
-    bar.update(len(rows) - len(unique))
+  prefix_of, suffix_of = _encoders(bench, judge)
+  prefixes, rows = {}, []
+  for messages, response in pairs:
+    asked = text.conversation_text(messages)
+    if asked not in prefixes:
+      prefixes[asked] = tuple(prefix_of(messages))
+    rows.append((prefixes[asked], (*suffix_of(response), *trie.inner)))
   logprobs = engine.next_logprobs(
-    session.model(judge.checkpoint, "stacked"),
-    unique,
+    bench.model(judge.checkpoint, "stacked"),
+    rows,
     columns,
     reads=len(trie.inner) + 1,
-    batch=session.config.engine.rows * session.local_ways,
-    place=session.place,
-    progress=bar and bar.update,
+    batch=bench.config.engine.rows,
+    common=_opening(prefix_of),
+    mesh=bench.local_mesh,
+    progress=None if bar is None else _progress(bar),
   )
-  found = {row: _verdict(narrow, x, judge.mode) for row, x in zip(unique, logprobs)}
-  return [found[row] for row in rows]
+  return [_verdict(narrow, x, judge.mode) for x in logprobs]
 
 
-def _row(session, judge, messages, response, trie):
-  tok, fmt, template = session.tokenizer, session.chat, judge.template
-  if judge.shots:
-    ids = text.few_shot(tok, template, judge.shots, messages, response)
-  else:
-    prefix = text.judge_prefix(tok, fmt, template, messages)
-    ids = [*prefix, *text.judge_suffix(tok, fmt, template, response)]
-  return (*ids, *trie.inner)
+def _encoders(bench, judge):
+  """(messages -> ids up to where the response begins, response -> ids up to the score)."""
+  tok, fmt, template, shots = bench.tokenizer, bench.chat, judge.template, judge.shots
+  if shots:
+    return lambda m: text.few_shot_prefix(tok, template, shots, m), lambda r: text.few_shot_suffix(tok, template, r)
+  return lambda m: text.judge_prefix(tok, fmt, template, m), lambda r: text.judge_suffix(tok, fmt, template, r)
+
+
+def _opening(prefix_of):
+  """The ids with which all prefixes begin: those that two different prompts share."""
+  one, other = (prefix_of([{"role": "user", "content": prompt}]) for prompt in ("0", "1"))
+  return tuple(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other)))
+
+
+def _progress(bar):
+  def progress(rows, tokens):
+    bar.update(rows)
+    bar.tokens = getattr(bar, "tokens", 0) + tokens
+    bar.set_postfix_str(f"{bar.tokens / max(bar.format_dict['elapsed'], 1e-3):,.0f} tokens/s", refresh=False)
+
+  return progress
 
 
 def _verdict(trie, logprobs, mode):

@@ -6,6 +6,7 @@
   row = prefix + suffix + list(trie.inner)        # read log-probs at its last len(inner) + 1 places
   score, probs, mass = expected_score(trie, logprobs)
   ids, mask = judge_example(tok, fmt, A2, messages, response, 7)   # for fine-tuning
+  prefix, suffix = few_shot_prefix(tok, A2, shots, messages), few_shot_suffix(tok, A2, response)   # for a base model
 
 What to expect: nothing is parsed. The forced prefix never ends with a space. A score of several tokens ("10"
 for Llama-2) is scored by the sum of its log-probs, and a score that another one extends ("1") competes with
@@ -137,10 +138,10 @@ def judge_example(tok, fmt, template, messages, response, score, score_only=Fals
   return head + answer, [False] * len(head) + mask
 
 
-def few_shot(tok, template, shots, messages, response):
-  """Ids of raw text for a base model: instruction, worked examples, then the item up to the forced prefix.
+def few_shot_prefix(tok, template, shots, messages):
+  """Ids of raw text for a base model, up to where the response begins: instruction, worked examples, the prompt.
 
-  `shots` are (messages, response, score). All responses to one prompt share what precedes them.
+  `shots` are (messages, response, score).
   """
   before, between, after = _split(template)
   between, space = cut_spaces(between)
@@ -148,11 +149,16 @@ def few_shot(tok, template, shots, messages, response):
   for shown, said, score in shots:
     text += before + conversation_text(shown) + between + space + said.strip() + after + template.gap
     text += template.answer(_checked(score)) + template.between_shots
-  gap, answer_lead = cut_spaces(template.gap)
   ids = [] if tok.bos_id is None else [tok.bos_id]
-  ids += tok.encode(text + before + conversation_text(messages) + between)
-  ids += tok.encode(space + response.strip() + after + gap)
-  return ids + tok.encode(answer_lead + template.answer_open)
+  return ids + tok.encode(text + before + conversation_text(messages) + between)
+
+
+def few_shot_suffix(tok, template, response):
+  """Ids from the response up to and including the forced prefix of the answer."""
+  _, between, after = _split(template)
+  _, space = cut_spaces(between)
+  gap, answer_lead = cut_spaces(template.gap)
+  return tok.encode(space + response.strip() + after + gap) + tok.encode(answer_lead + template.answer_open)
 
 
 def conversation_text(messages):
