@@ -32,7 +32,7 @@ def some_rows(seed=0):
   common = ids(rng, 70)
   prefixes = [common + ids(rng, 4), common[:64] + ids(rng, 9), common]
   rows = [(prefix, ids(rng, n)) for prefix in prefixes for n in (2, 16, 17, 9, 5, 6, 7, 8)]
-  rows += [(prefix, ids(rng, n)) for prefix in [ids(rng, 7)] for n in (2, 17)]
+  rows += [(prefix, ids(rng, n)) for prefix in [common[:5] + ids(rng, 2)] for n in (2, 17)]
   rows += [(common + ids(rng, 1), ids(rng, 5)), ((), ids(rng, 12)), rows[1], rows[1]]
   return [rows[i] for i in rng.permutation(len(rows))], common
 

@@ -474,3 +474,18 @@ def test_where_arrays_may_be_spread_unseen_the_reference_is_used(tiled):
     assert "while" not in text()  # two key/value heads over eight devices
   with jax.set_mesh(make_mesh(1, 1, 1, jax.devices()[:1])):
     assert "while" in text()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_rows_of_keys_that_several_rows_of_queries_look_at(dtype):
+  rng = np.random.default_rng(0)
+  q, k, v = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((6, 5, 8, 16), (3, 40, 2, 16), (3, 40, 2, 16)))
+  rows, lengths = np.array([2, 0, 0, 1, 2, 0]), np.array([40, 7, 1, 0, 13, 0])
+  out, lse = jax.jit(attention.over)(q, k, v, lengths, rows)
+  wanted, wanted_lse = attention.reference_over(
+    q.astype(jnp.float32), *(x[rows].astype(jnp.float32) for x in (k, v)), lengths
+  )
+  assert out.dtype == dtype and lse.dtype == jnp.float32
+  np.testing.assert_allclose(out.astype(jnp.float32), wanted, atol=1e-5 if dtype == jnp.float32 else 1e-2)
+  np.testing.assert_allclose(lse, wanted_lse, atol=1e-5)
+  assert not np.asarray(out[3]).any() and (np.asarray(lse[3]) == attention.NEVER).all()

@@ -183,8 +183,9 @@ def test_few_shot_text_and_shared_prefix():
     f"# Prompt:\n{ASK[0]['content'].strip()}\n\n# Response:\n{EVIL.strip()}\n\nRating: [["
   )
   assert tok.decode(prefix).endswith("# Response:\n")
-  words = judge.few_shot_prefix(tiny.word(), MINI_JUDGE, [(ASK, "lyon", 3)], [{"role": "user", "content": "oslo"}])
-  words += judge.few_shot_suffix(tiny.word(), MINI_JUDGE, "norway")
-  text = "lyon rating: [[ 3 ]] \n rate prompt: oslo response: norway rating: [["
-  told = [tiny.word().exact.id_to_token(i) for i in words]
-  assert told[0] == "<bos>" and told[-13:] == text.split(" ")
+  # A space before the response goes with it, where the tokenizer has spaces.
+  ask = [{"role": "user", "content": "oslo"}]
+  for tok, space in ((tiny.word(), ""), (tiny.byte_bpe(), " ")):
+    prefix = judge.few_shot_prefix(tok, MINI_JUDGE, [(ASK, "lyon", 3)], ask)
+    assert tok.decode(prefix).endswith("lyon rating: [[ 3 ]] \n rate prompt: oslo response:")
+    assert tok.decode(judge.few_shot_suffix(tok, MINI_JUDGE, " norway ")) == space + "norway rating: [["

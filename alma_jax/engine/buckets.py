@@ -16,6 +16,7 @@ STEP = 16  # between two widths, at least
 TILE = 4  # rows that read one copy of their prefix's keys and values; more would not save much
 LONG = 64  # tokens of a prefix from which a copy for every row is worth saving
 SPARE = 1.125  # and only where tiles leave at most an eighth of all places empty
+ROOM = 1024  # tokens of prefixes that are held for every row of a call
 
 
 def rounded(length):
@@ -64,15 +65,15 @@ class Call:
 class Wave:
   """Prefixes that are on the devices together, and the calls in which everything that continues them runs."""
 
-  prefixes: list  # replicas x P of them, P a power of four or `rows`; None where no prefix is
+  prefixes: list  # replicas x P of them, P a power of four or the most; None where no prefix is
   calls: list
 
 
 def waves(grouped, replicas, rows, before=0):
-  """Yields the Waves of {prefix: Rows}; a replica runs `rows` rows per call and holds at most as many prefixes.
+  """Yields the Waves of {prefix: Rows}; a replica runs `rows` rows per call. `before`: tokens that precede all prefixes.
 
   Up to W rows of one prefix and of like length form a tile, W = TILE or 1. Prefixes of like length, with suffixes of
-  like length, share a wave, and in a wave the long tiles come first. `before`: tokens that precede every prefix.
+  like length, share a wave, and in a wave the long tiles come first.
   """
   W = _tile_width(grouped, rows, before)
   tiled = {prefix: _tiles(found, W) for prefix, found in grouped.items()}
@@ -81,13 +82,16 @@ def waves(grouped, replicas, rows, before=0):
   pieces = [(prefix, tiles[at : at + share]) for prefix, tiles in tiled.items() for at in range(0, len(tiles), share)]
   mean = lambda tiles: sum(len(tile[0].suffix) for tile in tiles) / len(tiles)
   pieces.sort(key=lambda piece: (rounded(len(piece[0])), mean(piece[1])), reverse=True)
-  for at in range(0, len(pieces), replicas * rows):
-    yield _wave(pieces[at : at + replicas * rows], replicas, rows, W)
+  while pieces:
+    most = max(rows, rows * ROOM // (before + rounded(len(pieces[0][0]))))
+    now, pieces = pieces[: replicas * most], pieces[replicas * most :]
+    yield _wave(now, replicas, rows, most, W)
 
 
 def _tile_width(grouped, rows, before):
-  sizes = [len(found) for found in grouped.values()]
-  full = rows % TILE == 0 and sum(-(-n // TILE) for n in sizes) * TILE <= SPARE * sum(sizes)
+  tiles = [tile for found in grouped.values() for tile in _tiles(found, TILE)]
+  places = TILE * sum(len(tile[0].suffix) for tile in tiles)
+  full = rows % TILE == 0 and places <= SPARE * sum(len(row.suffix) for tile in tiles for row in tile)
   long = before + sum(map(len, grouped)) / len(grouped) >= LONG
   return TILE if full and long else 1
 
@@ -97,16 +101,17 @@ def _tiles(rows, W):
   return [ordered[at : at + W] for at in range(0, len(ordered), W)]
 
 
-def _wave(pieces, replicas, rows, W):
+def _wave(pieces, replicas, rows, most, W):
+  """Each replica holds at most `most` prefixes."""
   held, tiles = [{} for _ in range(replicas)], [[] for _ in range(replicas)]
   for prefix, found in sorted(pieces, key=lambda piece: len(piece[1]), reverse=True):
-    to = min((i for i in range(replicas) if len(held[i]) < rows), key=lambda i: len(tiles[i]))
+    to = min((i for i in range(replicas) if len(held[i]) < most), key=lambda i: len(tiles[i]))
     place = held[to].setdefault(prefix, len(held[to]))
     tiles[to] += [(place, tile) for tile in found]
   for share in tiles:
     share.sort(key=lambda tile: len(tile[1][0].suffix), reverse=True)
-  most, n = max(map(len, held)), rows // W
-  P = min(rows, next(4**i for i in itertools.count() if 4**i >= most))
+  P, n = max(map(len, held)), rows // W
+  P = min(most, next(4**i for i in itertools.count() if 4**i >= P))
   prefixes = [prefix for share in held for prefix in (*share, *[None] * (P - len(share)))]
   calls = [_call([share[at : at + n] for share in tiles], n, W) for at in range(0, max(map(len, tiles)), n)]
   return Wave(prefixes, calls)

@@ -222,7 +222,7 @@ def plan_for(slots, room, samples_per_prompt):
 def sample(model, requests, decoding, slots, longest_prompt=None, mesh=None, progress=None, ends=None):
   """list[Sampled] in the order of `requests`; the model is in the unrolled layout, on the devices of `mesh`.
 
-  `slots`: per replica. `longest_prompt` fixes the room for prompts, so that calls with shorter ones share a compilation.
+  `slots`: per replica. `longest_prompt` fixes the room for prompts, so that calls with shorter ones compile nothing.
   `progress(requests, tokens)` hears of what is finished. `ends(request, tokens, seen)` looks at what a request has so
   far (of which it knows the first `seen`) and gives the number of tokens after which it is over, or None.
   """

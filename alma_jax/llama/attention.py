@@ -2,6 +2,7 @@
 
   causal(q, k, v, segments)   every place looks at the earlier ones of its own segment and at itself; T = S
   over(q, k, v, lengths)      every query of row b looks at the first lengths[b] keys; lengths[b] may be 0
+                              (`rows`: which row of k and v each row of q looks at)
   merged(a, b)                attention over the union of what two calls looked at
 
 q is [B, T, N, H]; k and v are [B, S, K, H] (grouped queries: G = N / K heads share a key/value head). Scores, softmax
@@ -37,9 +38,16 @@ def causal(q, k, v, segments):
   return _computed("causal", q, k, v, segments)
 
 
-def over(q, k, v, lengths):
-  """Attention over the first keys of each row; where a row has none, out is 0 and the log-sum-exp `NEVER`."""
-  return _computed("over", q, k, v, lengths)
+def over(q, k, v, lengths, rows=None):
+  """Attention over the first keys of each row; where a row has none, out is 0 and the log-sum-exp `NEVER`.
+
+  With `rows` [B], row b looks at k[rows[b]] and v[rows[b]], which lie whole on its device.
+  """
+  if rows is None:
+    return _computed("over", q, k, v, lengths)
+  if jax.default_backend() == "cpu":
+    return _back_end("cpu").over_rows(q, k, v, lengths, rows)
+  return _computed("over", q, k[rows], v[rows], lengths)
 
 
 def merged(a, b):

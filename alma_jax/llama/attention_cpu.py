@@ -7,6 +7,7 @@ is made once for all its heads. Everything inside is fp32, because CPUs have no 
   causal   one stripe of queries after the other, each against the keys up to its end: the upper triangle is left out
            but for half a tile. The backward pass computes the scores again and keeps nothing of [T, T].
   over     many queries: the same tiles. One query per row (decoding): reads only the blocks of keys that a row has.
+           With `rows`, the tiles of a sampler's slots: one row after the other, empty ones skipped.
 """
 
 import jax
@@ -69,6 +70,30 @@ causal.defvjp(_causal_forward, _causal_backward)
 
 def over(q, k, v, lengths):
   return (_decoding if q.shape[1] == 1 else _many)(q, k, v, lengths)
+
+
+def over_rows(q, k, v, lengths, rows):
+  """Row after row, so that no keys are gathered and rows without keys cost nothing. Not to be differentiated."""
+  (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
+  G = N // K
+
+  def row(x):
+    q, length, at = x
+
+    def looking():
+      keys, values = (jax.lax.dynamic_index_in_dim(x, at, keepdims=False).astype(jnp.float32) for x in (k, v))
+      scores = jnp.where(jnp.arange(S) < length, jnp.einsum("kth,skh->kts", q, keys), attention.NEVER)
+      top = scores.max(axis=-1, keepdims=True)
+      weights = jnp.exp(scores - top)
+      total = weights.sum(axis=-1, keepdims=True)
+      return jnp.einsum("kts,skh->kth", weights, values) / total, (top + jnp.log(total))[..., 0]
+
+    nothing = jnp.zeros((K, G * T, H)), jnp.full((K, G * T), attention.NEVER)
+    return jax.lax.cond(length > 0, looking, lambda: nothing)
+
+  out, lse = jax.lax.map(row, ((_queries(q, G) * H**-0.5).reshape(B, K, G * T, H), lengths, rows))
+  unfolded = lambda x: _rows(x.reshape(B, K, G, T, -1))
+  return unfolded(out).astype(v.dtype), unfolded(lse[..., None])[..., 0]
 
 
 def _many(q, k, v, lengths):

@@ -296,8 +296,7 @@ def decode(model, tokens, counts, cache, prefix, tiles):
     def attend(q, k, v):
       written = put(keys, counts, k[:, 0]), put(values, counts, v[:, 0])
       new = attention.over(q, *written, counts + 1)
-      at = slice(None) if tiles is None else tiles.prefix
-      old = attention.over(grouped(q), prefix_keys[at], prefix_values[at], lengths)
+      old = attention.over(grouped(q), prefix_keys, prefix_values, lengths, tiles and jnp.maximum(tiles.prefix, 0))
       return attention.merged(new, jax.tree.map(single, old))[0], written
 
     return run_block(block, c, x, cos_sin, attend)
