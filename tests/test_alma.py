@@ -26,7 +26,8 @@ def data(tmp_path_factory):
 def run(data, tmp_path_factory):
   """A finished small run on one device; tests that change it take a copy."""
   workdir = tmp_path_factory.mktemp("run") / "run"
-  small_run.finished(workdir, *data)
+  done = small_run.finished(workdir, *data, JAX_LOG_COMPILES="1")
+  (workdir.parent / "output").write_text(done.stdout)
   return workdir
 
 
@@ -57,6 +58,14 @@ def test_pool_holds_no_seed_annotation_or_evaluation_prompt(run):
     + sum(count for name, count in counts.items() if name.startswith("equals_"))
     == drafts["usable"]
   )
+
+
+def test_rounds_after_the_first_compile_nothing(run):
+  """Other prompts, lengths and checkpoints, and a longer training set, run in the programs that are there."""
+  first, _, later = (run.parent / "output").read_text().partition("\nround 2, ")
+  assert "Compiling jit(_segment)" in first and "Compiling jit(_read)" in first
+  assert "round_03/policy" in later
+  assert "Compiling" not in later
 
 
 def test_rounds_draw_unused_prompts_from_different_clusters(run):
