@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 from alma_jax.engine import buckets, heads
 from alma_jax.engine.choose import Decoding, choose
 from alma_jax.llama import model as llama
-from alma_jax.llama.sharding import BATCH
+from alma_jax.llama.sharding import BATCH, REPLICA, WHOLE, per_replica, replicas
 
 __all__ = ["Decoding", "Request", "Sampled", "SlotsError", "plan_for", "sample", "slots_that_fit"]
 
@@ -54,7 +54,7 @@ MOST_SLOTS = 512  # more do not decode faster: from a few hundred on, the matrix
 @functools.partial(jax.jit, static_argnames=("plan", "decoding", "mesh"))
 def _empty(model, plan, decoding, mesh):
   """The state with nothing in any slot. It is made where it stays: the cache of all devices would not fit on one."""
-  c, ways = model.c, _ways(mesh)
+  c, ways = model.c, replicas(mesh)
   slots, rows = plan.slots * ways, plan.rows * ways
   state = {
     "cache": llama.new_cache(model, slots, decoding.max_new_tokens),
@@ -76,7 +76,8 @@ def _empty(model, plan, decoding, mesh):
 @functools.partial(jax.jit, static_argnames="mesh")
 def _head(model, tokens, lengths, mesh):
   """Keys and values of one head per replica."""
-  return _per_replica(lambda model, *x: llama.prefill(model, *x)[1], mesh)(model, tokens, lengths)
+  prefill = lambda model, *rows: llama.prefill(model, *rows)[1]
+  return per_replica(prefill, mesh, (WHOLE, REPLICA, REPLICA), REPLICA)(model, tokens, lengths)
 
 
 @functools.partial(jax.jit, donate_argnames="state", static_argnames="mesh")
@@ -108,7 +109,8 @@ def _fill(model, state, head, tokens, lengths, into, mesh):
     }
     return state | new
 
-  return _per_replica(fill, mesh)(model, state, head, tokens, lengths, into)
+  specs = (WHOLE, *(REPLICA,) * 5)
+  return per_replica(fill, mesh, specs, REPLICA)(model, state, head, tokens, lengths, into)
 
 
 @functools.partial(jax.jit, donate_argnames="state", static_argnames=("decoding", "mesh"))
@@ -130,7 +132,7 @@ def _start(state, rows, keys, said, decoding, mesh):
       new["said"] = put(state["said"], mark(said)[row])
     return state | new
 
-  return _per_replica(start, mesh)(state, rows, keys, said)
+  return per_replica(start, mesh, (REPLICA,) * 4, REPLICA)(state, rows, keys, said)
 
 
 @functools.partial(jax.jit, donate_argnames="state", static_argnames=("decoding", "steps", "mesh"))
@@ -163,25 +165,7 @@ def _segment(model, state, tiles, decoding, steps, mesh):
 
     return state | jax.lax.fori_loop(0, steps, step, changing)
 
-  return _per_replica(segment, mesh)(model, state, tiles)
-
-
-def _per_replica(f, mesh):
-  """f on every replica's share of arrays that lead with the replicas; weights, which come first, are whole on each."""
-  if mesh is None:
-    return f
-
-  def mapped(*arguments):
-    specs = tuple(P() if isinstance(x, llama.Llama) else P(BATCH) for x in arguments)
-    return jax.shard_map(
-      f, mesh=mesh, in_specs=specs, out_specs=P(BATCH), axis_names=set(BATCH), check_vma=False
-    )(*arguments)  # fmt: skip
-
-  return mapped
-
-
-def _ways(mesh):
-  return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+  return per_replica(segment, mesh, (WHOLE, REPLICA, REPLICA), REPLICA)(model, state, tiles)
 
 
 def _placed(state, c, mesh):
@@ -280,7 +264,7 @@ class _Call:
 
   def __init__(self, model, requests, decoding, plan, mesh):
     self.model, self.requests, self.decoding, self.plan, self.mesh = model, requests, decoding, plan, mesh
-    self.ways = _ways(mesh)
+    self.ways = replicas(mesh)
     self.state = _empty(model, plan, decoding, mesh)
     self.holds = np.full(self.ways * plan.slots, -1)  # the request in each slot
     self.row = np.zeros(self.ways * plan.slots, int)  # and the row of its prompt, in its replica

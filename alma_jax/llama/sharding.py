@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # a batch's rows are spread over both
+WHOLE, REPLICA = P(), P(BATCH)
 
 TRAIN = {"vocab": "tensor", "embed": "fsdp", "heads": "tensor", "kv_heads": "tensor", "ffn": "tensor"}
 DECODE = {"vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "ffn": "tensor"}
@@ -65,6 +66,22 @@ def shardings(abstract, mesh, rules):
 def batch_sharding(mesh):
   """Rows over data and fsdp, everything else whole."""
   return NamedSharding(mesh, P(BATCH))
+
+
+def replicas(mesh):
+  """How many groups of `tensor` devices hold a copy of the model each."""
+  return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def per_replica(f, mesh, inputs, outputs):
+  """f on every replica's own share of the arrays, with nothing exchanged between replicas; `tensor` stays with XLA.
+
+  `inputs` and `outputs` are PartitionSpecs, one for each argument: REPLICA for what leads with the replicas' shares,
+  WHOLE for what each has all of. No mesh, or one device: f itself.
+  """
+  if mesh is None or mesh.size == 1:
+    return f
+  return jax.shard_map(f, mesh=mesh, in_specs=inputs, out_specs=outputs, axis_names=set(BATCH), check_vma=False)
 
 
 def constrain_batch(x):

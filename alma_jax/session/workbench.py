@@ -110,11 +110,7 @@ class Workbench:
   @property
   def local_ways(self):
     """Over how many groups of this host's devices a batch is spread."""
-    return self.local_mesh.shape["data"] * self.local_mesh.shape["fsdp"]
-
-  def place(self, x):
-    """A host array with its leading axis spread over this host's devices."""
-    return jax.device_put(x, sharding.batch_sharding(self.local_mesh))
+    return sharding.replicas(self.local_mesh)
 
   def bar(self, description, total, unit, done=0):
     """A progress bar with rate and time left, from the first host only; `done` of the total was there before."""

@@ -59,9 +59,8 @@ def _embeddings(session, pool, c):
         chat.encode_prompt(session.tokenizer, session.chat, p.messages)[: c.prompts.max_prompt_tokens]
         for p in prompts[bounds[part] : bounds[part + 1]]
       ]
-      batch = c.engine.rows * session.local_ways
       model = session.model(session.base, "stacked")
-      vectors = embed.embeddings(model, rows, batch, session.place, bar.update)
+      vectors = embed.embeddings(model, rows, c.engine.rows, session.local_mesh, bar.update)
       shards.save_array(stage.dir / names[part], vectors.astype(np.float16))
   stage.finish(files=names)
   return stage
