@@ -1,6 +1,7 @@
 """Base models in the formats of the real ones, in small: from the directory through SFT, sampling and judging to the
 export, with the tokens that the chat format adds or that the base model never trained."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -156,3 +157,21 @@ def test_a_way_of_sampling_that_there_is_not_is_found_at_the_start(tmp_path, val
   config.rounds = values.get("rounds", {})
   with pytest.raises(ConfigError, match=message), start.open_session(config, tmp_path / "run"):
     pass
+
+
+def test_the_checkpoints_of_a_round_stay_on_the_devices(tmp_path, monkeypatch):
+  loaded = []
+  with start.open_session(get_config("mini"), tmp_path / "run") as session:
+    load = session.load
+    monkeypatch.setattr(
+      session, "load", lambda checkpoint, *rest: loaded.append(checkpoint.name) or load(checkpoint, *rest)
+    )
+    a, b, c, d = (dataclasses.replace(session.base, name=name, content=name) for name in "abcd")
+    for checkpoint in (a, b, c, a, b, c, d, c, a):
+      session.model(checkpoint, "unrolled")
+    assert "".join(loaded) == "abcda"  # d took the place of the one that was asked for longest ago
+    monkeypatch.setattr(session, "device_bytes", 5 * session.model_bytes)
+    loaded.clear()
+    for checkpoint in (a, b, a):
+      session.model(checkpoint, "unrolled")
+    assert "".join(loaded) == "ba" and len(session._held) == 1  # three would leave too little for sequences

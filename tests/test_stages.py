@@ -5,11 +5,12 @@ import dataclasses
 
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from alma_jax.stages import clusters, judge, trainset
+from alma_jax.stages import clusters, judge, prompts, trainset
 from alma_jax.stages.evals import summarised
 from alma_jax.stages.responses import _samples
 from alma_jax.store.records import Prompt, Response, prompt_id
@@ -200,3 +201,27 @@ def test_ordered_share_counts_pairs_as_brute_force_does():
   )
   assert judge.ordered_share(scores, labels) == pytest.approx(right / len(pairs))
   assert judge.ordered_share(labels, labels) == 1.0 and judge.ordered_share(-labels, labels) == 0.0
+
+
+# What few-shot contexts show
+
+
+def test_shots_are_drawn_evenly_without_repeats_and_more_draws_change_none():
+  draws, seeds = 30_000, 7
+  shots = prompts._shots(np.random.default_rng(0), draws, seeds, (3, 5))
+  sizes = (shots >= 0).sum(axis=1)
+  assert scipy.stats.chisquare(np.bincount(sizes)[3:]).pvalue > 1e-3 and set(sizes) == {3, 4, 5}
+  assert (np.diff((shots >= 0).astype(int), axis=1) <= 0).all()  # -1 only at the end
+  shown = np.sort(np.where(shots >= 0, shots, -1 - np.arange(5)), axis=1)
+  assert (np.diff(shown, axis=1) > 0).all()  # none twice
+  # Ordered pairs of the first two, and the last place of the longest: all alike.
+  pairs = np.bincount(shots[:, 0] * seeds + shots[:, 1], minlength=seeds**2).reshape(seeds, seeds)
+  assert not np.diag(pairs).any()
+  assert scipy.stats.chisquare(pairs[~np.eye(seeds, dtype=bool)]).pvalue > 1e-3
+  assert scipy.stats.chisquare(np.bincount(shots[sizes == 5, 4])).pvalue > 1e-3
+  np.testing.assert_array_equal(prompts._shots(np.random.default_rng(0), 100, seeds, (3, 5)), shots[:100])
+
+
+def test_few_seeds_are_shown_as_far_as_they_go():
+  shots = prompts._shots(np.random.default_rng(0), 50, 2, (3, 5))
+  assert shots.shape == (50, 2) and (np.sort(shots, axis=1) == [0, 1]).all()

@@ -65,12 +65,11 @@ def _before(text, stop_strings):
 
 def _end(decode, stop_strings, request, tokens, seen):
   """The least number of tokens whose text holds a stop string, or None. The text of the first `seen` holds none."""
-  longest = max(map(len, stop_strings))
-  # What is new, and as much before it as a stop string may begin in.
-  start = max(0, seen - 1)
-  while start and len(decode(tokens[start:seen])) < longest:
+  # What is new, and as much before it as a stop string may begin in. A cut inside a character shows as up to four
+  # other ones, which do not count.
+  start, before = seen, max(map(len, stop_strings)) + 4
+  while start and len(decode(tokens[start:seen])) < before:
     start -= 1
-  start = max(0, start - 4)  # a cut inside a character shows as another one, or more: those are not looked at
   if not _holds(decode(tokens[start:]), stop_strings):
     return None
   return next((n for n in range(seen + 1, len(tokens) + 1) if _holds(decode(tokens[:n]), stop_strings)), None)
