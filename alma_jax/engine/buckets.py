@@ -12,7 +12,7 @@ import itertools
 
 import numpy as np
 
-STEP = 16  # between two widths, at least
+STEP = 16  # every width is a multiple of it
 TILE = 4  # rows that read one copy of their prefix's keys and values; more would not save much
 LONG = 64  # tokens of a prefix from which a copy for every row is worth saving
 SPARE = 1.125  # and only where tiles leave at most an eighth of all places empty
@@ -20,9 +20,10 @@ ROOM = 1024  # tokens of prefixes that are held for every row of a call
 
 
 def rounded(length):
-  """The least width that holds the length: multiples of 16 up to 128, then four per doubling up to the next."""
+  """The least width that holds the length: multiples of 16 up to 64, of 32 up to 128, of 64 up to 1024, and from there
+  on eight per doubling. Powers of two are widths."""
   octave = 1 << (max(length, 1) - 1).bit_length()
-  step = max(STEP, octave // 8)
+  step = min(max(STEP, octave // 4), max(64, octave // 16))
   return -(-max(length, 1) // step) * step
 
 
@@ -65,15 +66,15 @@ class Call:
 class Wave:
   """Prefixes that are on the devices together, and the calls in which everything that continues them runs."""
 
-  prefixes: list  # replicas x P of them, P a power of four or the most; None where no prefix is
+  prefixes: list  # replicas x P of them; None where no prefix is
   calls: list
 
 
 def waves(grouped, replicas, rows, before=0):
-  """Yields the Waves of {prefix: Rows}; a replica runs `rows` rows per call. `before`: tokens that precede all prefixes.
+  """Yields the Waves of {prefix: Rows}; a replica runs `rows` rows per call.
 
   Up to W rows of one prefix and of like length form a tile, W = TILE or 1. Prefixes of like length, with suffixes of
-  like length, share a wave, and in a wave the long tiles come first.
+  like length, share a wave, and in a wave the long tiles come first. `before`: tokens that precede every prefix.
   """
   W = _tile_width(grouped, rows, before)
   tiled = {prefix: _tiles(found, W) for prefix, found in grouped.items()}
@@ -110,11 +111,18 @@ def _wave(pieces, replicas, rows, most, W):
     tiles[to] += [(place, tile) for tile in found]
   for share in tiles:
     share.sort(key=lambda tile: len(tile[1][0].suffix), reverse=True)
-  P, n = max(map(len, held)), rows // W
-  P = min(most, next(4**i for i in itertools.count() if 4**i >= P))
+  P, n = _few(max(map(len, held)), rows, most), rows // W
   prefixes = [prefix for share in held for prefix in (*share, *[None] * (P - len(share)))]
   calls = [_call([share[at : at + n] for share in tiles], n, W) for at in range(0, max(map(len, tiles)), n)]
   return Wave(prefixes, calls)
+
+
+def _few(count, rows, most):
+  """One of a few numbers of prefixes that hold the count: powers of four up to `rows`, then twice that and so on."""
+  size = 1
+  while size < count:
+    size = min(4 * size, rows) if size < rows else 2 * size
+  return min(size, most)
 
 
 def _call(tiles, n, W):

@@ -7,8 +7,8 @@ once, and equal rows are scored once. The model is in the stacked layout.
   logprobs = token_logprobs(model, rows, batch=32)                   # a reference: of every token of the suffixes
 
 What to expect: what a row is scored with does not change its numbers (in fp32 up to 1e-6). `batch` rows run at a time,
-and no more prefixes than that are on the devices. Under a mesh every group of `tensor` devices is a replica that runs
-`batch` rows of its own and holds their prefixes; replicas exchange nothing.
+and at most batch * buckets.ROOM tokens of prefixes are held as keys and values. Under a mesh every group of `tensor`
+devices is a replica that runs `batch` rows of its own and holds their prefixes; replicas exchange nothing.
 """
 
 import functools
@@ -21,7 +21,8 @@ from jax.sharding import PartitionSpec as P
 
 from alma_jax.engine import buckets, losses
 from alma_jax.llama import model as llama
-from alma_jax.llama.sharding import BATCH
+from alma_jax.llama.sharding import BATCH, WHOLE, per_replica, replicas
+from alma_jax.llama.sharding import REPLICA as ROWS
 
 
 def next_logprobs(model, rows, columns, reads, batch, common=(), mesh=None, progress=None):
@@ -60,14 +61,7 @@ def sequence_logprobs(model, rows, batch, common=(), mesh=None, progress=None):
 
 # What runs on devices: rows lead all arrays, but in keys and values the layers do
 
-WHOLE, ROWS, PREFIX = P(), P(BATCH), llama.Prefix(P(None, BATCH), P(BATCH))
-
-
-def _per_replica(f, mesh, specs, out):
-  """f on every replica's share."""
-  if mesh is None:
-    return f
-  return jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=out, axis_names=set(BATCH), check_vma=False)
+PREFIX = llama.Prefix(P(None, BATCH), ROWS)
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
@@ -85,7 +79,7 @@ def _prefixes(model, tokens, lengths, common, mesh):
     return llama.Prefix(jax.tree.map(joined, common.kv, kv), lengths + common.lengths)
 
   specs = WHOLE, ROWS, ROWS, common and PREFIX
-  return _per_replica(prefixes, mesh, specs, PREFIX)(model, tokens, lengths, common)
+  return per_replica(prefixes, mesh, specs, PREFIX)(model, tokens, lengths, common)
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
@@ -95,7 +89,7 @@ def _chosen(prefix, places, mesh):
   def chosen(prefix, places):
     return llama.Prefix(jax.tree.map(lambda x: x[:, places], prefix.kv), prefix.lengths[places])
 
-  return _per_replica(chosen, mesh, (PREFIX, ROWS), PREFIX)(prefix, places)
+  return per_replica(chosen, mesh, (PREFIX, ROWS), PREFIX)(prefix, places)
 
 
 @functools.partial(jax.jit, static_argnames=("reads", "mesh"))
@@ -106,7 +100,7 @@ def _read(model, prefix, tokens, lengths, columns, reads, mesh):
     return z[..., columns] - jax.nn.logsumexp(z, axis=-1, keepdims=True)
 
   specs = WHOLE, PREFIX, ROWS, ROWS, WHOLE
-  return _per_replica(read, mesh, specs, ROWS)(model, prefix, tokens, lengths, columns)
+  return per_replica(read, mesh, specs, ROWS)(model, prefix, tokens, lengths, columns)
 
 
 def _exact_logits(model, hidden):
@@ -126,7 +120,7 @@ def _score(model, prefix, tokens, lengths, mesh):
     hidden, _ = llama.prefill(model, tokens, lengths, prefix)
     return losses.token_logprobs(model, hidden, jnp.roll(tokens, -1, axis=1))
 
-  return _per_replica(score, mesh, (WHOLE, PREFIX, ROWS, ROWS), ROWS)(model, prefix, tokens, lengths)
+  return per_replica(score, mesh, (WHOLE, PREFIX, ROWS, ROWS), ROWS)(model, prefix, tokens, lengths)
 
 
 # On the host
@@ -149,12 +143,12 @@ def _results(model, rows, run, batch, least, common, mesh, progress):
 
 def _calls(model, rows, batch, least, common, mesh):
   """Yields (Call, the arrays it runs on, how many tokens were computed since the last one)."""
-  replicas = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+  ways = replicas(mesh)
   for opening, grouped in _grouped(rows, common).items():
     shared, tokens = None, len(opening)
     if opening:
-      shared = _prefixes(model, *buckets.padded([opening] * replicas, len(opening)), None, mesh=mesh)
-    for wave in buckets.waves(grouped, replicas, batch, len(opening)):
+      shared = _prefixes(model, *buckets.padded([opening] * ways, len(opening)), None, mesh=mesh)
+    for wave in buckets.waves(grouped, ways, batch, len(opening)):
       held = _prefixes(model, *buckets.padded(wave.prefixes, _width(wave.prefixes)), shared, mesh=mesh)
       tokens += sum(len(prefix) for prefix in wave.prefixes if prefix)
       for call in wave.calls:
@@ -163,6 +157,7 @@ def _calls(model, rows, batch, least, common, mesh):
         tokens += sum(len(suffix) for suffix in suffixes if suffix)
         yield call, (_chosen(held, call.prefixes, mesh=mesh), *arrays), tokens
         tokens = 0
+      del held  # before the next wave's are computed
 
 
 def _width(rows):

@@ -70,7 +70,9 @@ def _end(decode, stop_strings, request, tokens, seen):
   start, before = seen, max(map(len, stop_strings)) + 4
   while start and len(decode(tokens[start:seen])) < before:
     start -= 1
-  if not _holds(decode(tokens[start:]), stop_strings):
+  text = decode(tokens[start:])
+  # Bytes that are no text yet can hide a stop string that stood there before them.
+  if "\ufffd" not in text and not _holds(text, stop_strings):
     return None
   return next((n for n in range(seen + 1, len(tokens) + 1) if _holds(decode(tokens[:n]), stop_strings)), None)
 

@@ -5,6 +5,7 @@ fills up to the same number of rows at every step, so that the step compiles onc
 last checkpoint and ends with the same weights as one that was never killed.
 """
 
+import dataclasses
 import json
 import math
 import shutil
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from alma_jax.engine import losses
 from alma_jax.engine import train as engine
 from alma_jax.llama import sharding, weights
 from alma_jax.session.workbench import Checkpoint
@@ -24,11 +26,18 @@ ROWS = 4  # the number of rows is rounded up to this, so that rounds of like siz
 def train(session, stage, init, examples, options, seed, objective="sft", reference=None):
   """Train `init` on `examples` and write `stage.dir/model`; returns its Checkpoint.
 
-  examples: list of (token ids, weights); for "dpo" the list alternates chosen, rejected, and `reference` [pairs, 2]
-  holds the reference's log-probs. `options` is the config's training section.
+  examples: list of (token ids, weights); for "dpo" the list holds the sides of every pair, chosen and rejected first,
+  and `reference` [pairs, sides] the reference's log-probs, if the loss has one. `options` is the config's training
+  section.
   """
   session.free()
-  group = 2 if objective == "dpo" else 1
+  goal = engine.Objective(
+    kind="preference" if objective == "dpo" else objective,
+    preference=preference(options) if objective == "dpo" else None,
+    remat=options.remat,
+    compute_dtype=session.dtype,
+  )
+  group = goal.preference.sides if goal.preference else 1
   count = len(examples) // group
   per_epoch = math.ceil(count / options.batch)
   steps = max(1, math.ceil(round(options.epochs * per_epoch, 6)))  # 2.2 * 25 is 55.00000000000001
@@ -42,12 +51,6 @@ def train(session, stage, init, examples, options, seed, objective="sft", refere
     eps=options.eps,
     weight_decay=options.weight_decay,
     clip=options.clip,
-  )
-  goal = engine.Objective(
-    kind=objective,
-    beta=options.get("beta", 0.0) if objective == "dpo" else 0.0,
-    remat=options.remat,
-    compute_dtype=session.dtype,
   )
   checkpoints = ocp.training.Checkpointer(
     (stage.dir / "checkpoints").absolute(),
@@ -84,6 +87,12 @@ def train(session, stage, init, examples, options, seed, objective="sft", refere
     model = engine.fit(start, packed, steps, optimizer, goal, session.mesh, restore, save, report)
   facts = {"steps": steps, "examples": count, "rows": packed.rows, "untrained_tokens_reset": len(reset)}
   return export(session, stage, model), facts
+
+
+def preference(options):
+  """The loss that a training section on pairs asks for."""
+  fields = (field.name for field in dataclasses.fields(losses.Preference))
+  return losses.Preference(**{name: options[name] for name in fields if name in options})
 
 
 def sequence_logprobs(session, checkpoint, sequences, options):
@@ -169,8 +178,9 @@ class _Batches:
     members = self.members(step)
     batch = packing.rows(self._sequences(members), self._pack(members), self.options.row_length, self.rows, pad_id=0)
     if self.reference is not None:
-      batch["reference"] = np.zeros((self.options.batch, 2), np.float32)
+      batch["reference"] = np.zeros((self.options.batch, self.group), np.float32)
       batch["reference"][: len(members)] = self.reference[members]
+    if self.group > 1:
       batch["real"] = (np.arange(self.options.batch) < len(members)).astype(np.float32)
     return batch
 

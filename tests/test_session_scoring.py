@@ -1,0 +1,65 @@
+"""Verdicts of the miniature judge, text in and scores out, against a full forward of every text on its own."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import tqdm
+from engine_models import logprobs
+
+from alma_jax.llama import sharding, weights
+from alma_jax.session.scoring import Judge, _opening, template_by_name, verdicts
+from alma_jax.session.workbench import Checkpoint, Workbench
+from alma_jax.text import judge as text
+from configs.alma import get_config
+
+
+def asked(prompt):
+  return ({"role": "user", "content": prompt},)
+
+
+PAIRS = [
+  (asked(prompt), response)
+  for prompt in ("country : lyon", "food : oslo", "country : oslo")
+  for response in ("lyon france .", "norway", "", "lyon france .")
+] + [(asked("country : lyon"), "norway")]
+SHOTS = tuple((asked(f"country : {city}"), f"{city} {land} .", score) for city, land, score in
+              (("lyon", "france", 9), ("oslo", "norway", 8), ("oslo", "france", 1)))  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bench():
+  config = get_config("mini")
+  config.engine.rows = 4
+  return Workbench(config, sharding.make_mesh(devices=jax.local_devices()[:2]))
+
+
+@pytest.mark.parametrize("shots", [(), SHOTS], ids=["tuned", "few-shot"])
+def test_verdicts_equal_full_forwards_in_the_order_of_the_pairs(bench, shots):
+  tok, template = bench.tokenizer, template_by_name("mini")
+  judge = Judge(Checkpoint("base", bench.directory, "base"), template, "expected", shots)
+  model, trie = weights.load(bench.directory), text.score_paths(tok, template)
+  with tqdm.tqdm(total=len(PAIRS), disable=True) as bar:
+    found = verdicts(bench, judge, PAIRS, bar)
+  likeliest = verdicts(bench, dataclasses.replace(judge, mode="integer"), PAIRS)
+  assert len(found) == len(likeliest) == len(PAIRS)
+  for (messages, response), verdict, integer in zip(PAIRS, found, likeliest):
+    if shots:
+      ids = text.few_shot_prefix(tok, template, shots, messages) + text.few_shot_suffix(tok, template, response)
+    else:
+      ids = text.judge_prefix(tok, bench.chat, template, messages)
+      ids += text.judge_suffix(tok, bench.chat, template, response)
+    mean, probs, mass = text.expected_score(trie, logprobs(model, ids, room=128)[len(ids) - 1 : len(ids)])
+    assert verdict.score == pytest.approx(mean, abs=1e-5) and verdict.mass == pytest.approx(mass, abs=1e-5)
+    np.testing.assert_allclose(verdict.probs, probs, atol=1e-5)
+    assert integer.score == np.argmax(probs) and integer.probs == verdict.probs
+  assert found[0] == found[3] and found[1] == found[-1]
+
+
+def test_worked_examples_are_what_all_prefixes_begin_with(bench):
+  tok, template = bench.tokenizer, template_by_name("mini")
+  prefix_of = lambda messages: text.few_shot_prefix(tok, template, SHOTS, messages)
+  opening = _opening(prefix_of)
+  assert tok.decode(opening).endswith("rate prompt:")
+  assert all(tuple(prefix_of(messages)[: len(opening)]) == opening for messages, _ in PAIRS)
