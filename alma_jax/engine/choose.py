@@ -59,7 +59,10 @@ def choose(logits, uniform, decoding, said=None, count=None):
     token = _argmax(_ruled(logits, decoding, said, count))
   else:
     token = _inverse_cdf(weights(logits, decoding, said, count), uniform)
-  return token, jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
+  # Written out, so that XLA makes these exponentials once with those of `weights` where they are the same.
+  top = logits.max(axis=-1, keepdims=True)
+  mass = jnp.exp(logits - top).sum(axis=-1)
+  return token, (jnp.take_along_axis(logits, token[:, None], axis=1) - top)[:, 0] - jnp.log(mass)
 
 
 def weights(logits, decoding, said=None, count=None):

@@ -124,7 +124,6 @@ def _start(state, rows, keys, said, decoding, mesh):
     new = {
       "logits": put(state["logits"], state["prefix_logits"][row]),
       "count": put(state["count"], jnp.zeros_like(row)),
-      "done": put(state["done"], jnp.zeros_like(fresh)),
       "key": put(state["key"], keys),
     }
     if decoding.remembers:
@@ -148,7 +147,8 @@ def _segment(model, state, tiles, decoding, steps, mesh):
       fold = lambda key, count: jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(key), count))
       token, logprob = choose(s["logits"], jax.vmap(fold)(s["key"], s["count"]), decoding, s.get("said"), s["count"])
       token, live = token.astype(jnp.int32), ~s["done"]
-      place = jnp.minimum(s["count"], decoding.max_new_tokens - 1)
+      # A slot that is over reads and writes its first place only, which nobody needs any more.
+      place = jnp.where(live, jnp.minimum(s["count"], decoding.max_new_tokens - 1), 0)
       put = jax.vmap(lambda row, at, new, live: row.at[at].set(jnp.where(live, new, row[at])))
       count = s["count"] + live
       hidden, cache = llama.decode(model, token, place, s["cache"], prefix, tiles)
@@ -221,7 +221,7 @@ def sample(model, requests, decoding, slots, longest_prompt=None, mesh=None, pro
   mesh = None if mesh is None or mesh.size == 1 else mesh
   call = _Call(model, requests, decoding, plan, mesh)
   # As long as a refill pays: short answers end, and free their slots, after fewer steps.
-  steps = min(16, max(4, decoding.max_new_tokens // 32))
+  steps = min(16, max(4, decoding.max_new_tokens // 48))
   results, seen = [None] * len(requests), np.zeros(len(requests), int)
   while call.refill():
     state = call.decode(steps)
@@ -344,7 +344,8 @@ class _Call:
   def decode(self, steps):
     """The state after so many steps."""
     tiles = None if self.plan.tile == 1 else self._tiles()
-    self.state = _segment(self.model, self.state, tiles, decoding=self.decoding, steps=steps, mesh=self.mesh)
+    state = self.state | {"done": self.holds < 0}  # also those that `ends` ended
+    self.state = _segment(self.model, state, tiles, decoding=self.decoding, steps=steps, mesh=self.mesh)
     return self.state
 
   def _tiles(self):

@@ -17,7 +17,7 @@ from alma_jax.llama import attention
 
 STRIPE = 128  # queries of each head per tile
 COLUMNS = 512  # the same, times G, where all queries look at the same keys
-BLOCK = 64  # keys a decoding step reads at a time
+BLOCK = 32  # keys a decoding step reads at a time
 
 
 @jax.custom_vjp
@@ -111,34 +111,34 @@ def _many(q, k, v, lengths):
 
 
 def _decoding(q, k, v, lengths):
-  """One query per row. Keys are used as they lie, [S, K * H]: a head's query is zero at the places of other heads,
-  which costs K times the arithmetic and saves transposing the cache."""
+  """One query per row: row by row, a block of keys at a time, no further than the row's length."""
   (B, _, N, H), (S, K) = q.shape, k.shape[1:3]
-  block = min(BLOCK, S)
   inputs = q, k, v, lengths
   q, k, v = (jax.lax.stop_gradient(x) for x in (q, k, v))
-  own = jnp.repeat(jnp.eye(K, dtype=jnp.float32), N // K, axis=1)[:, None]  # [K, 1, N]: whose head a query's is
-  spread = (q[:, 0] * H**-0.5).astype(jnp.float32).transpose(0, 2, 1)[:, None] * own  # [B, K, H, N]
-  k, v = k.reshape(B, S, K * H), v.reshape(B, S, K * H)
+  queries = (q[:, 0] * H**-0.5).astype(jnp.float32).reshape(B, K, N // K, H)
+  block = min(BLOCK, S)
 
   def row(b, q, length):
     def step(i, state):
       top, total, out = state
       start = jnp.minimum(i * block, S - block)  # the last block may begin before its turn: what it repeats is masked
       place = start + jnp.arange(block)
-      cut = lambda x: jax.lax.dynamic_slice(x, (b, start, 0), (1, block, K * H))[0].astype(jnp.float32)
-      scores = jnp.where(((place >= i * block) & (place < length))[:, None], cut(k) @ q, attention.NEVER)
-      higher = jnp.maximum(top, scores.max(axis=0))
-      weights, fade = jnp.exp(scores - higher), jnp.exp(top - higher)
-      return higher, total * fade + weights.sum(axis=0), out * fade[:, None] + _dot(weights, cut(v), (0,), (0,))
+      cut = lambda x: jax.lax.dynamic_slice(x, (b, start, 0, 0), (1, block, K, H))[0].astype(jnp.float32)
+      scores = jnp.einsum("kgh,skh->kgs", q, cut(k))
+      scores = jnp.where((place >= i * block) & (place < length), scores, attention.NEVER)
+      higher = jnp.maximum(top, scores.max(axis=-1))
+      weights, fade = jnp.exp(scores - higher[..., None]), jnp.exp(top - higher)
+      new = jnp.einsum("kgs,skh->kgh", weights, cut(v))
+      return higher, total * fade + weights.sum(axis=-1), out * fade[..., None] + new
 
-    nothing = jnp.full(N, 0.5 * attention.NEVER), jnp.zeros(N), jnp.zeros((N, K * H))
+    shape = (K, N // K)
+    nothing = jnp.full(shape, 0.5 * attention.NEVER), jnp.zeros(shape), jnp.zeros((*shape, H))
     top, total, out = jax.lax.fori_loop(0, (length + block - 1) // block, step, nothing)
-    return out / jnp.maximum(total, 1e-37)[:, None], _log_sum_exp(top, total)
+    return out / jnp.maximum(total, 1e-37)[..., None], _log_sum_exp(top, total)
 
-  out, lse = jax.lax.map(lambda x: row(*x), (jnp.arange(B), spread.reshape(B, K * H, N), lengths))
-  out = (out.reshape(B, 1, N, K, H) * own[:, 0].T[..., None]).sum(axis=3)
-  return attention.with_gradient_of(attention.reference_over, (out.astype(v.dtype), lse[:, None]), *inputs)
+  out, lse = jax.lax.map(lambda x: row(*x), (jnp.arange(B), queries, lengths))
+  out, lse = out.reshape(B, 1, N, H).astype(v.dtype), lse.reshape(B, 1, N)
+  return attention.with_gradient_of(attention.reference_over, (out, lse), *inputs)
 
 
 def _stripes(T):
