@@ -12,7 +12,7 @@ copy configs/forkme.py.
 
 from ml_collections import ConfigDict
 
-from configs.common import sampling, training
+from configs.common import preferences, sampling, training
 
 
 def get_config(size="mini"):
@@ -88,7 +88,7 @@ def llama_8b():
   c.trainset.min_margin = 0.0  # dpo: least difference of the two scores
   c.policy_seed = 100
   c.policy = training(5.5e-6, 1.1e-6, batch=128, epochs=2, row_length=2048, remat=True)
-  c.dpo = training(5e-7, 5e-8, batch=128, epochs=1, row_length=2048, warmup=0.1, weight_decay=0.0, beta=0.1, remat=True)
+  c.dpo = preferences(5e-7, 5e-8, batch=128, epochs=1, row_length=2048, warmup=0.1, weight_decay=0.0, remat=True)
 
   # Evaluation after every round
   c.eval = sampling(0.0, 1.0, max_new_tokens=1024, max_prompt_tokens=2048)
@@ -122,7 +122,7 @@ def mini():
   tiny = dict(batch=32, row_length=64, warmup=0.1, weight_decay=0.0, beta2=0.98)
   c.sft = training(1e-3, 0.0, epochs=6, **tiny)
   c.policy = training(1e-3, 0.0, epochs=3, **tiny)
-  c.dpo = training(3e-4, 0.0, epochs=2, beta=0.1, **tiny)
+  c.dpo = preferences(3e-4, 0.0, epochs=2, **tiny)
   c.judge.train = training(1e-3, 0.0, epochs=12, **tiny)
   c.judge.distil.train = training(5e-4, 0.0, epochs=1, **tiny)
   c.judge.template = "mini"

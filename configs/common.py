@@ -22,9 +22,26 @@ def training(learning_rate, final_learning_rate, batch, epochs, row_length, **ch
       checkpoint_every=200,  # steps between checkpoints inside a stage
     )
   )
-  unknown = changes.keys() - section.keys() - {"beta"}
+  return _changed("training", section, changes, {"beta"})
+
+
+def preferences(learning_rate, final_learning_rate, batch, epochs, row_length, **changes):
+  """A training stage on pairs, of which `batch` go into a step; `loss` is explained in engine/losses.py, Preference."""
+  section = training(learning_rate, final_learning_rate, batch, epochs, row_length)
+  section.update(
+    loss="dpo",  # cdpo, rdpo, ipo, ipo_sum, dpo_norm, simpo, hinge, kto
+    beta=0.1,  # how sharply a difference counts; log-probs per token want more (dpo_norm 5, simpo 2 .. 10)
+    label_smoothing=0.0,  # cdpo, rdpo, simpo: share of pairs that are the wrong way round
+    gamma_beta_ratio=0.0,  # simpo: what the chosen response must lead by, in nats per token (0.3 .. 0.5)
+    nll_weight=0.0,  # of the chosen responses' NLL per token, added to any loss
+  )
+  return _changed("preferences", section, changes)
+
+
+def _changed(name, section, changes, more=frozenset()):
+  unknown = changes.keys() - section.keys() - more
   if unknown:
-    raise TypeError(f"training() has no {', '.join(sorted(unknown))}")
+    raise TypeError(f"{name}() has no {', '.join(sorted(unknown))}")
   section.update(changes)
   return section
 

@@ -1,12 +1,17 @@
 """The log-prob core and the losses against float64 formulas; packed equals padded; tiles equal the whole."""
 
+import dataclasses
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from engine_models import CONFIG, logprobs, on_mesh, stacked
 
+from alma_jax.config import WORDS
 from alma_jax.engine import losses
+from alma_jax.engine.losses import Preference, preference_of
 from alma_jax.llama import model as llama
 from alma_jax.llama import sharding
 from alma_jax.text import packing
@@ -48,7 +53,7 @@ def sft_and_gradient(model, batch):
 
 @jax.jit
 def dpo_and_gradient(model, batch):
-  loss = lambda model: losses.dpo(model, batch, beta=0.1)
+  loss = lambda model: losses.preference(model, batch, Preference())
   (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(model)
   return value, metrics, gradient
 
@@ -61,58 +66,201 @@ def assert_close(a, b):
 # The core
 
 
-def token_logprobs_and_gradient(model, hidden, targets, weights):
-  def total(model, hidden):
-    out = losses.token_logprobs(model, hidden, targets)
-    return (weights * out).sum(), out
-
-  (_, out), gradients = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))(model, hidden)
-  return out, gradients
-
-
-@pytest.mark.parametrize("tile", [1, 4, 5])  # steps of time; 5 does not divide the 12 steps
-def test_tiled_token_logprobs_equal_dense_ones_in_value_and_gradient(tile, monkeypatch):
+def core_case(rows=6, time=12, tied=False, dtype=jnp.float32):
+  """(model, hidden, targets, weights) with a third of the places supervised, and most of them in a few rows."""
   rng = np.random.default_rng(0)
-  hidden = rng.normal(size=(3, 12, CONFIG.width)).astype(np.float32)
-  targets, weights = rng.integers(0, CONFIG.vocab, (3, 12)), rng.normal(size=(3, 12)).astype(np.float32)
-  dense = token_logprobs_and_gradient(stacked(), hidden, targets, weights)
-  z = hidden.astype(np.float64) @ np.asarray(stacked().head[...], np.float64)
-  wanted = np.take_along_axis(z, targets[..., None], -1)[..., 0] - np.log(np.exp(z).sum(-1))
-  np.testing.assert_allclose(dense[0], wanted, atol=1e-5)
-
-  monkeypatch.setattr(losses, "TILE_BYTES", 4 * CONFIG.vocab * 3 * tile)
-  monkeypatch.setattr(llama, "logits", watched(llama.logits, seen := []))
-  tiled = token_logprobs_and_gradient(stacked(), hidden, targets, weights)
-  assert {shape[:2] for shape in seen} == {(3, tile)}  # the whole was never made
-  assert_close(tiled, dense)
+  c = dataclasses.replace(CONFIG, tied=tied)
+  model = llama.cast(jax.jit(llama.init, static_argnums=(0, 1))(c, 0), dtype)
+  weights = rng.uniform(0.2, 1, (rows, time)) * (rng.random((rows, time)) < np.linspace(0, 0.7, rows)[:, None])
+  hidden = jnp.asarray(3 * rng.normal(size=(rows, time, c.width)), dtype)
+  return model, hidden, rng.integers(0, c.vocab, (rows, time)), weights.astype(np.float32)
 
 
-def watched(logits, seen):
-  def wrapper(model, hidden):
-    seen.append(hidden.shape)
-    return logits(model, hidden)
+def exact(model, hidden, targets, weights):
+  """In float64: log-probs, and the gradients of their weighted sum for the head and the hidden states."""
+  head = np.asarray(model.embed[...].T if model.c.tied else model.head[...], np.float64)
+  x = np.asarray(hidden, np.float64)
+  z = x @ head
+  p = np.exp(z - z.max(-1, keepdims=True))
+  p /= p.sum(-1, keepdims=True)
+  dz = (np.eye(head.shape[1])[targets] - p) * weights[..., None]
+  dw = np.einsum("btd,btv->dv", x, dz)
+  logprobs = np.log(np.take_along_axis(p, targets[..., None], -1)[..., 0])
+  return logprobs, dw.T if model.c.tied else dw, dz @ head.T
 
-  return wrapper
+
+def per_token(model, hidden, targets, weights):
+  out = losses.token_logprobs(model, hidden, targets, weights > 0)
+  return (weights * out).sum(), out
 
 
-def test_tiles_leave_every_device_its_own_rows(monkeypatch):
-  mesh = sharding.make_mesh(data=8)
+def summed(model, hidden, targets, weights):
+  return losses.weighted_logprobs(model, hidden, targets, weights), None
+
+
+def with_gradients(loss, model, hidden, targets, weights):
+  """(weighted sum, log-probs or None, gradient of the head, of the hidden states)."""
+  f = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+  (total, out), (of_model, dx) = f(model, hidden, targets, weights)
+  return total, out, (of_model.embed if model.c.tied else of_model.head)[...], dx
+
+
+def tiles_of(monkeypatch, places):
+  """Tiles of so many places; the returned list fills with the shapes of all logits that are made by tiles."""
+  monkeypatch.setattr(losses, "_tile", lambda model, targets: places)
+  logits, seen = losses._logits, []
+  monkeypatch.setattr(losses, "_logits", lambda *x: seen.append(x[2].shape) or logits(*x))
+  return seen
+
+
+@pytest.mark.parametrize("loss", [per_token, summed])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tile", [0, 1, 5, 24, 72])  # 0: all at once; 5 does not divide the 72 places
+def test_log_probs_and_gradients_equal_those_in_float64(loss, tied, tile, monkeypatch):
+  model, *case = core_case(tied=tied)
+  weights = case[-1]
+  logprobs, dw, dx = exact(model, *case)
+  seen = tiles_of(monkeypatch, tile)
+  total, out, of_head, of_hidden = with_gradients(loss, model, *case)
+  assert {shape[0] for shape in seen} == ({tile} if tile else set())  # the whole was never made
+  assert float(total) == pytest.approx((weights * logprobs).sum(), rel=1e-6)
+  assert float(jax.jit(loss)(model, *case)[0]) == pytest.approx(float(total), rel=1e-6)  # without a gradient
+  if out is not None:
+    np.testing.assert_allclose(out, np.where(weights > 0, logprobs, 0), atol=1e-5)
+  np.testing.assert_allclose(of_head, dw, atol=1e-5)
+  np.testing.assert_allclose(of_hidden, dx, atol=1e-5)
+
+
+@pytest.mark.parametrize("tile", [0, 5])
+def test_bfloat16_inputs_are_read_exactly(tile, monkeypatch):
+  model, *case = core_case(dtype=jnp.bfloat16)
+  tiles_of(monkeypatch, tile)
+  logprobs, dw, dx = exact(model, *case)
+  weights = case[-1]
+  for loss in (per_token, summed):
+    total, out, of_head, of_hidden = with_gradients(loss, model, *case)
+    if out is not None:
+      np.testing.assert_allclose(out, np.where(weights > 0, logprobs, 0), atol=1e-4)
+    assert float(total) == pytest.approx((weights * logprobs).sum(), abs=1e-4)
+    for found, wanted in ((of_head, dw), (of_hidden, dx)):
+      assert found.dtype == jnp.bfloat16
+      np.testing.assert_allclose(np.asarray(found, np.float64), wanted, atol=0.01 * np.abs(wanted).max())
+
+
+def test_only_tiles_with_something_supervised_are_made(monkeypatch):
+  model, hidden, targets, weights = core_case()
+  tiles_of(monkeypatch, 5)
+  made = []
+
+  def counted(logits):
+    def wrapper(*x):
+      jax.debug.callback(lambda: made.append(1))
+      return logits(*x)
+
+    return wrapper
+
+  monkeypatch.setattr(losses, "_logits", counted(losses._logits))
+  supervised = int((weights > 0).sum())
+  assert 5 < supervised < 40
+  for loss, passes in ((per_token, 2), (summed, 1)):
+    made.clear()
+    jax.block_until_ready(with_gradients(loss, model, hidden, targets, weights))
+    jax.effects_barrier()
+    assert len(made) == passes * math.ceil(supervised / 5)
+  made.clear()
+  jax.block_until_ready(with_gradients(summed, model, hidden, targets, 0 * weights))
+  jax.effects_barrier()
+  assert not made
+
+
+def test_what_is_not_asked_for_does_not_matter(monkeypatch):
+  model, hidden, targets, weights = core_case()
+  odd = jnp.where((weights > 0)[..., None], hidden, jnp.nan)
+  for tile in (5, 24):
+    tiles_of(monkeypatch, tile)
+    for loss in (per_token, summed):
+      found = with_gradients(loss, model, odd, targets, weights)
+      assert_close(found, with_gradients(loss, model, hidden, targets, weights))
+
+
+@pytest.mark.parametrize("tile", [0, 5])
+def test_the_order_of_rows_does_not_matter(tile, monkeypatch):
+  model, *case = core_case()
+  tiles_of(monkeypatch, tile)
+  order = np.random.default_rng(3).permutation(6)
+  for loss in (per_token, summed):
+    total, out, dw, dx = with_gradients(loss, model, *case)
+    found = with_gradients(loss, model, *(x[order] for x in case))
+    assert_close(found, (total, None if out is None else out[order], dw, dx[order]))
+
+
+@pytest.mark.parametrize("sizes", [(2, 1, 1), (8, 1, 1), (2, 2, 2), (1, 2, 4), (1, 8, 1)])
+def test_the_number_of_devices_does_not_matter(sizes, monkeypatch):
+  model, *case = core_case(rows=8)
+  tiles_of(monkeypatch, 5)
+  mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
   rows = sharding.batch_sharding(mesh)
-  model = on_mesh(stacked(), mesh)
-  rng = np.random.default_rng(1)
-  hidden = rng.normal(size=(8, 12, CONFIG.width)).astype(np.float32)
-  targets = rng.integers(0, CONFIG.vocab, (8, 12))
-  wanted = losses.token_logprobs(stacked(), hidden, targets)
-  monkeypatch.setattr(losses, "TILE_BYTES", 4 * CONFIG.vocab * 3)  # on each device 3 steps of its one row
+  for loss in (per_token, summed):
+    wanted = with_gradients(loss, model, *case)
+    with jax.set_mesh(mesh):
+      found = with_gradients(loss, on_mesh(model, mesh), *(jax.device_put(x, rows) for x in case))
+    assert_close(found, wanted)
+
+
+def test_rows_that_the_devices_do_not_divide(monkeypatch):
+  model, *case = core_case(rows=6)
+  tiles_of(monkeypatch, 5)
+  mesh = sharding.make_mesh(2, 2, 2)
+  for loss in (per_token, summed):
+    wanted = with_gradients(loss, model, *case)
+    with jax.set_mesh(mesh):
+      assert_close(with_gradients(loss, on_mesh(model, mesh), *case), wanted)
+
+
+@pytest.mark.parametrize("loss", [per_token, summed])
+def test_every_device_takes_its_own_rows_and_its_own_part_of_the_vocabulary(loss, monkeypatch):
+  model, *case = core_case(rows=8, time=40)
+  tiles_of(monkeypatch, 5)
+  mesh = sharding.make_mesh(data=4, tensor=2)
+  rows = sharding.batch_sharding(mesh)
   with jax.set_mesh(mesh):
-    compiled = (
-      jax.jit(lambda *x: losses.token_logprobs(*x))
-      .lower(model, jax.device_put(hidden, rows), jax.device_put(targets, rows))
-      .compile()
-    )
-    found = compiled(model, jax.device_put(hidden, rows), jax.device_put(targets, rows))
-  np.testing.assert_allclose(found, wanted, atol=1e-5)
-  assert "all-gather" not in compiled.as_text()
+    f = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+    text = f.lower(on_mesh(model, mesh), *(jax.device_put(x, rows) for x in case)).compile().as_text()
+  assert "all-gather" not in text
+  assert f"f32[5,{CONFIG.vocab // 2}]" in text and f"f32[5,{CONFIG.vocab}]" not in text
+
+
+def test_large_logits_are_never_made_at_once(monkeypatch):
+  vocab, width, rows, time = 32_000, 64, 8, 512
+  c = dataclasses.replace(CONFIG, vocab=vocab, width=width, head_dim=16, ffn=64)
+  model = jax.eval_shape(lambda: llama.init(c, 0))
+  shape = jax.ShapeDtypeStruct
+  case = shape((rows, time, width), jnp.float32), shape((rows, time), jnp.int32), shape((rows, time), jnp.float32)
+  assert losses._tile(model, case[1]) == 512
+
+  def temporaries(loss):
+    f = jax.jit(
+      jax.value_and_grad(lambda *x: loss(*x), argnums=(0, 1), has_aux=True)
+    )  # not one that is compiled already
+    return f.lower(model, *case).compile().memory_analysis().temp_size_in_bytes
+
+  tiled = [temporaries(loss) for loss in (per_token, summed)]
+  monkeypatch.setattr(losses, "DENSE_BYTES", math.inf)
+  whole = 4 * rows * time * vocab
+  assert max(tiled) < whole / 3 < whole < temporaries(per_token) / 2
+
+
+def test_small_logits_are_made_at_once_and_tiles_follow_the_devices():
+  model, _, targets, _ = core_case()
+  assert losses._tile(model, targets) == 0
+  large = lambda vocab: dataclasses.replace(model.c, vocab=vocab)
+  of = lambda vocab, shape: losses._tile(type("Model", (), {"c": large(vocab)}), np.zeros(shape))
+  tile = losses.TILE_BYTES["cpu"] // 4 // 2**17
+  assert of(2**17, (64, 256)) == tile
+  assert of(2**17, (1, 40)) == 40
+  with jax.set_mesh(sharding.make_mesh(2, 2, 2)):
+    assert of(2**17, (64, 256)) == 2 * tile  # each has half of the vocabulary
+    assert of(2**12, (8, 2048)) == 2 * 2048 // 8
 
 
 # SFT
@@ -160,42 +308,131 @@ def test_padding_tokens_and_unsupervised_targets_play_no_part():
 
 GOLDEN = np.array([[-10, -12], [-20.5, -19], [-33.25, -40]])  # log-probs of chosen and rejected
 REFERENCE = np.array([[-11, -11.5], [-21, -20], [-30, -38.5]])
-WANTED = np.array([0.620957, 0.718460, 0.784470])  # -log sigmoid(0.1 h), h = 1.5, -0.5, -1.75
+LENGTHS = np.array([[5, 8], [8, 6], [13, 21]])
+# Per example, computed in float64 from the published formulas. h = 1.5, -0.5, -1.75.
+KINDS = {
+  "dpo": (Preference(), [0.620957, 0.718460, 0.784470]),
+  "cdpo": (Preference("cdpo", label_smoothing=0.1), [0.635957, 0.713460, 0.766970]),
+  "rdpo": (Preference("rdpo", label_smoothing=0.1), [0.602207, 0.724710, 0.806345]),
+  "ipo_sum": (Preference("ipo_sum"), [12.25, 30.25, 45.5625]),
+  "ipo": (Preference("ipo"), [22.443906, 26.052517, 26.817602]),
+  "dpo_norm": (Preference("dpo_norm", beta=5.0), [0.238345, 0.987096, 1.236081]),
+  "simpo": (Preference("simpo", beta=2.0, gamma_beta_ratio=0.5), [2.126928, 0.594396, 2.400874]),
+  "hinge": (Preference("hinge"), [0.85, 1.05, 1.175]),
+}
 
 
-def test_dpo_of_known_log_probs():
-  for pair in range(3):
-    loss, metrics = losses.dpo_of(GOLDEN[pair : pair + 1], REFERENCE[pair : pair + 1], jnp.ones(1), 0.1)
-    assert float(loss) == pytest.approx(WANTED[pair], abs=2e-6)
-    assert float(metrics["margin"]) == pytest.approx(0.1 * [1.5, -0.5, -1.75][pair], abs=1e-6)
-  loss, metrics = losses.dpo_of(GOLDEN, REFERENCE, jnp.ones(3), 0.1)
-  assert float(loss) == pytest.approx(0.707962, abs=2e-6)
+def of_pairs(p, logprobs=GOLDEN, lengths=LENGTHS, reference=REFERENCE, real=None):
+  reference = reference if p.has_reference else None  # nothing may look at it
+  return preference_of(p, logprobs, lengths, reference, np.ones(len(logprobs)) if real is None else real)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_losses_of_known_log_probs(name):
+  p, wanted = KINDS[name]
+  for i in range(3):
+    loss, _ = of_pairs(p, GOLDEN[i : i + 1], LENGTHS[i : i + 1], REFERENCE[i : i + 1])
+    assert float(loss) == pytest.approx(wanted[i], rel=2e-6, abs=2e-6)
+  loss, metrics = of_pairs(p)
+  assert float(loss) == float(metrics["loss"]) == pytest.approx(np.mean(wanted), rel=2e-6, abs=2e-6)
+  loss, metrics = of_pairs(dataclasses.replace(p, nll_weight=1.5))
+  nll = (10 / 5 + 20.5 / 8 + 33.25 / 13) / 3
+  assert float(metrics["nll"]) == pytest.approx(nll)
+  assert float(loss) == pytest.approx(np.mean(wanted) + 1.5 * nll, rel=2e-6)
+
+
+def test_kto_of_known_log_probs():
+  z = 0.3
+  chosen, rejected = [0.482507, 0.495000, 0.587830], [0.480011, 0.517493, 0.455121]
+  other = np.array([0.5, -0.4, 0.8])  # log-ratios of responses to other prompts; their mean is z
+  three = lambda x, y: np.concatenate([x, y[:, None]], axis=1)
+  case = three(GOLDEN, other - 25), three(LENGTHS, np.full(3, 9)), three(REFERENCE, np.full(3, -25.0))
+  loss, metrics = of_pairs(Preference("kto"), *case)
+  assert float(metrics["kl"]) == pytest.approx(z)
+  assert float(loss) == pytest.approx(np.mean([chosen, rejected]), abs=1e-6)
+  logprobs = case[0] - [0, 0, 5]  # a divergence is not negative
+  assert float(of_pairs(Preference("kto"), logprobs, *case[1:])[1]["kl"]) == 0
+  gradient = jax.grad(lambda x: of_pairs(Preference("kto"), x, *case[1:])[0])(jnp.asarray(case[0]))
+  assert not np.any(gradient[:, 2])  # the divergence is a constant
+  right = 1 / (1 + np.exp(-0.1 * (case[0] - case[2])[:, :2] + 0.1 * z))
+  np.testing.assert_allclose(gradient[:, :2], right * (1 - right) * 0.1 / 6 * [-1, 1], atol=1e-8)
+
+
+def test_metrics_of_known_log_probs():
+  _, metrics = of_pairs(Preference())
+  assert float(metrics["margin"]) == pytest.approx(0.1 * -0.75 / 3)
   assert float(metrics["accuracy"]) == pytest.approx(1 / 3)
   assert float(metrics["chosen_logprob"]) == pytest.approx(-63.75 / 3)
   assert float(metrics["rejected_logprob"]) == pytest.approx(-71 / 3)
+  assert metrics.keys() == {"loss", "margin", "accuracy", "chosen_logprob", "rejected_logprob"}
 
 
-def test_pairs_that_fill_the_batch_up_do_not_count():
-  filled = lambda x: np.concatenate([x, np.full((2, 2), 55.0)])
-  loss, metrics = losses.dpo_of(filled(GOLDEN), filled(REFERENCE) - 100, np.array([1.0, 1, 1, 0, 0]), 0.1)
-  alone, wanted = losses.dpo_of(GOLDEN, REFERENCE - 100, np.ones(3), 0.1)
+@pytest.mark.parametrize("name", KINDS)
+def test_gradients_of_the_losses_are_slopes(name):
+  p, x = KINDS[name][0], jnp.asarray(GOLDEN)
+  gradient = np.asarray(jax.grad(lambda x: of_pairs(p, x)[0])(x), np.float64)
+  with jax.enable_x64(True):
+    value = lambda x: float(of_pairs(p, jnp.asarray(x), LENGTHS.astype(float), jnp.asarray(REFERENCE))[0])
+    for i in np.ndindex(GOLDEN.shape):
+      step = np.zeros(GOLDEN.shape)
+      step[i] = 1e-5
+      slope = (value(GOLDEN + step) - value(GOLDEN - step)) / 2e-5
+      assert gradient[i] == pytest.approx(slope, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["dpo", "cdpo", "rdpo", "dpo_norm"])
+def test_losses_start_at_ln_2_where_the_reference_is_the_policy(name):
+  assert float(of_pairs(KINDS[name][0], reference=GOLDEN)[0]) == pytest.approx(np.log(2), abs=1e-7)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_pairs_that_fill_the_batch_up_do_not_count(name):
+  p = dataclasses.replace(KINDS[name][0], nll_weight=0.5)
+  filled = lambda x, value: np.concatenate([x, np.full((2, 2), value)])
+  loss, metrics = of_pairs(
+    p, filled(GOLDEN, 55.0), filled(LENGTHS, 0), filled(REFERENCE, 3), np.array([1.0, 1, 1, 0, 0])
+  )
+  alone, wanted = of_pairs(p)
   assert float(loss) == pytest.approx(float(alone))
   assert {k: float(v) for k, v in metrics.items()} == pytest.approx({k: float(v) for k, v in wanted.items()})
 
 
 def test_dpo_stays_finite_for_huge_margins():
-  value, slope = jax.value_and_grad(lambda x: losses.dpo_of(x, jnp.zeros((2, 2)), jnp.ones(2), 0.1)[0])(
+  value, slope = jax.value_and_grad(lambda x: of_pairs(Preference(), x, jnp.ones((2, 2)), jnp.zeros((2, 2)))[0])(
     jnp.array([[0.0, -1e5], [-1e5, 0.0]])
   )
   assert float(value) == pytest.approx(1e4 / 2)
   np.testing.assert_allclose(slope, [[0, 0], [-0.05, 0.05]], atol=1e-6)
 
 
-def pairs_batch(lengths, reference=None, real=None, make=packed):
+@pytest.mark.parametrize(
+  ("wrong", "said"),
+  [
+    (dict(loss="dop"), "no preference loss 'dop'; there are dpo, cdpo"),
+    (dict(label_smoothing=0.1), r"label_smoothing is 0.1, but the loss 'dpo' has none.*\(cdpo, rdpo, simpo\)"),
+    (dict(loss="ipo", gamma_beta_ratio=0.5), r"gamma_beta_ratio is 0.5, but the loss 'ipo' has none.*\(simpo\)"),
+    (dict(loss="rdpo", label_smoothing=0.5), "label_smoothing is 0.5; .*below 0.5"),
+    (dict(loss="cdpo"), "'cdpo' without label_smoothing is 'dpo'"),
+    (dict(beta=0.0), "beta is 0.0"),
+    (dict(nll_weight=-1.0), "nll_weight is -1.0"),
+  ],
+)
+def test_losses_that_cannot_be_meant_are_refused(wrong, said):
+  with pytest.raises(ValueError, match=said):
+    Preference(**wrong)
+
+
+def test_the_words_of_the_config_are_the_losses():
+  assert WORDS["dpo.loss"] == tuple(losses.PREFERENCES)
+  assert set(losses.PREFERENCES) == {*KINDS, "kto"}
+
+
+def pairs_batch(lengths, reference=None, real=None, make=packed, sides=2):
   examples = make_examples(lengths)
   batch = make(examples)
-  count = len(lengths) // 2
-  batch["reference"] = np.zeros((count, 2), np.float32) if reference is None else np.asarray(reference, np.float32)
+  count = len(lengths) // sides
+  if reference is not None:
+    batch["reference"] = np.asarray(reference, np.float32)
   batch["real"] = np.ones(count, np.float32) if real is None else np.asarray(real, np.float32)
   return batch, examples
 
@@ -220,6 +457,21 @@ def test_dpo_starts_at_ln_2_when_the_reference_is_the_policy():
   loss, metrics, _ = dpo_and_gradient(stacked(), batch)
   assert float(loss) == pytest.approx(np.log(2), abs=1e-6)
   assert float(metrics["margin"]) == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+  "p", [KINDS["ipo"][0], KINDS["simpo"][0], Preference("kto", nll_weight=0.5)], ids=lambda p: p.loss
+)
+def test_losses_of_a_model_equal_those_of_its_log_probs_and_lengths(p):
+  lengths = [24, 9, 5, 17, 3, 11]
+  batch, examples = pairs_batch(lengths, sides=p.sides)
+  pairs = 6 // p.sides
+  reference = np.random.default_rng(2).normal(size=(pairs, p.sides)) * 5 - 20
+  sums, counts = np.array([nll(example) for example in examples]).T.reshape(2, pairs, p.sides)
+  wanted, _ = of_pairs(p, -sums, counts, reference)
+  batch |= {"reference": reference.astype(np.float32)} if p.has_reference else {}
+  loss = jax.jit(lambda model: losses.preference(model, batch, p)[0])(stacked())
+  assert float(loss) == pytest.approx(float(wanted), rel=1e-5)
 
 
 def test_dpo_packed_equals_padded_and_unreal_pairs_have_no_gradient():

@@ -12,6 +12,7 @@ from engine_models import CONFIG, on_mesh, stacked
 
 from alma_jax.engine import losses
 from alma_jax.engine import train as engine
+from alma_jax.engine.losses import Preference
 from alma_jax.engine.train import Objective, Optimizer, TrainingError, fit, learning_rate
 from alma_jax.llama import sharding
 from alma_jax.text import packing
@@ -83,6 +84,47 @@ def test_the_number_of_devices_changes_neither_the_weights_nor_the_curve(sizes, 
     assert found == pytest.approx(expected, rel=1e-4)
   assert_close(weights, wanted, 1e-5)
   assert_close(saved[0], first, 1e-5)
+
+
+def test_tiles_change_neither_the_weights_nor_the_curve(alone, monkeypatch):
+  monkeypatch.setattr(losses, "_tile", lambda model, targets: 7)
+  engine._compiled.cache_clear()
+  weights, metrics = trained(sharding.make_mesh(2, 2, 2))
+  engine._compiled.cache_clear()  # nobody else gets this one
+  for found, expected in zip(metrics, alone[1], strict=True):
+    assert found == pytest.approx(expected, rel=1e-4)
+  assert_close(weights, alone[0], 1e-5)
+
+
+@pytest.mark.parametrize("p", [Preference("simpo", beta=2.0), Preference("kto", nll_weight=0.2)], ids=lambda p: p.loss)
+def test_the_number_of_devices_does_not_change_training_on_pairs(p):
+  def pairs(step):
+    count = 11 // p.sides
+    batch = batches(step) | {"real": (np.arange(count) > 0).astype(np.float32)}
+    return batch | ({"reference": np.full((count, p.sides), -30.0, np.float32)} if p.has_reference else {})
+
+  runs = [
+    trained(mesh, 2, objective=Objective("preference", p), make=pairs)
+    for mesh in (one_device(), sharding.make_mesh(2, 2, 2))
+  ]
+  assert_close(runs[1][0], runs[0][0], 1e-5)
+  for found, expected in zip(runs[1][1], runs[0][1], strict=True):
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
+  before = by_name(stacked())
+  assert all(np.any(x != before[name]) for name, x in runs[0][0].items())
+
+
+@pytest.mark.parametrize(
+  ("wrong", "said"),
+  [
+    (("dpo",), "no objective 'dpo'; there are 'sft', 'preference' and 'score'"),
+    (("preference",), "'preference' goes with a Preference"),
+    (("sft", Preference()), "'sft' goes without a Preference"),
+  ],
+)
+def test_objectives_that_cannot_be_meant_are_refused(wrong, said):
+  with pytest.raises(ValueError, match=said):
+    Objective(*wrong)
 
 
 def test_adam_moments_are_sharded_like_the_weights():

@@ -38,10 +38,18 @@ class Optimizer:
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-  kind: str  # "sft" or "dpo"
-  beta: float = 0.0
+  kind: str  # "sft", "preference", or "score": log-probs alone
+  preference: losses.Preference | None = None
   remat: bool = False
   compute_dtype: str = "float32"
+
+  def __post_init__(self):
+    if self.kind not in ("sft", "preference", "score"):
+      raise ValueError(f"there is no objective {self.kind!r}; there are 'sft', 'preference' and 'score'")
+    if (self.kind == "preference") != (self.preference is not None):
+      raise ValueError(
+        f"the objective {self.kind!r} goes {'with' if self.preference is None else 'without'} a Preference"
+      )
 
 
 def learning_rate(o, step, steps):
@@ -85,8 +93,8 @@ def _compiled(c, mesh, o, objective):
 
     def loss(model):
       model = llama.cast(model, objective.compute_dtype)
-      if objective.kind == "dpo":
-        return losses.dpo(model, batch, objective.beta, objective.remat)
+      if objective.kind == "preference":
+        return losses.preference(model, batch, objective.preference, objective.remat)
       return losses.sft(model, batch, objective.remat)
 
     (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(model)
