@@ -22,7 +22,7 @@ def training(learning_rate, final_learning_rate, batch, epochs, row_length, **ch
       checkpoint_every=200,  # steps between checkpoints inside a stage
     )
   )
-  return _changed("training", section, changes, {"beta"})
+  return _changed("training", section, changes)
 
 
 def preferences(learning_rate, final_learning_rate, batch, epochs, row_length, **changes):
@@ -38,8 +38,8 @@ def preferences(learning_rate, final_learning_rate, batch, epochs, row_length, *
   return _changed("preferences", section, changes)
 
 
-def _changed(name, section, changes, more=frozenset()):
-  unknown = changes.keys() - section.keys() - more
+def _changed(name, section, changes):
+  unknown = changes.keys() - section.keys()
   if unknown:
     raise TypeError(f"{name}() has no {', '.join(sorted(unknown))}")
   section.update(changes)

@@ -13,8 +13,7 @@ from alma_jax.session.session import Session
 from alma_jax.store.runs import Run
 from alma_jax.text import chat
 from alma_jax.text.judge import MINI_JUDGE, judge_example
-from configs import alma
-from configs.common import training as options_of
+from configs import alma, common
 
 COUNT, BATCH = 11, 4  # three batches an epoch, the last one of three examples
 PAIRS = [("country : lyon oslo", f"answer: lyon france {word} norway .") for word in ("oslo", "kobe", "lima")]
@@ -27,9 +26,9 @@ def session(tmp_path_factory):
     yield Session(run, alma.get_config("mini"), mesh, sharding.make_mesh())
 
 
-def options(**changes):
+def options(section=common.training, **changes):
   settings = dict(batch=BATCH, epochs=2.0, row_length=48, checkpoint_every=2) | changes
-  return options_of(1e-3, 1e-4, **settings)
+  return section(1e-3, 1e-4, **settings)
 
 
 def make_examples(session, count=COUNT):
@@ -220,7 +219,7 @@ def test_the_stop_token_of_sft_and_judge_examples_is_supervised(session, monkeyp
 
 def test_dpo_from_its_own_reference_starts_at_ln_2_and_pairs_stay_together(session, monkeypatch):
   sequences = make_examples(session, 10)  # five pairs in batches of two: the last one is filled up
-  settings = options(batch=2, epochs=1.0, beta=0.1)
+  settings = options(common.preferences, batch=2, epochs=1.0)
   reference = training.sequence_logprobs(session, session.base, sequences, settings).reshape(-1, 2)
   stage = new_stage(session, "dpo")
   _, facts = training.train(session, stage, session.base, sequences, settings, 5, "dpo", reference)
