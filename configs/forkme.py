@@ -8,9 +8,9 @@ What cannot be meant stops the run with a message that says what to change and w
   config has no field 'polcy.epochs'; did you mean ...      a misspelt name, here, in `rounds` or on the command line
   stage round_02/responses was made with other values ...   the run directory holds results of another config: start in
                                                             another --workdir, or delete that stage
-RESOURCE_EXHAUSTED comes from the device: set engine.slots (sampling; 0 takes what is thought to fit) or lower engine.rows
-(scoring), or raise mesh.fsdp or engine.tensor (more devices per copy of the model). None of the four changes the results
-beyond rounding.
+RESOURCE_EXHAUSTED comes from the device: set engine.slots (sampling; 0 takes what is thought to fit), lower engine.rows
+(scoring), or raise mesh.fsdp or engine.tensor (more devices per copy of the model). None of the four changes the
+results beyond rounding.
 """
 
 from configs import alma
