@@ -54,8 +54,6 @@ def _check_words(config, where):
   for name, words in WORDS.items():
     if name in values and values[name] not in words:
       raise ConfigError(f"{where}: {name} is {values[name]!r}; it may be {', '.join(map(repr, words))}")
-  if "dpo.loss" in values:
-    _check_preference({name[4:]: value for name, value in values.items() if name.startswith("dpo.")}, where)
   models = ("sft", "latest", *(f"sft_{i + 1}" for i in range(len(values.get("sft_seeds", ())))))
   chosen = values.get("responses.checkpoints", ("sft",))
   if isinstance(chosen, str) or not chosen or not set(chosen) <= set(models):
@@ -63,15 +61,6 @@ def _check_words(config, where):
       f"{where}: responses.checkpoints is {chosen!r}; give a tuple of {', '.join(map(repr, models))},"
       " on the command line as \"('sft','latest')\""
     )
-
-
-def _check_preference(section, where):
-  from alma_jax.session import training  # brings jax along, which a wrong flag need not wait for
-
-  try:
-    training.preference(section)
-  except ValueError as e:
-    raise ConfigError(f"{where}: dpo: {e}") from None
 
 
 def nearest(config, path):

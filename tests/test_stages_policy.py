@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from alma_jax.config import ConfigError, check
+from alma_jax import start
+from alma_jax.config import ConfigError
 from alma_jax.llama import sharding
 from alma_jax.session import training
 from alma_jax.session.session import Session
@@ -70,13 +71,17 @@ def test_kto_has_responses_to_other_prompts():
     policy._mismatched(pairs([1, 1]))
 
 
-def test_losses_are_checked_before_anything_runs():
+def test_losses_are_checked_before_anything_runs(tmp_path):
+  def opened():
+    with start.open_session(config, tmp_path / "run"):
+      pass
+
   config = alma.get_config("mini")
-  check(config, 3)
+  opened()
   config.dpo.loss = "sigmoid"
   with pytest.raises(ConfigError, match=r"config: dpo\.loss is 'sigmoid'; it may be 'dpo', 'cdpo'"):
-    check(config, 3)
+    opened()
   config.dpo.loss = "ipo"
   config.rounds = {3: {"dpo": {"label_smoothing": 0.1}}}
   with pytest.raises(ConfigError, match=r"round 3: dpo: label_smoothing is 0\.1, but the loss 'ipo' has none"):
-    check(config, 3)
+    opened()

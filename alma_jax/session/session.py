@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from alma_jax import config as configs
 from alma_jax.engine.choose import DecodingError
-from alma_jax.session import sampling
+from alma_jax.session import sampling, training
 from alma_jax.session.workbench import Checkpoint, Workbench, content_of
 from alma_jax.store import shards
 
@@ -25,8 +25,10 @@ class Session(Workbench):
       raise configs.ConfigError("config.model.path is empty: give the directory of a base model in Hugging Face format")
     super().__init__(config, local_mesh, speaks=run.host == 0)
     self.run, self.mesh = run, mesh
-    for round in self.feedback_rounds():
-      _check_sampling(configs.for_round(config, round), "config")
+    for round in (0, *self.feedback_rounds()):
+      resolved = configs.for_round(config, round)
+      _check_sampling(resolved, "config")
+      _check_preference(resolved, f"config in round {round}" if round else "config")
     self.base = Checkpoint("base", self.directory, content_of(self.directory))
 
   def feedback_rounds(self):
@@ -57,6 +59,13 @@ def _check_sampling(section, where):
   for name, value in section.items():
     if isinstance(value, ConfigDict):
       _check_sampling(value, f"{where}.{name}")
+
+
+def _check_preference(config, where):
+  try:
+    training.preference(config.dpo)
+  except ValueError as error:
+    raise configs.ConfigError(f"{where}: dpo: {error}") from None
 
 
 def key_of(*words):
