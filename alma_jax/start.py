@@ -40,8 +40,8 @@ MENDABLE = (
 
 def run(recipe, config, workdir):
   """Run the recipe; the exit status."""
-  signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that the run directory is left unlocked
-  try:
+
+  def work():
     with open_session(config, workdir) as session:
       began = time.monotonic()
       try:
@@ -55,9 +55,21 @@ def run(recipe, config, workdir):
           page.write(session.run.dir)
       if session.run.host == 0:
         print(page.summary(session.run.dir))
+
+  return status(work, MEMORY)
+
+
+def status(work, memory, more=None):
+  """The exit status of `work()`. What the user can mend is printed as one message without a traceback: `memory` says
+  what helps where a device has too little, `more(error)` gives a line to print after another error, or None."""
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that what is written is whole and unlocked
+  try:
+    work()
     return 0
   except MENDABLE as error:
-    print(f"\nerror: {error}", file=sys.stderr)
+    print(f"error: {error}", file=sys.stderr)
+    if line := more and more(error):
+      print(line, file=sys.stderr)
     return 1
   except KeyboardInterrupt:
     print("\nstopped; the same command goes on from here", file=sys.stderr)
@@ -65,8 +77,7 @@ def run(recipe, config, workdir):
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    why = str(error).splitlines()[0]
-    print(f"\nerror: a device is out of memory: {why}\n{MEMORY}", file=sys.stderr)
+    print(f"error: a device is out of memory: {str(error).splitlines()[0]}\n{memory}", file=sys.stderr)
     return 1
 
 

@@ -10,8 +10,6 @@ import dataclasses
 import difflib
 import json
 import pathlib
-import signal
-import sys
 
 import absl.logging
 import jax
@@ -30,6 +28,9 @@ from alma_jax.tools import jsonl
 
 MODEL = """a Hugging Face directory, a run directory ({stage}), a finished stage of a run such as
 runs/mini/round_03/policy, or mini: the base model that comes with the package"""
+
+
+MEMORY = "Lower --slots (sampling) or --rows (scoring), or share the model among devices: --tensor."
 
 
 class Flags(argparse.ArgumentParser):
@@ -87,25 +88,9 @@ CHAT = word(*(fmt.name for fmt in chat.FORMATS))
 def status(work):
   """The exit status of `work()`, whose mistakes of the user's are printed as one message."""
   absl.logging.set_verbosity(absl.logging.WARNING)
-  signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that what is written is whole
   start.cache_compilations()
-  try:
-    work()
-  except start.MENDABLE as error:
-    print(f"error: {error}", file=sys.stderr)
-    if isinstance(error, SlotsError):
-      print("Here engine.slots is --slots and engine.tensor is --tensor.", file=sys.stderr)
-    return 1
-  except KeyboardInterrupt:
-    print("\nstopped; the same command goes on from here", file=sys.stderr)
-    return 130
-  except jax.errors.JaxRuntimeError as error:
-    if "RESOURCE_EXHAUSTED" not in str(error):
-      raise
-    print(f"error: a device is out of memory: {str(error).splitlines()[0]}", file=sys.stderr)
-    print("Lower --slots (sampling) or --rows (scoring), or share the model among devices: --tensor.", file=sys.stderr)
-    return 1
-  return 0
+  translation = "Here engine.slots is --slots and engine.tensor is --tensor."
+  return start.status(work, MEMORY, lambda error: translation if isinstance(error, SlotsError) else None)
 
 
 @dataclasses.dataclass(frozen=True)
