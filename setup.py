@@ -28,12 +28,13 @@ setup(
     "safetensors",
     "pyarrow",
     "tensorflow-datasets>=4.9.9",  # users' data by name; works without TensorFlow
+    "tensorboardX",
     "tqdm",
   ],
   extras_require={
     "gpu": ["jax[cuda12]"],  # brings CUDA; for a driver of 580 or newer, jax[cuda13] is the alternative
     "tpu": ["jax[tpu]"],
-    "test": ["pytest", "hypothesis", "scikit-learn", "jinja2", "ruff==0.17.5"],
+    "test": ["pytest", "pytest-xdist", "hypothesis", "scikit-learn", "jinja2", "ruff==0.17.5"],
     "bench": ["torch", "trl==1.16.0", "faiss-cpu", "scikit-learn", "datasketch"],
   },
 )

@@ -29,12 +29,15 @@ WORDS = {
   "model.chat": ("llama3", "llama2", "plain", "mini"),
   "model.dtype": ("auto", "float32", "bfloat16"),
   "model.save_dtype": ("float32", "bfloat16", "float16"),
-  "draw.method": ("diverse", "random"),
+  "draw.method": ("diverse", "random", "proportional"),
+  "draw.coverage": ("round", "fresh"),
   "judge.kind": ("finetuned", "few_shot"),
   "judge.mode": ("expected", "integer"),
   "judge.template": ("a1", "a2", "mini"),
   "judge.distil.target": ("two_hot", "rounded"),
-  "trainset.method": ("best_of_n", "dpo", "random"),
+  "trainset.method": ("best_of_n", "dpo", "random", "grpo"),
+  "policy.history": ("all", "latest"),
+  "dpo.history": ("all", "latest"),
   "dpo.loss": ("dpo", "cdpo", "rdpo", "ipo", "ipo_sum", "dpo_norm", "simpo", "hinge", "kto"),
   "eval.evaluator": ("mini", "none"),
 }
@@ -61,6 +64,17 @@ def _check_words(config, where):
       f"{where}: responses.checkpoints is {chosen!r}; give a tuple of {', '.join(map(repr, models))},"
       " on the command line as \"('sft','latest')\""
     )
+  own = (values.get("grpo.init_from"),)
+  if values.get("trainset.method") == "grpo" and tuple(chosen) != own:
+    raise ConfigError(
+      f"{where}: trainset.method is 'grpo', which learns from a model's own responses: set responses.checkpoints to"
+      f" {own!r}, as grpo.init_from is"
+    )
+  starts = ("base", *models[1:])
+  for name in ("policy.init_from", "dpo.init_from", "grpo.init_from", "dpo.ref_from", "grpo.ref_from"):
+    words = ("init", *starts) if name == "dpo.ref_from" else starts
+    if name in values and values[name] not in words:
+      raise ConfigError(f"{where}: {name} is {values[name]!r}; it may be {', '.join(map(repr, words))}")
 
 
 def nearest(config, path):

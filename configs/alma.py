@@ -12,7 +12,7 @@ copy configs/forkme.py.
 
 from ml_collections import ConfigDict
 
-from configs.common import preferences, sampling, training
+from configs.common import policy, policy_gradients, preferences, sampling, training
 
 
 def get_config(size="mini"):
@@ -51,7 +51,7 @@ def llama_8b():
 
   # Initial SFT: two models that differ in the order of the data
   c.sft_seeds = (1, 2)
-  c.sft = training(5.5e-6, 1.1e-6, batch=32, epochs=3, row_length=2048, remat=True)
+  c.sft = training(5.5e-6, 1.1e-6, batch=32, epochs=3, row_length=2048)
 
   # Prompt synthesis: show a few seeds, keep the next item
   c.prompts = sampling(1.0, 0.95, max_new_tokens=256, max_prompt_tokens=2048)
@@ -62,7 +62,8 @@ def llama_8b():
   c.clusters = ConfigDict(dict(k=200_000, iterations=20))
   c.draw = ConfigDict()
   c.draw.prompts = 50_000  # K
-  c.draw.method = "diverse"  # one prompt from each of K clusters; "random": any (Table 4)
+  c.draw.method = "diverse"  # one prompt from each of K clusters; "random": any (Table 4); "proportional": by size
+  c.draw.coverage = "round"  # every round draws from all clusters; "fresh": those that gave least come first
 
   # Responses
   c.responses = sampling(0.8, 0.95, max_new_tokens=1024, max_prompt_tokens=1024)
@@ -75,20 +76,21 @@ def llama_8b():
   c.judge.mode = "expected"  # "integer": the likeliest score (Table 3)
   c.judge.template = "a2"  # a1, a2 (the paper's appendix), mini
   c.judge.held_out = 0.05  # of the annotated prompts, to accept or refuse the distilled judge
-  c.judge.train = training(5e-6, 5e-7, batch=64, epochs=2, row_length=2048, warmup=0.05, remat=True)
+  c.judge.train = training(5e-6, 5e-7, batch=64, epochs=2, row_length=2048, warmup=0.05)
   c.judge.distil = ConfigDict()
   c.judge.distil.prompts = 10_000  # synthetic prompts, answered by the initial models; 0: no distillation
   c.judge.distil.target = "two_hot"  # "rounded"
   c.judge.distil.sample = sampling(0.8, 0.95, n=2, max_new_tokens=1024, max_prompt_tokens=1024)
-  c.judge.distil.train = training(2.5e-6, 2.5e-7, batch=64, epochs=1, row_length=2048, remat=True)
+  c.judge.distil.train = training(2.5e-6, 2.5e-7, batch=64, epochs=1, row_length=2048)
 
   # Selection and training
   c.trainset = ConfigDict()
-  c.trainset.method = "best_of_n"  # "dpo": best against another (Table 7); "random": no judge
+  c.trainset.method = "best_of_n"  # "dpo": best against another (Table 7); "random": no judge; "grpo": all
   c.trainset.min_margin = 0.0  # dpo: least difference of the two scores
   c.policy_seed = 100
-  c.policy = training(5.5e-6, 1.1e-6, batch=128, epochs=2, row_length=2048, remat=True)
-  c.dpo = preferences(5e-7, 5e-8, batch=128, epochs=1, row_length=2048, warmup=0.1, weight_decay=0.0, remat=True)
+  c.policy = policy(5.5e-6, 1.1e-6, batch=128, epochs=2, row_length=2048)
+  c.dpo = preferences(5e-7, 5e-8, batch=128, epochs=1, row_length=2048, warmup=0.1, weight_decay=0.0)
+  c.grpo = policy_gradients(1e-6, 1e-6, batch=512, epochs=1, row_length=2048, schedule="constant", weight_decay=0.0)
 
   # Evaluation after every round
   c.eval = sampling(0.0, 1.0, max_new_tokens=1024, max_prompt_tokens=2048)
@@ -121,8 +123,9 @@ def mini():
 
   tiny = dict(batch=32, row_length=64, warmup=0.1, weight_decay=0.0, beta2=0.98)
   c.sft = training(1e-3, 0.0, epochs=6, **tiny)
-  c.policy = training(1e-3, 0.0, epochs=3, **tiny)
+  c.policy = policy(1e-3, 0.0, epochs=3, **tiny)
   c.dpo = preferences(3e-4, 0.0, epochs=2, **tiny)
+  c.grpo = policy_gradients(3e-4, 0.0, epochs=1, **tiny)
   c.judge.train = training(1e-3, 0.0, epochs=12, **tiny)
   c.judge.distil.train = training(5e-4, 0.0, epochs=1, **tiny)
   c.judge.template = "mini"

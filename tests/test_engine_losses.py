@@ -272,7 +272,7 @@ def test_sft_equals_the_formula_in_float64(fractional):
   total, tokens = np.sum([nll(example) for example in examples], axis=0)
   loss, metrics, _ = sft_and_gradient(stacked(), packed(examples))
   assert float(loss) == pytest.approx(total / tokens, rel=1e-5)
-  assert float(metrics["target_tokens"]) == pytest.approx(tokens)
+  assert float(metrics["target_tokens"]) == sum(np.count_nonzero(mask[1:]) for _, mask in examples)
 
 
 @pytest.mark.parametrize("fractional", [False, True])
@@ -282,9 +282,10 @@ def test_packed_equals_padded(fractional):
   assert_close(sft_and_gradient(stacked(), packed(examples)), sft_and_gradient(stacked(), padded(examples)))
 
 
-def test_rematerialised_equals_not():
+@pytest.mark.parametrize("remat", ["products", "full"])
+def test_rematerialised_equals_not(remat):
   batch = packed(make_examples([24, 9, 5]))
-  again = jax.jit(jax.value_and_grad(lambda m: losses.sft(m, batch, remat=True)[0]))(stacked())
+  again = jax.jit(jax.value_and_grad(lambda m: losses.sft(m, batch, losses.How(remat))[0]))(stacked())
   loss, _, gradient = sft_and_gradient(stacked(), batch)
   assert_close(again, (loss, gradient))
 
@@ -322,9 +323,9 @@ KINDS = {
 }
 
 
-def of_pairs(p, logprobs=GOLDEN, lengths=LENGTHS, reference=REFERENCE, real=None):
+def of_pairs(p, logprobs=GOLDEN, lengths=LENGTHS, reference=REFERENCE, real=None, kl=None):
   reference = reference if p.has_reference else None  # nothing may look at it
-  return preference_of(p, logprobs, lengths, reference, np.ones(len(logprobs)) if real is None else real)
+  return preference_of(p, logprobs, lengths, reference, np.ones(len(logprobs)) if real is None else real, kl=kl)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -344,18 +345,17 @@ def test_losses_of_known_log_probs(name):
 def test_kto_of_known_log_probs():
   z = 0.3
   chosen, rejected = [0.482507, 0.495000, 0.587830], [0.480011, 0.517493, 0.455121]
-  other = np.array([0.5, -0.4, 0.8])  # log-ratios of responses to other prompts; their mean is z
-  three = lambda x, y: np.concatenate([x, y[:, None]], axis=1)
-  case = three(GOLDEN, other - 25), three(LENGTHS, np.full(3, 9)), three(REFERENCE, np.full(3, -25.0))
-  loss, metrics = of_pairs(Preference("kto"), *case)
+  others = np.array([0.5, -0.4, 0.8, 9.0]) - 25  # log-probs of responses to other prompts; their mean ratio is z
+  real = np.array([1.0, 1, 1, 0])
+  assert float(losses.divergence(others, np.full(4, -25.0), real)) == pytest.approx(z)
+  assert float(losses.divergence(others - 5, np.full(4, -25.0), real)) == 0  # a divergence is not negative
+  assert not np.any(jax.grad(losses.divergence)(others, np.full(4, -25.0), real))  # it is a constant
+  loss, metrics = of_pairs(Preference("kto"), kl=z)
   assert float(metrics["kl"]) == pytest.approx(z)
   assert float(loss) == pytest.approx(np.mean([chosen, rejected]), abs=1e-6)
-  logprobs = case[0] - [0, 0, 5]  # a divergence is not negative
-  assert float(of_pairs(Preference("kto"), logprobs, *case[1:])[1]["kl"]) == 0
-  gradient = jax.grad(lambda x: of_pairs(Preference("kto"), x, *case[1:])[0])(jnp.asarray(case[0]))
-  assert not np.any(gradient[:, 2])  # the divergence is a constant
-  right = 1 / (1 + np.exp(-0.1 * (case[0] - case[2])[:, :2] + 0.1 * z))
-  np.testing.assert_allclose(gradient[:, :2], right * (1 - right) * 0.1 / 6 * [-1, 1], atol=1e-8)
+  gradient = jax.grad(lambda x: of_pairs(Preference("kto"), x, kl=z)[0])(jnp.asarray(GOLDEN))
+  right = 1 / (1 + np.exp(-0.1 * (GOLDEN - REFERENCE) + 0.1 * z))
+  np.testing.assert_allclose(gradient, right * (1 - right) * 0.1 / 6 * [-1, 1], atol=1e-8)
 
 
 def test_metrics_of_known_log_probs():
@@ -364,7 +364,8 @@ def test_metrics_of_known_log_probs():
   assert float(metrics["accuracy"]) == pytest.approx(1 / 3)
   assert float(metrics["chosen_logprob"]) == pytest.approx(-63.75 / 3)
   assert float(metrics["rejected_logprob"]) == pytest.approx(-71 / 3)
-  assert metrics.keys() == {"loss", "margin", "accuracy", "chosen_logprob", "rejected_logprob"}
+  assert float(metrics["chosen_length"]) == pytest.approx(26 / 3)
+  assert float(metrics["rejected_length"]) == pytest.approx(35 / 3)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -427,10 +428,10 @@ def test_the_words_of_the_config_are_the_losses():
   assert set(losses.PREFERENCES) == {*KINDS, "kto"}
 
 
-def pairs_batch(lengths, reference=None, real=None, make=packed, sides=2):
+def pairs_batch(lengths, reference=None, real=None, make=packed):
   examples = make_examples(lengths)
   batch = make(examples)
-  count = len(lengths) // sides
+  count = len(lengths) // 2
   if reference is not None:
     batch["reference"] = np.asarray(reference, np.float32)
   batch["real"] = np.ones(count, np.float32) if real is None else np.asarray(real, np.float32)
@@ -463,15 +464,97 @@ def test_dpo_starts_at_ln_2_when_the_reference_is_the_policy():
   "p", [KINDS["ipo"][0], KINDS["simpo"][0], Preference("kto", nll_weight=0.5)], ids=lambda p: p.loss
 )
 def test_losses_of_a_model_equal_those_of_its_log_probs_and_lengths(p):
-  lengths = [24, 9, 5, 17, 3, 11]
-  batch, examples = pairs_batch(lengths, sides=p.sides)
-  pairs = 6 // p.sides
-  reference = np.random.default_rng(2).normal(size=(pairs, p.sides)) * 5 - 20
-  sums, counts = np.array([nll(example) for example in examples]).T.reshape(2, pairs, p.sides)
-  wanted, _ = of_pairs(p, -sums, counts, reference)
+  batch, examples = pairs_batch([24, 9, 5, 17, 3, 11])
+  reference = np.random.default_rng(2).normal(size=(3, 2)) * 5 - 20
+  sums, counts = np.array([nll(example) for example in examples]).T.reshape(2, 3, 2)
+  kl = 0.7 if p.loss == "kto" else None
+  wanted, _ = of_pairs(p, -sums, counts, reference, kl=kl)
   batch |= {"reference": reference.astype(np.float32)} if p.has_reference else {}
+  batch |= {} if kl is None else {"kl": np.float32(kl)}
   loss = jax.jit(lambda model: losses.preference(model, batch, p)[0])(stacked())
   assert float(loss) == pytest.approx(float(wanted), rel=1e-5)
+
+
+# Forks: the text of a pair packed once
+
+
+def make_pairs(shapes, seed=4):
+  """[(chosen, rejected)] with texts and continuations of these lengths."""
+  rng = np.random.default_rng(seed)
+  pairs = []
+  for text, *ends in shapes:
+    start = rng.integers(1, CONFIG.vocab, text).tolist()
+    masks = [np.arange(text + n) >= text for n in ends]
+    pairs.append(tuple((start + rng.integers(1, CONFIG.vocab, n).tolist(), m) for n, m in zip(ends, masks)))
+  return pairs
+
+
+def forked(pairs, length, n_rows=8):
+  sizes = [packing.forked_length(*pair) for pair in pairs]
+  return packing.forked_rows(pairs, packing.pack(sizes, length), length, n_rows, pad_id=0)
+
+
+def test_texts_packed_once_give_the_log_probs_and_gradients_of_pairs_in_full():
+  pairs = make_pairs([(9, 5, 8), (14, 10, 3), (2, 6, 6), (1, 4, 5), (11, 7, 7)])
+  made = forked(pairs, 2 * ROW)
+  sides = [side for pair in pairs for side in pair]
+  assert (made["example"] >= 0).sum() == sum(len(ids) for ids, _ in sides) - (8 + 13 + 1 + 0 + 10)
+  weigh = 0.02 * np.random.default_rng(0).normal(size=10)
+
+  @jax.jit
+  def weighted(model, batch):
+    def total(model):
+      found = losses.sequence_logprobs(losses.batch_logprobs(model, batch), batch, 10)
+      return (weigh * found).sum(), found
+
+    (_, found), gradient = jax.value_and_grad(total, has_aux=True)(model)
+    return found, gradient
+
+  found = weighted(stacked(), made)
+  np.testing.assert_allclose(found[0], [-nll(side)[0] for side in sides], rtol=1e-5)
+  assert_close(found, weighted(stacked(), packed(sides)))
+
+
+def test_a_second_continuation_does_not_see_the_first_nor_the_first_the_second():
+  pairs = make_pairs([(9, 5, 8), (6, 4, 4)])
+  made = forked(pairs, 2 * ROW)
+  token = jax.jit(losses.batch_logprobs)
+  before = np.asarray(token(stacked(), made))
+  for side in (0, 1):
+    other = np.where((made["example"] == side) & (made["positions"] >= 9), 7, made["tokens"])
+    after = np.asarray(token(stacked(), made | {"tokens": other}))
+    changed = np.abs(after - before) > 1e-7
+    assert changed.any() and set(made["example"][changed]) == {side}
+
+
+# Policy gradients
+
+
+def test_advantages_are_deviations_from_the_group():
+  np.testing.assert_allclose(losses.advantages([1.0, 2.0, 6.0]), (np.array([1, 2, 6]) - 3) / (np.sqrt(7) + 1e-4))
+  assert not losses.advantages([4.0, 4.0, 4.0]).any() and not losses.advantages([4.0]).any()
+
+
+def test_grpo_of_known_log_probs():
+  g = losses.Grpo(clip_ratio=0.2, kl=0.1)
+  logprobs, old, reference = np.array([-1.0, -2.0, -0.5, -3.0]), np.array([-1.0, -2.5, -0.1, -3.3]), np.full(4, -1.5)
+  advantage = np.array([1.0, 1.0, -2.0, -1.0])
+  ratio = np.exp(logprobs - old)
+  gain = [min(r * a, np.clip(r, 0.8, 1.2) * a) for r, a in zip(ratio, advantage)]
+  apart = reference - logprobs
+  kl = np.exp(apart) - apart - 1
+  loss, metrics = losses.grpo_of(g, logprobs, old, reference, advantage)
+  assert float(loss) == pytest.approx(0.1 * kl.mean() - np.mean(gain), rel=1e-5)
+  assert float(metrics["kl"]) == pytest.approx(kl.mean(), rel=1e-5)
+  assert float(metrics["clipped"]) == 0.5  # risen too far with an advantage, fallen too far without
+  gradient = jax.grad(lambda x: losses.grpo_of(losses.Grpo(kl=0.0), x, old, reference, advantage)[0])(logprobs)
+  np.testing.assert_allclose(gradient, -np.array([1, 0, 0, -1]) * ratio / 4 * [1, 0, 0, 1], atol=1e-6)
+
+
+@pytest.mark.parametrize(("wrong", "said"), [(dict(clip_ratio=0.0), "clip_ratio is 0.0"), (dict(kl=-1.0), "kl is -1")])
+def test_policy_gradients_that_cannot_be_meant_are_refused(wrong, said):
+  with pytest.raises(ValueError, match=said):
+    losses.Grpo(**wrong)
 
 
 def test_dpo_packed_equals_padded_and_unreal_pairs_have_no_gradient():

@@ -14,6 +14,7 @@ from alma_jax.engine import losses
 from alma_jax.engine import train as engine
 from alma_jax.engine.losses import Preference
 from alma_jax.engine.train import Objective, Optimizer, TrainingError, fit, learning_rate
+from alma_jax.llama import model as llama
 from alma_jax.llama import sharding
 from alma_jax.text import packing
 
@@ -47,7 +48,14 @@ def trained(mesh, steps=STEPS, optimizer=OPTIMIZER, objective=SFT, make=batches,
   """(weights by name, metrics of every step)."""
   metrics = []
   model = fit(
-    on_mesh(stacked(), mesh), make, steps, optimizer, objective, mesh, report=lambda _, m: metrics.append(m), **more
+    on_mesh(jax.tree.map(jnp.copy, stacked()), mesh),
+    make,
+    steps,
+    optimizer,
+    objective,
+    mesh,
+    report=lambda _, m: metrics.append(m),
+    **more,
   )
   return by_name(model), metrics
 
@@ -88,36 +96,78 @@ def test_the_number_of_devices_changes_neither_the_weights_nor_the_curve(sizes, 
 
 def test_tiles_change_neither_the_weights_nor_the_curve(alone, monkeypatch):
   monkeypatch.setattr(losses, "_tile", lambda model, targets: 7)
-  engine._compiled.cache_clear()
+  engine._plan.cache_clear()
+  engine._programs.cache_clear()
   weights, metrics = trained(sharding.make_mesh(2, 2, 2))
-  engine._compiled.cache_clear()  # nobody else gets this one
+  engine._plan.cache_clear()  # nobody else gets this one
   for found, expected in zip(metrics, alone[1], strict=True):
     assert found == pytest.approx(expected, rel=1e-4)
   assert_close(weights, alone[0], 1e-5)
 
 
-@pytest.mark.parametrize("p", [Preference("simpo", beta=2.0), Preference("kto", nll_weight=0.2)], ids=lambda p: p.loss)
-def test_the_number_of_devices_does_not_change_training_on_pairs(p):
-  def pairs(step):
-    count = 11 // p.sides
-    batch = batches(step) | {"real": (np.arange(count) > 0).astype(np.float32)}
-    return batch | ({"reference": np.full((count, p.sides), -30.0, np.float32)} if p.has_reference else {})
+def pairs(p):
+  """step -> a batch of five pairs, one of which is not real, with forks."""
 
-  runs = [
-    trained(mesh, 2, objective=Objective("preference", p), make=pairs)
-    for mesh in (one_device(), sharding.make_mesh(2, 2, 2))
-  ]
-  assert_close(runs[1][0], runs[0][0], 1e-5)
-  for found, expected in zip(runs[1][1], runs[0][1], strict=True):
+  def batch(step):
+    rng = np.random.default_rng(step)
+    side = lambda text, n: (text + rng.integers(1, CONFIG.vocab, n).tolist(), np.arange(len(text) + n) >= len(text))
+    texts = [rng.integers(1, CONFIG.vocab, n).tolist() for n in rng.integers(2, 12, 5)]
+    made = [(side(text, 5), side(text, 8)) for text in texts]
+    packed = packing.pack([packing.forked_length(*pair) for pair in made], 2 * ROW)
+    found = packing.forked_rows(made, packed, 2 * ROW, ROWS, pad_id=0) | {"real": np.float32([1, 1, 0, 1, 1])}
+    if p.has_reference:
+      found["reference"] = np.full((5, p.sides), -40.0, np.float32)
+    if p.loss == "kto":
+      others = [side(text, 6) for text in texts]
+      found["other"] = packing.rows(others, [[i] for i in range(5)], ROW, ROWS, pad_id=0)
+    return found
+
+  return batch
+
+
+def responses(step):
+  """A batch of graded responses, as if the model had been another."""
+  batch, rng = batches(step), np.random.default_rng(step)
+  values = {
+    name: rng.normal(mean, 0.3, (ROWS, ROW)) for name, mean in (("old", -5), ("reference", -5), ("advantage", 0))
+  }
+  return batch | {name: x.astype(np.float32) for name, x in values.items()}
+
+
+OTHERS = {
+  "simpo": (Objective("preference", Preference("simpo", beta=2.0)), pairs(Preference("simpo"))),
+  "kto": (Objective("preference", Preference("kto", nll_weight=0.2)), pairs(Preference("kto"))),
+  "grpo": (Objective("grpo", grpo=losses.Grpo()), responses),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_neither_devices_nor_passes_change_training_on_pairs_and_responses(name):
+  objective, make = OTHERS[name]
+  wanted, curve = trained(one_device(), 2, objective=objective, make=make)
+  mesh = sharding.make_mesh(2, 2, 2)
+  plan = engine.planned(CONFIG, mesh, OPTIMIZER, objective, make(0), passes=4)
+  weights, metrics = trained(mesh, 2, objective=objective, make=make, plan=plan)
+  assert_close(weights, wanted, 1e-5)
+  for found, expected in zip(metrics, curve, strict=True):
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
   before = by_name(stacked())
-  assert all(np.any(x != before[name]) for name, x in runs[0][0].items())
+  assert all(np.any(x != before[name]) for name, x in weights.items())
+
+
+@pytest.mark.parametrize("passes", [2, 16])
+def test_passes_change_neither_the_weights_nor_the_curve(passes, alone):
+  plan = engine.planned(CONFIG, one_device(), OPTIMIZER, SFT, batches(0), passes)
+  weights, metrics = trained(one_device(), plan=plan)
+  for found, expected in zip(metrics, alone[1], strict=True):
+    assert found == pytest.approx(expected, rel=1e-5)
+  assert_close(weights, alone[0], 1e-5)
 
 
 @pytest.mark.parametrize(
   ("wrong", "said"),
   [
-    (("dpo",), "no objective 'dpo'; there are 'sft', 'preference' and 'score'"),
+    (("dpo",), "no objective 'dpo'; there are 'sft', 'preference' and 'grpo'"),
     (("preference",), "'preference' goes with a Preference"),
     (("sft", Preference()), "'sft' goes without a Preference"),
   ],
@@ -139,7 +189,7 @@ def test_adam_moments_are_sharded_like_the_weights():
     seen.append([model.blocks.q[...].sharding.spec == jax.P(None, "fsdp", "tensor", None)])
     seen.append([x.dtype == jnp.float32 for x in jax.tree.leaves((model, adam.mu, adam.nu))])
 
-  trained(mesh, steps=1, save=save)
+  trained(mesh, steps=2, save=save)
   assert len(seen) == 4 and all(map(all, seen))
 
 
@@ -204,14 +254,54 @@ def test_norms_are_not_decayed_and_everything_else_is():
     np.testing.assert_allclose(weights[name], factor * before, rtol=1e-6, err_msg=name)
 
 
-def test_learning_rate_warms_up_linearly_and_falls_along_a_cosine():
+def test_learning_rates_warm_up_linearly_and_follow_their_schedule():
   o = dataclasses.replace(OPTIMIZER, learning_rate=5.5e-6, final_learning_rate=1.1e-6, warmup=0.1)
-  rates = [learning_rate(o, step, 200) for step in range(201)]
-  np.testing.assert_allclose(rates[:20], 5.5e-6 * np.arange(1, 21) / 20)
-  cosine = optax.cosine_decay_schedule(5.5e-6, decay_steps=180, alpha=0.2)
-  np.testing.assert_allclose(rates[20:], [cosine(i) for i in range(181)], rtol=1e-5)
-  assert rates[19] == rates[20] == max(rates)
-  assert rates[-1] == pytest.approx(1.1e-6)
+  schedules = {
+    "cosine": optax.cosine_decay_schedule(5.5e-6, decay_steps=180, alpha=0.2),
+    "linear": optax.linear_schedule(5.5e-6, 1.1e-6, 180),
+    "constant": optax.constant_schedule(5.5e-6),
+  }
+  assert schedules.keys() == engine.SCHEDULES.keys()
+  for name, wanted in schedules.items():
+    rates = [learning_rate(dataclasses.replace(o, schedule=name), step, 200) for step in range(201)]
+    np.testing.assert_allclose(rates[:20], 5.5e-6 * np.arange(1, 21) / 20)
+    np.testing.assert_allclose(rates[20:], [wanted(i) for i in range(181)], rtol=1e-5)
+    assert rates[19] == rates[20] == max(rates)
+
+
+@pytest.mark.parametrize(
+  ("wrong", "said"),
+  [
+    (dict(schedule="cos"), "schedule is 'cos'; it may be 'cosine', 'linear', 'constant'"),
+    (dict(moments="float16"), "moments is 'float16'"),
+    (dict(moments="bfloat16", beta2=0.999), "beta2=0.999: bfloat16 has 8 bits"),
+    (dict(warmup=1.5), "warmup is 1.5"),
+    (dict(learning_rate=0.0), "learning_rate is 0.0"),
+    (dict(final_learning_rate=1.0), "final_learning_rate is 1.0"),
+    (dict(clip=0.0), "clip is 0.0"),
+  ],
+)
+def test_optimizers_that_cannot_be_meant_are_refused(wrong, said):
+  with pytest.raises(ValueError, match=said):
+    dataclasses.replace(OPTIMIZER, **wrong)
+
+
+def test_moments_in_bfloat16_take_half_and_learn_the_same(alone):
+  seen = []
+
+  def save(step, state):
+    adam = next(s for s in jax.tree.leaves(state[1], is_leaf=is_adam) if is_adam(s))
+    seen.append({x.dtype for x in jax.tree.leaves((adam.mu, adam.nu))})
+    seen.append({x.dtype for x in jax.tree.leaves(state[0])})
+
+  o = dataclasses.replace(OPTIMIZER, moments="bfloat16")
+  weights, metrics = trained(one_device(), optimizer=o, save=save, every=4)
+  assert seen == [{jnp.dtype("bfloat16")}, {jnp.dtype("float32")}]
+  assert metrics[-1]["loss"] == pytest.approx(alone[1][-1]["loss"], rel=2e-3)
+  before = by_name(stacked())
+  for name, x in weights.items():
+    moved, wanted = x - before[name], alone[0][name] - before[name]
+    assert np.linalg.norm(moved - wanted) < 0.02 * np.linalg.norm(wanted), name
 
 
 @pytest.mark.parametrize(("warmup", "steps"), [(0.0, 1), (0.0, 4), (0.1, 1), (1.0, 3)])
@@ -267,12 +357,115 @@ def test_a_training_that_goes_on_from_a_saved_state_gives_the_same_bits(alone):
 def test_other_rates_and_step_counts_share_the_compilation(alone):
   mesh = one_device()
   trained(mesh)
-  compiled = engine._compiled.cache_info().currsize
+  compiled = engine._plan.cache_info().currsize
   o = dataclasses.replace(OPTIMIZER, learning_rate=1e-4, final_learning_rate=0.0, warmup=0.0)
   _, metrics = trained(mesh, 2, o)
-  assert engine._compiled.cache_info().currsize == compiled
+  assert engine._plan.cache_info().currsize == compiled
   assert metrics[0]["learning_rate"] == 1e-4
   json.dumps(metrics)  # plain numbers
+
+
+def test_an_update_that_is_not_finite_is_not_made_and_its_step_is_looked_at():
+  def broken(step):
+    batch = batches(step)
+    return batch | {"weights": np.where(batch["weights"] > 0, np.inf if step == 2 else 1, 0).astype(np.float32)}
+
+  kept, looked = [], []
+  with pytest.raises(TrainingError, match=r"step 3 of 5: .*; look here"):
+    trained(
+      one_device(),
+      make=broken,
+      save=lambda step, state: kept.append(by_name(state[0])),
+      failed=lambda step, model: looked.append((step, by_name(model))) or "; look here",
+    )
+  (step, model), last = looked[0], kept[-1]
+  assert step == 2 and len(kept) == 2
+  for name, x in model.items():
+    np.testing.assert_array_equal(x, last[name])
+
+
+def test_who_asks_to_stop_gets_a_saved_state_that_goes_on_to_the_same_bits(alone):
+  states, asked = {}, []
+
+  def stop():
+    asked.append(1)
+    return len(asked) == 2  # while the second step is prepared; seen when it has been made, and one more
+
+  save = lambda step, state: states.update({step: jax.tree.map(np.array, state)})
+  with pytest.raises(engine.Stopped):
+    trained(one_device(), save=save, every=100, stop=stop)
+  (step,) = states
+  assert step == 3
+  again = lambda state: (jax.tree.map(lambda host, old: jax.device_put(host, old.sharding), states[3], state), 3)
+  weights, _ = trained(one_device(), restore=again)
+  for name, x in weights.items():
+    np.testing.assert_array_equal(x, alone[0][name], err_msg=name)
+
+
+# Memory
+
+
+def test_the_plan_is_the_quickest_that_fits_and_says_what_would_help():
+  mesh, c = one_device(), dataclasses.replace(CONFIG, width=128, ffn=512, depth=3, head_dim=32)
+  rng = np.random.default_rng(0)
+  rows = packing.rows([(rng.integers(1, 96, 256).tolist(), np.ones(256))] * 16, [[i] for i in range(16)], 256, 16, 0)
+
+  def planned(remat="auto", passes=1, memory=None, optimizer=OPTIMIZER):
+    return engine.planned(c, mesh, optimizer, Objective("sft", remat=remat), rows, passes, memory)
+
+  plans = [planned(remat) for remat in ("none", "products", "full")]
+  sizes = [plan.bytes for plan in plans]
+  assert sizes[0] > 1.2 * sizes[1] > 1.2 * 1.2 * sizes[2]
+  state = 3 * 4 * c.parameters
+  assert state < plans[2].state < 1.3 * state + sum(x.nbytes for x in rows.values())
+  assert [planned(memory=memory).remat for memory in (None, *sizes)] == ["none", "none", "products", "full"]
+  with pytest.raises(TrainingError, match=r"remat='full' and 16 rows of 256 tokens in 1 pass over 1 .*passes=2.*bfloat"):
+    planned(memory=sizes[2] - 1)
+  assert planned("none", passes=2).working < plans[0].working
+  lean = planned("none", optimizer=dataclasses.replace(OPTIMIZER, moments="bfloat16"))
+  assert lean.state < plans[0].state - 0.9 * state / 3
+
+
+def test_operations_are_those_of_the_matrix_products():
+  # 2 for the forward and 4 for the backward pass, of each weight and of attention's two products, half of it masked.
+  c, lengths = CONFIG, [10, 3]
+  weights = c.depth * (c.width * c.head_dim * (2 * c.heads + 2 * c.kv_heads) + 3 * c.width * c.ffn) + c.width * c.vocab
+  norms = (2 * c.depth + 1) * c.width
+  attention = sum(6 * c.depth * n * n * c.heads * c.head_dim for n in lengths)
+  assert engine.operations(c, lengths) == 6 * (weights + norms) * 13 + attention
+
+
+# Dropout
+
+
+def test_residual_dropout_rises_by_layer_keeps_the_mean_and_follows_the_key():
+  dropout = lambda key: llama.Dropout(0.3, jax.random.key(key))
+  x = jnp.ones((64, 32, 32))
+  for depth, i, wanted in ((32, 0, 0.0), (32, 1, 0.3 / 31), (32, 15, 0.3 * 15 / 31), (32, 31, 0.3), (1, 0, 0.0)):
+    out = np.asarray(llama._dropped(x, dropout(0), depth, i, 0))
+    assert (out == 0).mean() == pytest.approx(wanted, abs=0.006)
+    assert np.unique(out[out != 0]) == pytest.approx([1 / (1 - wanted)])
+    assert out.mean() == pytest.approx(1, abs=0.01)
+  of = lambda key, i, site: np.asarray(llama._dropped(x, dropout(key), 3, i, site))
+  assert np.array_equal(of(1, 2, 0), of(1, 2, 0))
+  for other in ((2, 2, 0), (1, 1, 0), (1, 2, 1)):
+    assert not np.array_equal(of(1, 2, 0) == 0, of(*other) == 0)
+
+
+def test_dropout_in_training_follows_seed_and_step_and_is_the_same_on_all_devices_and_when_rematerialised():
+  objective = Objective("sft", dropout=0.5)
+  first, curve = trained(one_device(), 3, objective=objective)
+  for mesh, remat in ((sharding.make_mesh(2, 2, 2), "none"), (one_device(), "full")):
+    weights, metrics = trained(mesh, 3, objective=dataclasses.replace(objective, remat=remat))
+    assert_close(weights, first, 1e-5)
+    assert [m["loss"] for m in metrics] == pytest.approx([m["loss"] for m in curve], rel=1e-4)
+  _, other = trained(one_device(), 1, objective=objective, seed=1)
+  _, without = trained(one_device(), 1)
+  assert len({curve[0]["loss"], other[0]["loss"], without[0]["loss"]}) == 3
+  same = lambda step: batches(0)
+  still = dataclasses.replace(OPTIMIZER, learning_rate=1e-12, final_learning_rate=0.0)
+  _, metrics = trained(one_device(), 2, still, objective, same)
+  assert metrics[0]["loss"] != pytest.approx(metrics[1]["loss"], rel=1e-4)  # a new mask at every step
 
 
 # Scoring
@@ -285,7 +478,7 @@ def test_sequence_logprobs_are_the_same_on_all_devices_and_leave_no_mesh_behind(
   ]
   for mesh in (one_device(), sharding.make_mesh(2, 2, 2)):
     found = []
-    for scored in engine.sequence_logprobs(on_mesh(stacked(), mesh), made, 11, Objective("score"), mesh):
+    for scored in engine.sequence_logprobs(on_mesh(stacked(), mesh), made, 11, "float32", mesh):
       assert jax.sharding.get_abstract_mesh().empty
       found.append(scored)
     np.testing.assert_allclose(found, wanted, rtol=1e-5)

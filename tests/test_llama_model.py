@@ -143,7 +143,7 @@ def test_live_gradients_equal_transformers():
 
   def loss(model):
     positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
-    hidden = llama.hidden_states(model, tokens, positions, np.ones_like(tokens), remat=True)
+    hidden = llama.hidden_states(model, tokens, positions, np.ones_like(tokens), remat="full")
     out = llama.logits(model, hidden)[:, :-1]
     return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(out), tokens[:, 1:, None], axis=-1))
 

@@ -245,7 +245,8 @@ def test_responses_in_another_order_than_their_judgments_are_refused(copy):
 def test_ticks_enclose_the_data(low, width):
   found = charts.ticks(low, low + width)
   steps = np.diff(found)
-  assert found[0] <= low + 1e-6 * (1 + abs(low)) and found[-1] >= low + width - 1e-6 * (1 + abs(low) + width)
+  slack = 1e-6 * (1 + abs(low) + width)
+  assert found[0] <= low + slack and found[-1] >= low + width - slack
   assert 2 <= len(found) <= 11 and np.allclose(steps, steps[0])
 
 

@@ -1,14 +1,21 @@
 """Training in a run directory, on the miniature checkpoint: kills, epochs, logs, what is supervised."""
 
+import contextlib
 import json
+import signal
+import struct
 import types
 
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
+from tensorboardX.proto import event_pb2
 
+from alma_jax.engine import train as engine
 from alma_jax.llama import sharding
 from alma_jax.session import training
+from alma_jax.session.batches import Batches, Examples, Graded, Pairs
 from alma_jax.session.session import Session
 from alma_jax.store.runs import Run
 from alma_jax.text import chat
@@ -41,6 +48,10 @@ def make_examples(session, count=COUNT):
   return [chat.encode_example(session.tokenizer, session.chat, *turn) for turn in turns]
 
 
+def data(examples):
+  return Examples(examples, [f"example {i}" for i in range(len(examples))])
+
+
 def new_stage(session, name):
   return session.run.stage(name, {"name": name})
 
@@ -57,7 +68,7 @@ def weights_file(stage):
 def straight(session):
   """(stage, facts) of a training that nobody killed."""
   stage = new_stage(session, "straight")
-  _, facts = training.train(session, stage, session.base, make_examples(session), options(), seed=5)
+  _, facts = training.train(session, stage, session.base, data(make_examples(session)), options(), seed=5)
   return stage, facts
 
 
@@ -87,10 +98,10 @@ def test_a_killed_training_ends_like_one_that_was_not(kills, session, straight, 
   for step in kills:
     with monkeypatch.context() as patch, pytest.raises(Killed):
       killed_at(patch, step)
-      training.train(session, stage, session.base, examples, options(), seed=5)
+      training.train(session, stage, session.base, data(examples), options(), seed=5)
   logged, write = [], training._Log.write
   monkeypatch.setattr(training._Log, "write", lambda self, at, x: logged.append(at) or write(self, at, x))
-  _, facts = training.train(session, stage, session.base, examples, options(), seed=5)
+  _, facts = training.train(session, stage, session.base, data(examples), options(), seed=5)
   assert logged == list(range(kills[-1] // 2 * 2, 6))  # from the last checkpoint on, not from the start
   assert weights_file(stage) == weights_file(straight[0])
   assert metrics(stage) == metrics(straight[0])
@@ -102,9 +113,9 @@ def test_a_log_without_a_checkpoint_begins_anew(session, straight, monkeypatch):
   stage = new_stage(session, "no_checkpoint")
   with monkeypatch.context() as patch, pytest.raises(Killed):
     killed_at(patch, 3)
-    training.train(session, stage, session.base, make_examples(session), options(checkpoint_every=200), seed=5)
+    training.train(session, stage, session.base, data(make_examples(session)), options(checkpoint_every=200), seed=5)
   assert len(metrics(stage)) == 3
-  training.train(session, stage, session.base, make_examples(session), options(checkpoint_every=200), seed=5)
+  training.train(session, stage, session.base, data(make_examples(session)), options(checkpoint_every=200), seed=5)
   assert metrics(stage) == metrics(straight[0])
   assert weights_file(stage) == weights_file(straight[0])
 
@@ -116,11 +127,114 @@ def test_the_metrics_are_those_of_a_training(straight):
   assert all(np.isfinite(list(row.values())).all() for row in rows)
 
 
+def test_times_and_curves_are_logged_for_people(session, straight):
+  stage, facts = straight
+  speed = [json.loads(line) for line in (stage.dir / "speed.jsonl").read_text().splitlines()]
+  assert [row["step"] for row in speed] == list(range(1, facts["steps"] + 1))
+  lengths = [len(ids) for ids, _ in make_examples(session)]
+  assert sum(row["tokens"] for row in speed) == 2 * sum(lengths)
+  assert all(row["tokens_per_second"] == pytest.approx(row["tokens"] / row["seconds"], rel=1e-4) for row in speed)
+  (events,) = (stage.dir / "tensorboard").iterdir()
+  found = list(tensorboard_scalars(events))
+  losses = {step: value for name, step, value in found if name == "loss"}
+  assert losses == {row["step"]: pytest.approx(row["loss"], rel=1e-5) for row in metrics(stage)}
+  assert {name for name, _, _ in found} >= {"learning_rate", "gradient_norm", "tokens_per_second"}
+
+
+def tensorboard_scalars(path):
+  """(name, step, value) of an event file: records of a length, its checksum, that many bytes, their checksum."""
+  data = path.read_bytes()
+  while data:
+    (size,) = struct.unpack("<Q", data[:8])
+    event, data = event_pb2.Event.FromString(data[12 : 12 + size]), data[16 + size :]
+    yield from ((value.tag, event.step, np.float32(value.simple_value)) for value in event.summary.value)
+
+
+def test_sigterm_saves_at_once_and_the_same_command_goes_on(session, straight, monkeypatch):
+  stage, settings = new_stage(session, "stopped"), options(checkpoint_every=200)
+  examples, write = make_examples(session), training._Log.write
+
+  def signalled(self, at, values):
+    write(self, at, values)
+    if at == 1:
+      signal.raise_signal(signal.SIGTERM)
+
+  before = signal.getsignal(signal.SIGTERM)
+  with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+    patch.setattr(training._Log, "write", signalled)
+    training.train(session, stage, session.base, data(examples), settings, seed=5)
+  assert stop.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
+  saved = [int(path.name) for path in (stage.dir / "checkpoints").iterdir()]
+  assert len(saved) == 1 and 2 < saved[0] < 6
+  training.train(session, stage, session.base, data(examples), settings, seed=5)
+  assert weights_file(stage) == weights_file(straight[0])
+  assert metrics(stage) == metrics(straight[0])
+
+
+def test_a_checkpoint_goes_on_on_another_mesh(session, straight, monkeypatch):
+  stage, examples = new_stage(session, "moved"), make_examples(session)
+  with monkeypatch.context() as patch:
+    with pytest.raises(Killed):
+      killed_at(patch, 3)
+      training.train(session, stage, session.base, data(examples), options(), seed=5)
+    patch.undo()
+    for sizes in ((1, 8, 1), (8, 1, 1)):
+      patch.setattr(session, "mesh", sharding.make_mesh(*sizes))
+      with pytest.raises(Killed) if sizes[0] == 1 else contextlib.nullcontext():
+        if sizes[0] == 1:
+          killed_at(patch, 5)
+        training.train(session, stage, session.base, data(examples), options(), seed=5)
+        patch.undo()
+      patch.undo()
+  found, wanted = (safetensors.numpy.load_file(s.dir / "model" / "model.safetensors") for s in (stage, straight[0]))
+  for name, x in wanted.items():
+    np.testing.assert_allclose(found[name], x, atol=2e-5, err_msg=name)
+
+
+def test_checkpoints_that_stay_can_be_exported(session, straight):
+  stage, settings = new_stage(session, "kept"), options(checkpoint_keep=2)
+  _, facts = training.train(session, stage, session.base, data(make_examples(session)), settings, seed=5)
+  checkpoint = training.finish(session, stage, facts, settings)
+  assert sorted(path.name for path in (stage.dir / "checkpoints").iterdir()) == ["2", "4"]
+  wanted = safetensors.numpy.load_file(checkpoint.directory / "model.safetensors")
+  moved = []
+  for step in (2, 4):
+    model = training.checkpoint_model(session, stage.dir / "checkpoints", step, settings)
+    found = safetensors.numpy.load_file(training.export(session, model, stage.dir / f"at_{step}") / "model.safetensors")
+    assert found.keys() == wanted.keys()
+    moved.append(sum(np.abs(found[name] - x).sum() for name, x in wanted.items()))
+  assert moved[0] > moved[1] > 0  # nearer to the end
+
+
+def test_the_examples_of_a_loss_that_is_not_finite_are_saved(session, monkeypatch):
+  examples = make_examples(session)
+  ids, mask = examples[7]
+  examples[7] = ids, np.where(mask, np.nan, 0)
+  stage = new_stage(session, "broken")
+  at = next(step for step in range(3) if 7 in Batches(data(examples), options(), 5, 4).members(step))
+  with pytest.raises(engine.TrainingError, match=rf"step {at + 1} of 6: .*not finite for 'example 7'\. .*failure.json"):
+    training.train(session, stage, session.base, data(examples), options(), seed=5)
+  found = json.loads((stage.dir / "failure.json").read_text())
+  assert found["step"] == at + 1 and found["examples"][0]["id"] == "example 7"
+  assert not np.isfinite(found["examples"][0]["logprobs"][0]) and np.isfinite(found["examples"][1]["logprobs"][0])
+  assert len(found["examples"]) == len(Batches(data(examples), options(), 5, 4).members(at))
+
+
+def test_too_little_memory_is_said_before_the_first_step(session, monkeypatch):
+  stage = new_stage(session, "large")
+  monkeypatch.setattr(type(session), "training_bytes", 10**6)
+  with pytest.raises(
+    engine.TrainingError, match=r"on each device and 0\.0 GB are there.*What helps: .*moments='bfloat16'"
+  ):
+    training.train(session, stage, session.base, data(make_examples(session)), options(), seed=5)
+  assert not (stage.dir / "checkpoints").exists()
+
+
 def test_a_finished_stage_keeps_the_model_and_drops_the_checkpoints(session, monkeypatch):
   stage = new_stage(session, "finished")
-  model, facts = training.train(session, stage, session.base, make_examples(session), options(epochs=1.0), seed=5)
+  model, facts = training.train(session, stage, session.base, data(make_examples(session)), options(epochs=1.0), seed=5)
   assert (stage.dir / "checkpoints").exists()
-  checkpoint = training.finish(session, stage, facts, note="kept")
+  checkpoint = training.finish(session, stage, facts, options(), note="kept")
   assert not (stage.dir / "checkpoints").exists()
   again = new_stage(session, "finished")
   assert again.done and again.manifest["note"] == "kept" and again.manifest["counts"]["steps"] == 3
@@ -136,18 +250,10 @@ def test_a_finished_stage_keeps_the_model_and_drops_the_checkpoints(session, mon
 # Epochs, batches and what they hold
 
 
-def captured(session, monkeypatch, name, examples, settings, seed=5, **more):
-  """(the batches that the engine would have trained on, facts)."""
-  seen = []
-
-  def fit(model, batches, steps, *_):
-    seen.extend(batches(step) for step in range(steps))
-    return model
-
-  monkeypatch.setattr(training.engine, "fit", fit)
-  monkeypatch.setattr(training, "export", lambda *_: None)
-  _, facts = training.train(session, new_stage(session, name), session.base, examples, settings, seed, **more)
-  return seen, facts
+def all_batches(examples, settings, seed=5, unit=4):
+  """The batches of a whole training."""
+  batches = Batches(data(examples), settings, seed, unit)
+  return [batches(step) for step in range(batches.steps)], batches
 
 
 def contents(batch):
@@ -158,36 +264,47 @@ def contents(batch):
 @pytest.mark.parametrize(
   ("count", "epochs", "steps"), [(11, 2, 6), (11, 1.5, 5), (8, 1, 2), (100, 2.2, 55), (3, 1, 1), (11, 0.1, 1)]
 )
-def test_steps_follow_from_epochs_and_every_example_is_seen_once_an_epoch(count, epochs, steps, session, monkeypatch):
+def test_steps_follow_from_epochs_and_every_example_is_seen_once_an_epoch(count, epochs, steps, session):
   examples = make_examples(session, count)
-  name = f"epochs_{count}_{epochs}"
-  batches, facts = captured(session, monkeypatch, name, examples, options(epochs=epochs))
-  assert len(batches) == facts["steps"] == steps
-  assert facts["examples"] == count
+  made, batches = all_batches(examples, options(epochs=epochs))
+  assert len(made) == batches.steps == steps
+  assert batches.count == count
   per_epoch = -(-count // BATCH)
   for start in range(0, steps - per_epoch + 1, per_epoch):
-    seen = [ids for batch in batches[start : start + per_epoch] for ids in contents(batch)]
+    seen = [ids for batch in made[start : start + per_epoch] for ids in contents(batch)]
     assert sorted(seen) == sorted(tuple(ids) for ids, _ in examples)
-    assert [len(contents(b)) for b in batches[start : start + per_epoch]] == [
+    assert [len(contents(b)) for b in made[start : start + per_epoch]] == [
       min(BATCH, count - BATCH * i) for i in range(per_epoch)
     ]
+  assert sum(map(sum, map(batches.lengths, range(per_epoch)))) == sum(len(ids) for ids, _ in examples)
 
 
-def test_every_batch_has_one_shape_that_the_mesh_divides(session, monkeypatch):
-  batches, facts = captured(session, monkeypatch, "shapes", make_examples(session), options())
-  assert {x.shape for batch in batches for x in batch.values()} == {(facts["rows"], 48)}
-  assert facts["rows"] % 4 == 0
+@pytest.mark.parametrize(("unit", "rows"), [(1, 4), (4, 4), (6, 12)])
+def test_every_batch_has_one_shape_that_mesh_and_passes_divide(unit, rows, session):
+  made, batches = all_batches(make_examples(session), options(), unit=unit)
+  assert {x.shape for batch in made for x in batch.values()} == {(rows, 48)} and batches.counts == [rows]
 
 
-def test_the_order_follows_from_seed_and_epoch(session, monkeypatch):
+def test_the_order_follows_from_seed_and_epoch(session):
   examples = make_examples(session, 10)
-  order = {}
-  for name, seed in (("a", 5), ("b", 5), ("c", 6)):
-    with monkeypatch.context() as patch:
-      batches, _ = captured(session, patch, f"order_{name}", examples, options(batch=5), seed)
-    order[name] = [contents(batch) for batch in batches]
-  assert order["a"] == order["b"] != order["c"]
-  assert order["a"][:2] != order["a"][2:]
+  a, b, c = ([contents(batch) for batch in all_batches(examples, options(batch=5), seed)[0]] for seed in (5, 5, 6))
+  assert a == b != c
+  assert a[:2] != a[2:]
+
+
+def test_every_example_may_count_alike(session):
+  examples = [
+    (ids, np.asarray(mask, np.float32) * (0.5 + i % 2)) for i, (ids, mask) in enumerate(make_examples(session))
+  ]
+  average = Batches(Examples(examples, range(COUNT), "examples"), options(), 5, 1)
+  for step in range(3):
+    batch, plain = average(step), Batches(data(examples), options(), 5, 1)(step)
+    count = len(average.members(step))
+    for i in range(count):
+      of = batch["example"] == i
+      assert batch["weights"][of].sum() == pytest.approx(1)
+      np.testing.assert_allclose(batch["weights"][of], plain["weights"][of] / plain["weights"][of].sum(), rtol=1e-6)
+    assert batch["weights"].sum() == pytest.approx(count)
 
 
 def last_targets(batch):
@@ -199,16 +316,15 @@ def last_targets(batch):
   return found
 
 
-def test_the_stop_token_of_sft_and_judge_examples_is_supervised(session, monkeypatch):
+def test_the_stop_token_of_sft_and_judge_examples_is_supervised(session):
   tok, fmt = session.tokenizer, session.chat
   stop = chat.stop_ids(tok, fmt)[0]
   sft = make_examples(session)
   asked = [{"role": "user", "content": PAIRS[0][0]}]
   judged = [judge_example(tok, fmt, MINI_JUDGE, asked, PAIRS[i % 3][1], i) for i in range(COUNT)]
   judged = [(ids, 0.25 * np.asarray(mask, np.float32)) for ids, mask in judged]
-  for name, examples, weight in (("stop_sft", sft, 1.0), ("stop_judge", judged, 0.25)):
-    with monkeypatch.context() as patch:
-      batches, _ = captured(session, patch, name, examples, options())
+  for examples, weight in ((sft, 1.0), (judged, 0.25)):
+    batches, _ = all_batches(examples, options())
     assert {pair for batch in batches for pair in last_targets(batch)} == {(stop, weight)}
     total = sum(batch["weights"].sum() for batch in batches)
     assert total == pytest.approx(2 * sum(float(np.sum(mask)) for _, mask in examples))
@@ -217,27 +333,55 @@ def test_the_stop_token_of_sft_and_judge_examples_is_supervised(session, monkeyp
 # Preferences
 
 
-def test_dpo_from_its_own_reference_starts_at_ln_2_and_pairs_stay_together(session, monkeypatch):
+def test_dpo_from_its_own_reference_starts_at_ln_2_and_pairs_stay_together(session):
   sequences = make_examples(session, 10)  # five pairs in batches of two: the last one is filled up
   settings = options(common.preferences, batch=2, epochs=1.0)
   reference = training.sequence_logprobs(session, session.base, sequences, settings).reshape(-1, 2)
+  pairs = Pairs(list(zip(sequences[::2], sequences[1::2])), list("abcde"), reference)
   stage = new_stage(session, "dpo")
-  _, facts = training.train(session, stage, session.base, sequences, settings, 5, "dpo", reference)
+  _, facts = training.train(session, stage, session.base, pairs, settings, 5)
   rows = metrics(stage)
   assert len(rows) == facts["steps"] == 3 and facts["examples"] == 5
   assert rows[0]["loss"] == pytest.approx(np.log(2), abs=2e-5)
   assert abs(rows[0]["margin"]) < 1e-4 < abs(rows[-1]["margin"])
 
-  batches, _ = captured(session, monkeypatch, "dpo_batches", sequences, settings, objective="dpo", reference=reference)
-  assert [batch["real"].tolist() for batch in batches] == [[1, 1], [1, 1], [1, 0]]
-  whole = {(tuple(sequences[2 * i][0]), tuple(sequences[2 * i + 1][0])): reference[i] for i in range(5)}
-  seen = 0
-  for batch in batches:
-    ids = contents(batch)
-    for n in range(len(ids) // 2):
-      np.testing.assert_array_equal(batch["reference"][n], whole[ids[2 * n], ids[2 * n + 1]])
-      seen += 1
-  assert seen == 5
+  batches = Batches(pairs, settings, 5, 4)
+  assert [batches(step)["real"].tolist() for step in range(3)] == [[1, 1], [1, 1], [1, 0]]
+  for step in range(3):
+    batch = batches(step)
+    for n, i in enumerate(batches.members(step)):
+      np.testing.assert_array_equal(batch["reference"][n], reference[i])
+      (chosen, _), (rejected, _) = pairs.sides[i]
+      assert batch["tokens"][batch["example"] == 2 * n].tolist() == list(chosen)
+      second = batch["example"] == 2 * n + 1
+      assert batch["tokens"][second].tolist() == rejected[batch["positions"][second][0] :]
+
+
+def test_graded_responses_carry_their_own_log_probs(session):
+  sequences = make_examples(session)
+  settings = options(common.policy_gradients)
+  per_token = training.token_logprobs(session, session.base, sequences, settings)
+  sums = training.sequence_logprobs(session, session.base, sequences, settings)
+  np.testing.assert_allclose([x.sum() for x in per_token], sums, rtol=1e-5)
+  assert [len(x) for x in per_token] == [len(ids) - 1 for ids, _ in sequences]
+  advantages = np.arange(COUNT) - 5.0
+  graded = Graded(sequences, list(map(str, range(COUNT))), advantages, per_token, [2 * x for x in per_token])
+  batches = Batches(graded, settings, 5, 1)
+  for step in range(3):
+    batch = batches(step)
+    for n, i in enumerate(batches.members(step)):
+      of = batch["example"] == n
+      assert set(batch["advantage"][of]) == {advantages[i]}
+      np.testing.assert_array_equal(batch["old"][of][:-1], per_token[i])
+      np.testing.assert_array_equal(batch["reference"][of][:-1], 2 * per_token[i])
+    assert not any(batch[name][batch["example"] < 0].any() for name in ("advantage", "old", "reference"))
+  stage = new_stage(session, "grpo")
+  training.train(
+    session, stage, session.base, Graded(sequences, graded.names, advantages, per_token, per_token), settings, 5
+  )
+  first = metrics(stage)[0]
+  assert abs(first["kl"]) < 1e-8 and first["clipped"] == 0  # at first it is its own reference
+  assert metrics(stage)[-1]["kl"] > 0
 
 
 def test_sequence_log_probs_are_in_order_whatever_the_batch(session):
@@ -251,7 +395,8 @@ def test_sequence_log_probs_are_in_order_whatever_the_batch(session):
 
 def test_a_second_host_writes_no_log(session, tmp_path):
   stage = types.SimpleNamespace(dir=tmp_path)
-  log = training._Log(types.SimpleNamespace(run=types.SimpleNamespace(host=1)), stage)
-  log.keep(3)
-  log.write(3, {"loss": 1.0})
+  with training._Log(session, stage, None) as log:
+    log.active = False
+    log.keep(3)
+    log.write(3, {"loss": 1.0})
   assert not list(tmp_path.iterdir())

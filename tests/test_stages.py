@@ -45,27 +45,27 @@ def test_selection_does_not_depend_on_the_order_of_the_responses():
 
 def test_truncated_and_empty_responses_are_never_the_best():
   cut, empty, fine = response(0, finished=False), response(1, "  "), response(2, "fine")
-  chosen, reason = trainset.example(prompt(0), [(cut, 9.0), (empty, 8.0), (fine, 1.0)], 2, config())
+  (chosen,), reason = trainset.example(prompt(0), [(cut, 9.0), (empty, 8.0), (fine, 1.0)], 2, config())
   assert (chosen.response, reason) == ("fine", "selected")
-  assert trainset.example(prompt(0), [(cut, 9.0), (empty, 8.0)], 2, config()) == (None, "no_finished_response")
+  assert trainset.example(prompt(0), [(cut, 9.0), (empty, 8.0)], 2, config()) == ([], "no_finished_response")
 
 
 def test_best_of_one_is_that_sample():
   only = response(0, "only")
-  assert trainset.example(prompt(0), [(only, 0.0)], 2, config())[0].response == "only"
+  assert trainset.example(prompt(0), [(only, 0.0)], 2, config())[0][0].response == "only"
 
 
 def test_random_selection_ignores_the_scores():
   candidates = [(response(i, f"answer {i}"), float(i)) for i in range(8)]
   inverted = [(r, 7.0 - s) for r, s in candidates]
-  pick = lambda c, n: trainset.example(prompt(n), c, 2, config("random"))[0].response
+  pick = lambda c, n: trainset.example(prompt(n), c, 2, config("random"))[0][0].response
   assert [pick(candidates, n) for n in range(20)] == [pick(inverted, n) for n in range(20)]
   assert len({pick(candidates, n) for n in range(20)}) > 3
 
 
 def test_pair_rejects_any_other_response_evenly_whatever_its_checkpoint_or_place():
   candidates = [(response(i, f"answer {i}", tokens=(i,), checkpoint=f"m{i // 3}"), float(i == 4)) for i in range(9)]
-  pairs = [trainset.pair(prompt(n), candidates, 2, config("dpo"))[0] for n in range(400)]
+  pairs = [trainset.pair(prompt(n), candidates, 2, config("dpo"))[0][0] for n in range(400)]
   assert {p.chosen for p in pairs} == {"answer 4"}
   rejected = collections.Counter(p.rejected for p in pairs)
   assert set(rejected) == {f"answer {i}" for i in range(9) if i != 4}
@@ -75,16 +75,16 @@ def test_pair_rejects_any_other_response_evenly_whatever_its_checkpoint_or_place
 
 def test_pair_takes_truncated_responses_as_rejected_and_refuses_equal_ones():
   best, same, cut = response(0, "good", (1,)), response(1, "good", (1,)), response(2, "cut", (2,), finished=False)
-  pair, _ = trainset.pair(prompt(0), [(best, 9.0), (same, 9.0), (cut, 8.0)], 2, config("dpo"))
+  (pair,), _ = trainset.pair(prompt(0), [(best, 9.0), (same, 9.0), (cut, 8.0)], 2, config("dpo"))
   assert (pair.chosen, pair.rejected) == ("good", "cut")
-  assert trainset.pair(prompt(0), [(best, 9.0), (same, 9.0)], 2, config("dpo")) == (None, "no_different_response")
+  assert trainset.pair(prompt(0), [(best, 9.0), (same, 9.0)], 2, config("dpo")) == ([], "no_different_response")
 
 
 def test_pair_honours_the_least_margin():
   a, b, c = response(0, "a", (1,)), response(1, "b", (2,)), response(2, "c", (3,))
   scored = [(a, 9.0), (b, 8.9), (c, 4.0)]
-  assert trainset.pair(prompt(0), scored, 2, config("dpo", 1.0))[0].rejected == "c"
-  assert trainset.pair(prompt(0), scored[:2], 2, config("dpo", 1.0)) == (None, "no_different_response")
+  assert trainset.pair(prompt(0), scored, 2, config("dpo", 1.0))[0][0].rejected == "c"
+  assert trainset.pair(prompt(0), scored[:2], 2, config("dpo", 1.0)) == ([], "no_different_response")
 
 
 pools = st.lists(st.integers(0, 6), min_size=1, max_size=60)  # the cluster of every prompt
@@ -98,10 +98,10 @@ def test_draw_spreads_over_clusters_and_never_repeats(membership, data):
     left = len(pool) - len(used)
     if not left:
       with pytest.raises(RunError, match="only 0 are unused"):
-        clusters.drawn(pool, used, 1, "diverse", (0, round))
+        clusters.drawn(pool, used, 1, 0, round, "diverse", "round")
       return
     k = data.draw(st.integers(1, left))
-    drawn = clusters.drawn(pool, used, k, "diverse", (0, round))
+    drawn = clusters.drawn(pool, used, k, 0, round, "diverse", "round")
     assert len({p.id for p in drawn}) == k and not used & {p.id for p in drawn}
     counts = collections.Counter(p.cluster for p in drawn)
     unused = collections.Counter(p.cluster for p in pool if p.id not in used)
@@ -119,20 +119,21 @@ def test_draw_does_not_depend_on_the_order_of_the_pool(membership, rng):
   rng.shuffle(shuffled)
   for method in ("diverse", "random"):
     k = (len(pool) + 1) // 2
-    one, two = (clusters.drawn(p, set(), k, method, (0, 2)) for p in (pool, shuffled))
+    one, two = (clusters.drawn(p, set(), k, 0, 2, method, "round") for p in (pool, shuffled))
     assert [p.id for p in one] == [p.id for p in two]
 
 
 def test_draw_differs_between_rounds_and_seeds():
   pool = [prompt(i, i % 50) for i in range(500)]
-  draws = [{p.id for p in clusters.drawn(pool, set(), 20, "diverse", words)} for words in ((0, 2), (0, 3), (1, 2))]
+  words = ((0, 2), (0, 3), (1, 2))
+  draws = [{p.id for p in clusters.drawn(pool, set(), 20, *of, "diverse", "round")} for of in words]
   assert len(draws[0] & draws[1]) < 8 and len(draws[0] & draws[2]) < 8
 
 
 def test_draw_from_too_small_a_pool_says_what_is_left():
   pool = [prompt(i) for i in range(5)]
   with pytest.raises(RunError, match="round 3 draws 4 prompts, but of the pool's 5 only 3 are unused"):
-    clusters.drawn(pool, {pool[0].id, pool[1].id}, 4, "diverse", (0, 3))
+    clusters.drawn(pool, {pool[0].id, pool[1].id}, 4, 0, 3, "diverse", "round")
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 200])

@@ -1,6 +1,7 @@
 """Training on pairs in a run directory: what the losses ask for beside the pairs, and nothing else."""
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ from alma_jax.llama import sharding
 from alma_jax.session import training
 from alma_jax.session.session import Session
 from alma_jax.stages import policy
+from alma_jax.store import records
 from alma_jax.store.records import Pair
 from alma_jax.store.runs import Run, RunError
+from alma_jax.text import chat
 from configs import alma, common
 
 COUNTRIES = ("france", "norway", "italy", "japan", "kenya")
@@ -32,7 +35,7 @@ def pairs(prompts=range(5)):
 
 
 def trainset(session, name):
-  stage = session.run.stage(f"{name}_pairs", {"name": name})
+  stage = session.run.stage(name, {"name": name})
   stage.write_part(0, 1, pairs(), Pair, {})
   stage.finish()
   return stage
@@ -44,7 +47,8 @@ def options(**loss):
 
 def trained(session, name, settings):
   """The metrics of every step."""
-  checkpoint = policy.dpo(session, name, session.base, [trainset(session, name)], settings, seed=3)
+  base, pairs = session.base, trainset(session, f"{name}/trainset")
+  checkpoint = policy.dpo(session, f"{name}/policy", base, base, [pairs], settings, seed=3)
   lines = (checkpoint.directory.parent / "metrics.jsonl").read_text().splitlines()
   return [json.loads(line) for line in lines]
 
@@ -65,10 +69,51 @@ def test_losses_with_a_reference_start_where_they_should(session):
 
 def test_kto_has_responses_to_other_prompts():
   made = policy._mismatched(pairs([0, 1, 1, 2]))
-  assert [text for _, text in made[2::3]] == [f"answer: lyon {COUNTRIES[n]} ." for n in (2, 0, 0, 1)]
-  assert [text for _, text in made[0::3]] == [pair.chosen for pair in pairs([0, 1, 1, 2])]
+  assert made == [f"answer: lyon {COUNTRIES[n]} ." for n in (2, 0, 0, 1)]
   with pytest.raises(RunError, match="2 training pairs, all for one prompt"):
     policy._mismatched(pairs([1, 1]))
+
+
+def test_the_log_probs_of_a_reference_are_computed_once_for_all_rounds_and_checked(session, monkeypatch):
+  first, second = trainset(session, "once_2/trainset"), trainset(session, "once_3/trainset")
+  computed, plain = [], training.sequence_logprobs
+  monkeypatch.setattr(training, "sequence_logprobs", lambda *x: computed.append(len(x[2])) or plain(*x))
+  sft_1 = policy.dpo(session, "once_2/policy", session.base, session.base, [first], options(), seed=3)
+  assert computed == [10]
+  policy.dpo(session, "once_3/policy", session.base, session.base, [first, second], options(), seed=3)
+  assert computed == [10, 10]  # of the new pairs alone
+  policy.dpo(session, "other/policy", sft_1, sft_1, [first], options(), seed=3)
+  assert computed == [10, 10, 10]  # another reference has its own
+  stored = session.run.dir / "once_2" / "reference_base" / "logprobs.npy"
+  found = np.load(stored)
+  sides = [x for of in policy._pairs(session, first, options())[0] for x in of]
+  np.testing.assert_allclose(found.ravel(), plain(session, session.base, sides, options()), rtol=1e-6)
+  found[3, 1] = np.nan
+  np.save(stored, found)
+  stage = types.SimpleNamespace(dir=stored.parent)
+  with pytest.raises(RunError, match=r"not complete: it has the shape \(5, 2\) and 9 finite values"):
+    policy._stored(stage, 5, 2)
+
+
+def test_policy_gradients_learn_to_prefer_what_scored_well(session):
+  rows = []
+  for n, prompt in enumerate(("country : lyon oslo", "country : oslo kobe", "country : lima lyon")):
+    texts = ["answer: france .", "answer: norway norway .", "answer: italy"]
+    for i, (text, advantage) in enumerate(zip(texts, (1.0, -0.5, -0.5))):
+      asked = ({"role": "user", "content": prompt},)
+      rows.append(records.Graded(str(n), asked, i, text, i < 2, 5.0, advantage, 2, "sft_1"))
+  stage = session.run.stage("graded", {"name": "graded"})
+  stage.write_part(0, 1, rows, records.Graded, {})
+  stage.finish()
+  settings = common.policy_gradients(1e-3, 1e-3, batch=9, epochs=4, row_length=64, schedule="constant")
+  checkpoint = policy.grpo(session, "graded/policy", session.base, session.base, stage, settings, seed=3)
+  lines = [json.loads(line) for line in (checkpoint.directory.parent / "metrics.jsonl").read_text().splitlines()]
+  assert len(lines) == 4 and abs(lines[0]["kl"]) < 1e-8 < lines[-1]["kl"]
+  assert lines[-1]["loss"] < lines[0]["loss"] - 0.01
+  encode = lambda text: chat.encode_example(session.tokenizer, session.chat, rows[0].messages, text)
+  texts = [encode(row.response) for row in rows[:2]]
+  before, after = (training.sequence_logprobs(session, m, texts, settings) for m in (session.base, checkpoint))
+  assert after[0] - before[0] > after[1] - before[1]
 
 
 def test_losses_are_checked_before_anything_runs(tmp_path):
@@ -83,5 +128,22 @@ def test_losses_are_checked_before_anything_runs(tmp_path):
     opened()
   config.dpo.loss = "ipo"
   config.rounds = {3: {"dpo": {"label_smoothing": 0.1}}}
-  with pytest.raises(ConfigError, match=r"round 3: dpo: label_smoothing is 0\.1, but the loss 'ipo' has none"):
+  with pytest.raises(ConfigError, match=r"round 3\.dpo: label_smoothing is 0\.1, but the loss 'ipo' has none"):
     opened()
+  config.rounds = {}
+  wrong = {
+    "sft.epochs": (0.0, r"config\.sft: epochs is 0\.0; it must be above 0"),
+    "policy.schedule": ("cos", r"config\.policy: schedule is 'cos'; it may be 'cosine'"),
+    "judge.distil.train.batch": (0, r"config\.judge\.distil\.train: batch is 0"),
+    "judge.train.remat": ("all", r"config\.judge\.train: remat is 'all'; it may be 'auto', 'none'"),
+    "policy.dropout": (1.0, r"config\.policy: dropout is 1\.0"),
+    "policy.average": ("rows", r"config\.policy: average is 'rows'"),
+    "grpo.clip_ratio": (0.0, r"config\.grpo: clip_ratio is 0\.0"),
+    "policy.init_from": ("sft_3", r"policy\.init_from is 'sft_3'; it may be 'base', 'latest', 'sft_1', 'sft_2'"),
+    "trainset.method": ("grpo", r"set responses\.checkpoints to \('latest',\)"),
+  }
+  for name, (value, said) in wrong.items():
+    config = alma.get_config("mini")
+    config.update_from_flattened_dict({name: value})
+    with pytest.raises(ConfigError, match=said):
+      opened()

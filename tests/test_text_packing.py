@@ -16,8 +16,9 @@ EXAMPLE = st.lists(st.tuples(st.integers(1, 50), st.booleans()), min_size=1, max
 @settings(deadline=None, max_examples=150)
 @given(st.lists(EXAMPLE, max_size=20))
 def test_rows_hold_every_example_once(examples):
-  kept, counts = clip(examples, ROW)
-  assert counts["no_target"] == sum(not any(mask[1:ROW]) for _, mask in examples) == len(examples) - len(kept)
+  groups, counts = clip(examples, ROW)
+  kept = [example for group in groups if group for example in group]
+  assert counts["dropped_without_target"] == sum(not any(m[1:ROW]) for _, m in examples) == len(examples) - len(kept)
   assert counts["truncated"] == sum(len(ids) > ROW for ids, _ in examples)
   packing = pack([len(ids) for ids, _ in kept], ROW)
   assert sorted(i for row in packing for i in row) == list(range(len(kept)))

@@ -2,13 +2,16 @@
 
   token_logprobs(model, hidden, targets, where)      log p of every target; what is not asked for is not computed
   weighted_logprobs(model, hidden, targets, weights) their weighted sum, with its gradient made on the way
-  sft(model, batch), preference(model, batch, Preference("ipo", beta=0.1))
+  sft(model, batch), preference(model, batch, Preference("ipo", beta=0.1)), grpo(model, batch, Grpo())
 
 The core takes supervised places only, a tile of them at a time: prompts and padding cost nothing. `token_logprobs`
 makes every tile again in the backward pass, because what a place weighs there follows from whole sequences;
 `weighted_logprobs` knows the weights and makes each tile once, at a quarter less of arithmetic. Logits of at most
 `DENSE_BYTES` are made at once instead, which is quicker for them. Under a mesh each device has the tiles of its own
 rows and its share of the vocabulary. The gradients have the inputs' dtype; statistics and sums are fp32.
+
+A loss and its metrics are sums over the batch divided by `totals` of it. Given the totals of the whole batch, the
+losses of its parts add up to that of the whole.
 """
 
 import dataclasses
@@ -16,6 +19,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from alma_jax.llama import model as llama
@@ -210,13 +214,30 @@ _tiled_sum.defvjp(_tiled_sum_forward, _tiled_sum_backward)
 # Losses
 
 
-def batch_logprobs(model, batch, remat=False):
+@dataclasses.dataclass(frozen=True)
+class How:
+  """How the model is run: what is kept for the backward pass (`llama.model.REMAT`), and the last layer's dropout."""
+
+  remat: str = "none"
+  dropout: float = 0.0
+
+
+def totals(batch):
+  """What the losses of a batch are divided by."""
+  found = {"weight": jnp.maximum(batch["weights"].sum(), 1.0)}
+  return found | ({"pairs": jnp.maximum(batch["real"].sum(), 1.0)} if "real" in batch else {})
+
+
+def batch_logprobs(model, batch, how=How()):
   """fp32 [rows, T] log-probs of the batch's targets, zero where nothing is supervised."""
-  return token_logprobs(model, _hidden(model, batch, remat), batch["targets"], batch["weights"] > 0)
+  return token_logprobs(model, _hidden(model, batch, how), batch["targets"], batch["weights"] > 0)
 
 
-def _hidden(model, batch, remat):
-  return llama.hidden_states(model, batch["tokens"], batch["positions"], batch["segments"], remat=remat)
+def _hidden(model, batch, how):
+  forks = llama.Forks(batch["second"], batch["order"], batch["order_segments"]) if "second" in batch else None
+  dropout = llama.Dropout(how.dropout, jax.random.wrap_key_data(batch["key"])) if how.dropout else None
+  text = batch["tokens"], batch["positions"], batch["segments"]
+  return llama.hidden_states(model, *text, remat=how.remat, forks=forks, dropout=dropout)
 
 
 def sequence_logprobs(logprobs, batch, sequences):
@@ -226,11 +247,11 @@ def sequence_logprobs(logprobs, batch, sequences):
   return sums[:sequences]
 
 
-def sft(model, batch, remat=False):
-  """(loss, metrics): total NLL over the global batch divided by its target tokens."""
-  total = weighted_logprobs(model, _hidden(model, batch, remat), batch["targets"], batch["weights"])
-  tokens = jnp.maximum(batch["weights"].sum(), 1.0)
-  return -total / tokens, {"loss": -total / tokens, "target_tokens": tokens}
+def sft(model, batch, how=How(), whole=None):
+  """(loss, metrics): weighted NLL over the whole batch divided by its weight."""
+  total = weighted_logprobs(model, _hidden(model, batch, how), batch["targets"], batch["weights"])
+  loss = -total / (whole or totals(batch))["weight"]
+  return loss, {"loss": loss, "target_tokens": (batch["weights"] > 0).sum()}
 
 
 # Every preference loss and the parameters it has beside beta and nll_weight.
@@ -305,19 +326,30 @@ class Preference:
     return self.loss in ("ipo", "dpo_norm", "simpo")
 
 
-def preference(model, batch, p, remat=False):
-  """(loss, metrics). The sequences p.sides * i, ... are pair i's chosen, rejected, ...; `reference` [pairs, sides]
-  holds the reference's log-probs, if the loss has one, and `real` [pairs] is 0 for what only fills the batch up."""
+def preference(model, batch, p, how=How(), whole=None):
+  """(loss, metrics). The sequences 2 i and 2 i + 1 are pair i's chosen and rejected; `reference` [pairs, sides] holds
+  the reference's log-probs, if the loss has one, `real` [pairs] is 0 for what only fills the batch up, and `kl` is
+  `divergence`, if the loss has that."""
   pairs = batch["real"].shape[0]
-  of = lambda x: sequence_logprobs(x, batch, p.sides * pairs).reshape(pairs, p.sides)
-  logprobs, lengths = of(batch_logprobs(model, batch, remat)), of(jnp.ones(batch["weights"].shape))
-  loss, metrics = preference_of(p, logprobs, lengths, batch["reference"] if p.has_reference else None, batch["real"])
-  return loss, metrics | {"target_tokens": batch["weights"].sum()}
+  of = lambda x: sequence_logprobs(x, batch, 2 * pairs).reshape(pairs, 2)
+  logprobs, lengths = of(batch_logprobs(model, batch, how)), of(jnp.ones(batch["weights"].shape))
+  reference = batch["reference"][:, :2] if p.has_reference else None
+  here = batch["real"] * (lengths[:, 0] > 0)  # the others are in other parts of the batch
+  count = (whole or totals(batch))["pairs"]
+  loss, metrics = preference_of(p, logprobs, lengths, reference, here, count, batch.get("kl"))
+  return loss, metrics | {"target_tokens": (batch["weights"] > 0).sum()}
 
 
-def preference_of(p, logprobs, lengths, reference, real):
-  """`preference` from the log-probs and lengths [pairs, sides]: the mean over the real pairs."""
-  count, lengths = jnp.maximum(real.sum(), 1.0), jnp.maximum(lengths, 1.0)
+def divergence(logprobs, reference, real):
+  """The average log-ratio of sequences [pairs], at least 0: a constant, without a gradient."""
+  ratios = (logprobs - reference) * real
+  return jax.lax.stop_gradient(jnp.maximum(ratios.sum() / jnp.maximum(real.sum(), 1.0), 0.0))
+
+
+def preference_of(p, logprobs, lengths, reference, real, count=None, kl=None):
+  """`preference` from the log-probs and lengths [pairs, 2]: the sum over the real pairs divided by `count`, which is
+  how many there are, unless the batch has more."""
+  count, lengths = jnp.maximum(real.sum(), 1.0) if count is None else count, jnp.maximum(lengths, 1.0)
   mean = lambda x: (x * real).sum() / count
   ratios = logprobs - reference if p.has_reference else logprobs
   ratios = ratios / lengths if p.per_token else ratios
@@ -328,12 +360,13 @@ def preference_of(p, logprobs, lengths, reference, real):
     "accuracy": mean(margin > 0),
     "chosen_logprob": mean(logprobs[:, 0]),
     "rejected_logprob": mean(logprobs[:, 1]),
+    "chosen_length": mean(lengths[:, 0]),
+    "rejected_length": mean(lengths[:, 1]),
   }
   if p.loss == "kto":
-    z = jax.lax.stop_gradient(jnp.maximum(mean(ratios[:, 2]), 0.0))
-    away = p.beta * z - rewards
+    away = p.beta * kl - rewards
     loss = mean(jax.nn.sigmoid(away[:, 0]) + jax.nn.sigmoid(-away[:, 1])) / 2
-    metrics["kl"] = z
+    metrics["kl"] = kl * (real.sum() / count)
   else:
     loss = mean(_of_margin(p, margin))
   if p.nll_weight:
@@ -352,3 +385,44 @@ def _of_margin(p, margin):
   if p.loss == "rdpo":
     return ((1 - e) * right - e * wrong) / (1 - 2 * e)
   return (1 - e) * right + e * wrong if e else right
+
+
+@dataclasses.dataclass(frozen=True)
+class Grpo:
+  """Policy gradient on groups of responses to one prompt, each with its advantage over its group: clipped as PPO's, and
+  held near a reference by `kl` times an estimate of the divergence (exp(d) - d - 1, d = log p_ref - log p)."""
+
+  clip_ratio: float = 0.2
+  kl: float = 0.02
+
+  def __post_init__(self):
+    if not 0 < self.clip_ratio < 1:
+      raise ValueError(f"clip_ratio is {self.clip_ratio}; it must lie between 0 and 1")
+    if not self.kl >= 0:
+      raise ValueError(f"kl is {self.kl}; it must not be negative")
+
+
+def advantages(scores):
+  """[N] of one prompt's N scores: what each has over the mean, in standard deviations; zeros where all are equal."""
+  scores = np.asarray(scores, np.float64)
+  if len(scores) < 2 or np.ptp(scores) == 0:
+    return np.zeros(len(scores))
+  return (scores - scores.mean()) / (scores.std(ddof=1) + 1e-4)
+
+
+def grpo(model, batch, g, how=How(), whole=None):
+  """(loss, metrics) by tokens: `advantage`, `old` and `reference` [rows, T] are a place's advantage, and its log-prob
+  under the model that the response is from and under the reference."""
+  logprobs, weight = batch_logprobs(model, batch, how), (whole or totals(batch))["weight"]
+  mean = lambda x: (x * batch["weights"]).sum() / weight
+  loss, metrics = grpo_of(g, logprobs, batch["old"], batch["reference"], batch["advantage"], mean)
+  return loss, metrics | {"target_tokens": (batch["weights"] > 0).sum()}
+
+
+def grpo_of(g, logprobs, old, reference, advantage, mean=jnp.mean):
+  """`grpo` from log-probs and advantages of any shape."""
+  ratio, apart = jnp.exp(logprobs - old), reference - logprobs
+  clipped = jnp.clip(ratio, 1 - g.clip_ratio, 1 + g.clip_ratio)
+  kl = mean(jnp.exp(apart) - apart - 1)
+  loss = g.kl * kl - mean(jnp.minimum(ratio * advantage, clipped * advantage))
+  return loss, {"loss": loss, "kl": kl, "clipped": mean(ratio * advantage > clipped * advantage)}

@@ -1,9 +1,13 @@
-"""Training: one sharded AdamW loop for SFT and for preferences.
+"""Training: one sharded AdamW loop for SFT, preferences and policy gradients.
+
+  plan = planned(c, mesh, optimizer, objective, batch, passes, memory)   compiled, with what it needs on every device
+  model = fit(model, batches, steps, optimizer, objective, mesh, plan)   the trained fp32 model
 
 The step is compiled once per shape: the learning rate comes in as a number, so schedules and step counts of different
-rounds share the compilation. Weights and moments are fp32 and sharded by the same rules; the forward pass runs in
-`compute_dtype`. A step's batch holds a fixed number of examples packed into rows; the loss is normalised by what the
-whole batch supervises, so packing and the number of devices do not change it.
+rounds share the compilation. Weights are fp32, moments fp32 or bf16, both sharded by the same rules; the forward and
+backward pass run in `compute_dtype` on a copy of the weights. A step's batch holds a fixed number of examples packed
+into rows, which go through the model in one or more `passes`; the loss is normalised by what the whole batch
+supervises, so packing, passes and the number of devices do not change it. An update that is not finite is not made.
 """
 
 import dataclasses
@@ -18,47 +22,101 @@ import optax
 from alma_jax.engine import losses
 from alma_jax.llama import model as llama
 from alma_jax.llama import sharding
+from alma_jax.llama.sharding import BATCH
+
+P = jax.sharding.PartitionSpec
 
 
 class TrainingError(Exception):
-  """Training that cannot go on; the message says at which step and why."""
+  """Training that cannot begin or go on; the message says why and what helps."""
+
+
+class Stopped(Exception):
+  """Training that was asked to stop and has saved where it is."""
+
+
+SCHEDULES = {  # the share of the way from the peak to the final rate after a share `done` of the steps
+  "cosine": lambda done: 0.5 * (1 - math.cos(math.pi * done)),
+  "linear": lambda done: done,
+  "constant": lambda done: 0.0,
+}
+MOMENTS = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
   learning_rate: float
-  final_learning_rate: float  # cosine from the peak down to this
+  final_learning_rate: float
   warmup: float  # fraction of all steps
   beta1: float
   beta2: float
   eps: float
   weight_decay: float
   clip: float  # global norm of the gradient
+  schedule: str = "cosine"  # from the peak down to the final rate
+  moments: str = "float32"
+
+  def __post_init__(self):
+    for name, words in (("schedule", SCHEDULES), ("moments", MOMENTS)):
+      if getattr(self, name) not in words:
+        raise ValueError(f"{name} is {getattr(self, name)!r}; it may be {', '.join(map(repr, words))}")
+    if not 0 <= self.warmup <= 1:
+      raise ValueError(f"warmup is {self.warmup}; it is a fraction of all steps, 0 to 1")
+    if not self.learning_rate > 0:
+      raise ValueError(f"learning_rate is {self.learning_rate}; it must be above 0")
+    if not 0 <= self.final_learning_rate <= self.learning_rate:
+      raise ValueError(
+        f"final_learning_rate is {self.final_learning_rate}; it must lie between 0 and learning_rate,"
+        f" {self.learning_rate}"
+      )
+    if not self.clip > 0:
+      raise ValueError(f"clip is {self.clip}; it must be above 0 (float('inf'): no clipping)")
+    if self.moments == "bfloat16" and self.beta2 > 0.99:
+      raise ValueError(
+        f"moments='bfloat16' with beta2={self.beta2}: bfloat16 has 8 bits, in which a change of {1 - self.beta2:.2g} of"
+        " a moment is lost, so that it would never fall; set beta2 to at most 0.99 or moments to 'float32'"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-  kind: str  # "sft", "preference", or "score": log-probs alone
+  kind: str  # "sft", "preference", "grpo"
   preference: losses.Preference | None = None
-  remat: bool = False
+  grpo: losses.Grpo | None = None
+  remat: str = "none"  # what is kept for the backward pass (llama.model.REMAT), or "auto"
+  dropout: float = 0.0  # residual dropout of the last layer; it rises evenly from 0 in the first
   compute_dtype: str = "float32"
 
   def __post_init__(self):
-    if self.kind not in ("sft", "preference", "score"):
-      raise ValueError(f"there is no objective {self.kind!r}; there are 'sft', 'preference' and 'score'")
-    if (self.kind == "preference") != (self.preference is not None):
-      raise ValueError(
-        f"the objective {self.kind!r} goes {'with' if self.preference is None else 'without'} a Preference"
-      )
+    if self.kind not in ("sft", "preference", "grpo"):
+      raise ValueError(f"there is no objective {self.kind!r}; there are 'sft', 'preference' and 'grpo'")
+    for name in ("preference", "grpo"):
+      if (self.kind == name) != (getattr(self, name) is not None):
+        word = "with" if self.kind == name else "without"
+        raise ValueError(f"the objective {self.kind!r} goes {word} a {name.capitalize()}")
+    if self.remat not in ("auto", *llama.REMAT):
+      words = ", ".join(map(repr, ("auto", *llama.REMAT)))
+      raise ValueError(f"remat is {self.remat!r}; it may be {words}")
+    if not 0 <= self.dropout < 1:
+      raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
+
+  @property
+  def loss(self):
+    """(model, batch, how, whole) -> (loss, metrics)."""
+    if self.kind == "preference":
+      return lambda model, batch, *more: losses.preference(model, batch, self.preference, *more)
+    if self.kind == "grpo":
+      return lambda model, batch, *more: losses.grpo(model, batch, self.grpo, *more)
+    return losses.sft
 
 
 def learning_rate(o, step, steps):
-  """Linear warm-up, then cosine to the final rate; `step` counts from 0."""
+  """Linear warm-up, then the schedule from the peak to the final rate; `step` counts from 0."""
   warm = round(o.warmup * steps)
   if step < warm:
     return o.learning_rate * (step + 1) / warm
   done = (step - warm) / max(1, steps - warm)
-  return o.final_learning_rate + (o.learning_rate - o.final_learning_rate) * 0.5 * (1 + math.cos(math.pi * done))
+  return o.learning_rate + (o.final_learning_rate - o.learning_rate) * SCHEDULES[o.schedule](done)
 
 
 def transformation(o):
@@ -68,96 +126,321 @@ def transformation(o):
   )
   return optax.chain(
     optax.clip_by_global_norm(o.clip),
-    optax.scale_by_adam(o.beta1, o.beta2, o.eps),
+    _kept_in(o.moments, optax.scale_by_adam(o.beta1, o.beta2, o.eps)),
     optax.add_decayed_weights(o.weight_decay, mask=decayed),
   )
 
 
-@functools.cache
-def _compiled(c, mesh, o, objective):
-  """(start, step) for one architecture, mesh, optimizer (without its schedule) and objective; cached, so that rounds
-  share compilations."""
-  tx = transformation(o)
-  model_shardings = sharding.shardings(jax.eval_shape(lambda: llama.init(c, 0)), mesh, sharding.TRAIN)
-  abstract = jax.eval_shape(lambda: tx.init(llama.init(c, 0)))
-  state_shardings = (model_shardings, sharding.shardings(abstract, mesh, sharding.TRAIN))
+def _kept_in(dtype, tx):
+  """`tx` whose state is kept in another dtype between updates, which are fp32."""
+  if dtype == "float32":
+    return tx
+  cast = lambda tree, to: jax.tree.map(lambda x: x.astype(to) if x.dtype != jnp.int32 else x, tree)
 
-  @functools.partial(jax.jit, out_shardings=state_shardings)
+  def update(updates, state, params=None):
+    updates, state = tx.update(updates, cast(state, jnp.float32), params)
+    return updates, cast(state, dtype)
+
+  return optax.GradientTransformation(lambda params: cast(tx.init(params), dtype), update)
+
+
+@functools.cache
+def _programs(c, mesh, o, objective):
+  """(start, step, abstract state) for one architecture, mesh, optimizer (without its schedule) and objective; cached,
+  so that rounds share compilations."""
+  tx = transformation(o)
+  fresh = lambda: llama.init(c, 0)
+  abstract = jax.eval_shape(fresh), jax.eval_shape(lambda: tx.init(fresh()))
+  shardings = tuple(sharding.shardings(tree, mesh, sharding.TRAIN) for tree in abstract)
+  how = losses.How(objective.remat, objective.dropout)
+
+  @functools.partial(jax.jit, donate_argnums=0, out_shardings=shardings)
   def start(model):
     model = llama.cast(model, jnp.float32)
     return model, tx.init(model)
 
-  @functools.partial(jax.jit, donate_argnums=0, out_shardings=(state_shardings, None))
-  def step(state, batch, rate):
+  @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
+  def step(state, batch, rate, stops):
     model, moments = state
-
-    def loss(model):
-      model = llama.cast(model, objective.compute_dtype)
-      if objective.kind == "preference":
-        return losses.preference(model, batch, objective.preference, objective.remat)
-      return losses.sft(model, batch, objective.remat)
-
-    (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(model)
-    metrics["gradient_norm"] = optax.tree.norm(gradient)
+    (_, metrics), gradient = _gradient(llama.cast(model, objective.compute_dtype), batch, objective, how)
+    gradient = jax.tree.map(lambda x: x.astype(jnp.float32), gradient)
+    norm = optax.tree.norm(gradient)
     updates, moments = tx.update(gradient, moments, model)
-    model = jax.tree.map(lambda w, u: w - rate * u, model, updates)
-    return (model, moments), metrics
+    new = jax.tree.map(lambda w, u: w - rate * u, model, updates), moments
+    finite = jnp.isfinite(metrics["loss"] + norm)
+    state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+    return state, metrics | {"gradient_norm": norm, "stop": stops.max()}
 
-  return start, step
+  placed = jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), abstract, shardings)
+  return start, step, placed
 
 
-def fit(model, batches, steps, optimizer, objective, mesh, restore=None, save=None, report=None):
-  """The trained fp32 model. `batches(step) -> dict of host arrays` (whole global batch on every host), rows a multiple
-  of the mesh's batch ways. `restore(abstract state) -> (state, step) or None`, `save(step, state)` after each step and
-  `report(step, metrics)` are the caller's: the loop touches no files."""
+def abstract_state(c, mesh, optimizer):
+  """Shapes and shardings of (model, moments), as a checkpoint of them is restored."""
+  return _programs(c, mesh, _unscheduled(optimizer), Objective("sft"))[2]
+
+
+def _gradient(model, batch, objective, how):
+  """((loss, metrics), gradient) of a batch whose arrays by rows lead with the passes."""
+  rows, other = _by_rows(batch), batch.get("other")
+  constants = {name: x for name, x in batch.items() if name not in rows and name != "other"}
+  whole = losses.totals(batch)
+  if other is not None:  # a KTO batch's sequences for the divergence: a forward pass and no more
+    pairs = batch["real"].shape[0]
+    sums = lambda part: losses.sequence_logprobs(losses.batch_logprobs(model, part), part, pairs)
+    summed = jax.lax.map(sums, other).sum(axis=0)
+    constants["kl"] = losses.divergence(summed, batch["reference"][:, 2], batch["real"])
+  passes = batch["tokens"].shape[0]
+
+  def one(i, part):
+    if "key" in constants:
+      part = part | {"key": jnp.stack([constants["key"][0], constants["key"][1] * passes + i.astype(jnp.uint32)])}
+    value = lambda model: objective.loss(model, constants | part, how, whole)
+    return jax.value_and_grad(value, has_aux=True)(model)
+
+  if passes == 1:
+    return one(jnp.uint32(0), jax.tree.map(lambda x: x[0], rows))
+  add = lambda total, x: jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, x)
+  shapes = jax.eval_shape(one, jnp.uint32(0), jax.tree.map(lambda x: x[0], rows))
+  nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+  return jax.lax.scan(lambda total, x: (add(total, one(*x)), None), nothing, (jnp.arange(passes), rows))[0]
+
+
+def _by_rows(batch):
+  return {name: x for name, x in batch.items() if getattr(x, "ndim", 0) == 3}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """A compiled step, how it was compiled, and what it needs on each device, in bytes."""
+
+  step: object
+  remat: str
+  passes: int
+  state: int  # weights, moments and batch
+  working: int  # gradients, activations, the copy that computes
+
+  @property
+  def bytes(self):
+    return self.state + self.working
+
+
+def planned(c, mesh, optimizer, objective, batch, passes=1, memory=None):
+  """The Plan for batches like this one. With remat "auto": the quickest way that fits into `memory` bytes a device, or
+  simply the quickest if that is None. What does not fit is a TrainingError that says what would help."""
+  shapes = tuple(sorted((name, x.shape, x.dtype.str) for name, x in _flat(batch)))
+  tried = []
+  for remat in llama.REMAT if objective.remat == "auto" else (objective.remat,):
+    plan = _plan(c, mesh, _unscheduled(optimizer), dataclasses.replace(objective, remat=remat), shapes, passes)
+    if memory is None or plan.bytes <= memory:
+      return plan
+    tried.append(plan)
+  plan = min(tried, key=lambda plan: plan.bytes)
+  raise TrainingError(_too_large(plan, memory, mesh, batch["tokens"].shape, optimizer, objective))
+
+
+def _too_large(plan, memory, mesh, shape, optimizer, objective):
+  gb = lambda x: f"{x / 1e9:.1f} GB"
+  helps = []
+  if objective.remat != "auto" and objective.remat != "full":
+    helps.append("remat='full' (or 'auto')")
+  if plan.working > 0.3 * plan.bytes and plan.passes < shape[0] // sharding.replicas(mesh):
+    helps.append(f"more passes (passes={2 * plan.passes})")
+  if optimizer.moments != "bfloat16":
+    helps.append("moments='bfloat16'")
+  if mesh.size < 2 or mesh.shape["data"] > 1:
+    helps.append("more devices along config.mesh.fsdp")
+  return (
+    f"training needs {gb(plan.bytes)} on each device and {gb(memory)} are there: {gb(plan.state)} for weights, moments"
+    f" and batch, {gb(plan.working)} for gradients, activations and copies, with remat={plan.remat!r} and"
+    f" {shape[0]} rows of {shape[1]} tokens in {plan.passes} pass{'es' * (plan.passes > 1)} over"
+    f" {sharding.replicas(mesh)} groups of devices. What helps: {'; '.join([*helps, 'a smaller batch or row_length'])}"
+  )
+
+
+def _flat(batch, prefix=""):
+  for name, x in batch.items():
+    if isinstance(x, dict):
+      yield from _flat(x, f"{prefix}{name}/")
+    else:
+      yield f"{prefix}{name}", x
+
+
+def _unscheduled(o):
+  """What of an optimizer is compiled; its rate comes in as a number."""
+  return dataclasses.replace(o, learning_rate=1.0, final_learning_rate=0.0, warmup=0.0, schedule="constant")
+
+
+@functools.cache
+def _plan(c, mesh, o, objective, shapes, passes):
+  _, step, state = _programs(c, mesh, o, objective)
+  batch = {}
+  for name, shape, dtype in shapes:
+    *groups, leaf = name.split("/")
+    node = functools.reduce(lambda node, group: node.setdefault(group, {}), groups, batch)
+    node[leaf] = np.broadcast_to(np.zeros((), dtype), shape)
+  abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_spread(x.shape, mesh))
+  batch = jax.tree.map(abstract, _in_passes(batch, passes))
+  if objective.dropout:
+    batch["key"] = abstract(np.zeros(2, np.uint32))
+  stops = jax.ShapeDtypeStruct((mesh.size,), jnp.int32, sharding=jax.NamedSharding(mesh, P(mesh.axis_names)))
   with jax.set_mesh(mesh):
-    unscheduled = dataclasses.replace(optimizer, learning_rate=0.0, final_learning_rate=0.0, warmup=0.0)
-    start, train_step = _compiled(model.c, mesh, unscheduled, objective)
+    compiled = step.lower(state, batch, abstract(np.float32(0)), stops).compile()
+  found = compiled.memory_analysis()
+  kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+  return Plan(compiled, objective.remat, passes, kept, found.temp_size_in_bytes)
+
+
+def _in_passes(batch, passes):
+  """The batch with its arrays by rows, which are shaped like its tokens, as [passes, rows of a pass, T]."""
+  rows, places = batch["tokens"].shape
+
+  def split(x):
+    if isinstance(x, dict):
+      return _in_passes(x, passes)
+    return x.reshape(passes, rows // passes, places) if x.shape == (rows, places) else x
+
+  return {name: split(x) for name, x in batch.items()}
+
+
+def fit(
+  model,
+  batches,
+  steps,
+  optimizer,
+  objective,
+  mesh,
+  plan=None,
+  seed=0,
+  every=1,
+  restore=None,
+  save=None,
+  report=None,
+  failed=None,
+  stop=lambda: False,
+):
+  """The trained fp32 model; the given one is used up. `batches(step) -> dict of host arrays` (the whole global batch on
+  every host), rows a multiple of the mesh's batch ways times the passes.
+
+  The caller's, for the loop touches no files: `restore(state like this) -> (state, step) or None`; `save(step, state)`
+  after `every` so many steps; `report(step, metrics)`, a step late, so that the devices never wait for it;
+  `failed(step, model) -> text` when a loss was not finite; `stop()`, whether any host wants to end: then the state is
+  saved and Stopped raised.
+  """
+  start, _, _ = _programs(model.c, mesh, _unscheduled(optimizer), objective)
+  c, late = model.c, None
+
+  def settle():
+    """Look at the metrics of the last step; whether someone wants to stop."""
+    step, rate, metrics = late
+    metrics = {name: float(x) for name, x in metrics.items()}
+    stopping = metrics.pop("stop") > 0
+    metrics["learning_rate"] = rate
+    if not math.isfinite(metrics["loss"] + metrics["gradient_norm"]):
+      more = failed(step, state[0]) if failed else ""
+      raise TrainingError(
+        f"step {step + 1} of {steps}: the loss is {metrics['loss']} and the gradient norm {metrics['gradient_norm']};"
+        f" lower the learning rate or look at the batch's data{more}"
+      )
+    if report:
+      report(step, metrics)
+    return stopping
+
+  with jax.set_mesh(mesh):
     state, first = start(model), 0
     if restore and (found := restore(state)):
       state, first = found
+    stopping = False
     for step in range(first, steps):
-      batch = {name: global_array(x, mesh) for name, x in batches(step).items()}
+      batch = batches(step)
+      plan = plan or planned(c, mesh, optimizer, objective, batch)
+      batch = jax.tree.map(lambda x: global_array(x, mesh), _in_passes(batch, plan.passes))
+      if objective.dropout:
+        batch["key"] = global_array(np.array([seed, step], np.uint32), mesh)
       rate = learning_rate(optimizer, step, steps)
-      state, metrics = train_step(state, batch, jnp.float32(rate))
-      metrics = {name: float(x) for name, x in metrics.items()} | {"learning_rate": rate}
-      if not math.isfinite(metrics["loss"] + metrics["gradient_norm"]):
-        raise TrainingError(
-          f"step {step + 1} of {steps}: the loss is {metrics['loss']} and the gradient norm {metrics['gradient_norm']};"
-          " lower the learning rate or look at the batch's data"
-        )
-      if report:
-        report(step, metrics)
-      if save:
+      flags = np.full(mesh.size, stop(), np.int32)  # each host's own, on its own devices
+      stops = jax.make_array_from_callback(
+        flags.shape, jax.NamedSharding(mesh, P(mesh.axis_names)), lambda index: flags[index]
+      )
+      state, metrics = plan.step(state, batch, global_array(np.float32(rate), mesh), stops)
+      stopping = stopping or (late is not None and settle())
+      late = step, rate, metrics
+      if step + 1 < steps and save and (stopping or (step + 1) % every == 0):
+        stopping = settle() or stopping
+        late = None
         save(step + 1, state)
+        if stopping:
+          raise Stopped
+    if late:
+      settle()
   return state[0]
 
 
 @functools.cache
-def _scorer(sequences, objective, mesh):
-  whole = jax.NamedSharding(mesh, jax.sharding.PartitionSpec())  # every host reads the result
+def _scorer(what, compute_dtype, mesh):
+  whole = jax.NamedSharding(mesh, P())  # every host reads the result
 
   @functools.partial(jax.jit, out_shardings=whole)
   def score(model, batch):
-    logprobs = losses.batch_logprobs(llama.cast(model, objective.compute_dtype), batch)
-    return losses.sequence_logprobs(logprobs, batch, sequences)
+    logprobs = losses.batch_logprobs(llama.cast(model, compute_dtype), batch)
+    return losses.sequence_logprobs(logprobs, batch, what) if what else logprobs
 
   return score
 
 
-def sequence_logprobs(model, batches, sequences, objective, mesh):
+def sequence_logprobs(model, batches, sequences, compute_dtype, mesh):
   """Yields the summed log-probs [sequences] of each packed host batch, by the code that trains."""
+  return _scored(model, batches, sequences, compute_dtype, mesh)
+
+
+def token_logprobs(model, batches, compute_dtype, mesh):
+  """Yields the log-probs [rows, T] of each packed host batch's targets, by the code that trains."""
+  return _scored(model, batches, None, compute_dtype, mesh)
+
+
+def _scored(model, batches, what, compute_dtype, mesh):
   for batch in batches:
     with jax.set_mesh(mesh):  # not around the yield: the mesh would stay in force for whoever called
       batch = {name: global_array(x, mesh) for name, x in batch.items()}
-      scored = np.asarray(_scorer(sequences, objective, mesh)(model, batch))
+      scored = np.asarray(_scorer(what, compute_dtype, mesh)(model, batch))
     yield scored
 
 
 def global_array(x, mesh):
-  """A host array on the mesh: rows of two-dimensional arrays over the batch axes, the rest on every device."""
+  """A host array on the mesh: rows over the batch axes, vectors and numbers on every device."""
   x = np.asarray(x)
-  ways = mesh.shape["data"] * mesh.shape["fsdp"]
-  whole = jax.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  spread = sharding.batch_sharding(mesh) if x.ndim > 1 and x.shape[0] % ways == 0 else whole
-  return jax.make_array_from_callback(x.shape, spread, lambda index: x[index])
+  return jax.make_array_from_callback(x.shape, _spread(x.shape, mesh), lambda index: x[index])
+
+
+def _spread(shape, mesh):
+  """Rows lead in two dimensions, and come second, after the passes, in three."""
+  rows = {2: 0, 3: 1}.get(len(shape))
+  if rows is None or shape[rows] % sharding.replicas(mesh):
+    return jax.NamedSharding(mesh, P())
+  return jax.NamedSharding(mesh, P(*[None] * rows, BATCH))
+
+
+PEAKS = {  # bf16 operations per second of a device, by a part of its name; the first that fits counts
+  "H100": 989e12,
+  "H200": 989e12,
+  "A100": 312e12,
+  "B200": 2250e12,
+  "TPU v4": 275e12,
+  "TPU v5 lite": 197e12,
+  "TPU v5": 459e12,
+  "TPU v6 lite": 918e12,
+  "TPU7x": 2307e12,
+}
+
+
+def peak(device):
+  """The device's bf16 operations per second from its data sheet; None if it is not known."""
+  return next((flops for name, flops in PEAKS.items() if name in device.device_kind), None)
+
+
+def operations(c, lengths):
+  """What a training step on sequences of these lengths computes, as MFU counts it: 6 per weight and token (embedding
+  rows apart, the head at every place) and causal attention; nothing that is computed twice."""
+  lengths = np.asarray(lengths, np.float64)
+  weights = c.parameters - (0 if c.tied else c.vocab * c.width)
+  return float(6 * weights * lengths.sum() + 6 * c.depth * c.heads * c.head_dim * (lengths**2).sum())

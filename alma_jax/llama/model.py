@@ -108,18 +108,19 @@ def rms_norm(x, weight, eps):
   return (weight[...].astype(jnp.float32) * x32).astype(x.dtype)
 
 
-def run_block(block, c, x, cos_sin, attend):
-  """One layer; `attend(q, k, v) -> (out, kept)` decides what is looked at and what is kept of k and v."""
+def run_block(block, c, x, cos_sin, attend, drop=lambda x, site: x):
+  """One layer; `attend(q, k, v) -> (out, kept)` decides what is looked at and what is kept of k and v. `drop` is
+  applied to what the attention (site 0) and the feed-forward part (site 1) add to the stream."""
   x = constrain_batch(x)
   h = rms_norm(x, block.attn_norm, c.norm_eps)
   q = rotate(jnp.einsum("btd,dnh->btnh", h, block.q[...]), cos_sin)
   k = rotate(jnp.einsum("btd,dkh->btkh", h, block.k[...]), cos_sin)
   v = jnp.einsum("btd,dkh->btkh", h, block.v[...])
   out, kept = attend(q, k, v)
-  x = x + jnp.einsum("btnh,nhd->btd", out, block.o[...])
+  x = x + drop(jnp.einsum("btnh,nhd->btd", out, block.o[...]), 0)
   h = rms_norm(x, block.mlp_norm, c.norm_eps)
   h = jax.nn.silu(jnp.einsum("btd,df->btf", h, block.gate[...])) * jnp.einsum("btd,df->btf", h, block.up[...])
-  return x + jnp.einsum("btf,fd->btd", h, block.down[...]), kept
+  return x + drop(jnp.einsum("btf,fd->btd", h, block.down[...]), 1), kept
 
 
 def embedded(model, tokens):
@@ -127,18 +128,66 @@ def embedded(model, tokens):
   return constrain_vocab(model.embed[...])[tokens]
 
 
-def hidden_states(model, tokens, positions, segments, remat=False):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Forks:
+  """Rows in which a second continuation of a text stands behind the first: [text][first][second]. To it the first one
+  is not there; everything before it in its segment is, up to where the first one began."""
+
+  second: Any  # [B, T] bool: the places of second continuations
+  order: Any  # [B, T] the places of each row with every second continuation right behind its text
+  segments: Any  # [B, T] in that order: text and second continuation are one segment, the first one is another
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Dropout:
+  """Residual dropout: the rate rises evenly from 0 in the first layer to `last` in the last one."""
+
+  last: Any
+  key: Any
+
+
+# What the backward pass finds kept of every layer, from the quickest to the leanest: everything; the results of matrix
+# products, so that the rest is computed again; the layer's input alone.
+REMAT = {"none": None, "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+
+
+def hidden_states(model, tokens, positions, segments, remat="none", forks=None, dropout=None, depth=None):
   """Final-norm hidden states [B, T, D] of right-padded or packed rows; positions restart with every segment. Segments
-  [B, T] number the packed examples; padding is 0."""
+  [B, T] number the packed examples; padding is 0. `depth`: stop after so many layers."""
   c, cos_sin = model.c, rope_angles(model.c, positions)
+  depth = c.depth if depth is None else min(depth, c.depth)
 
-  def layer(x, block, _):
-    return run_block(block, c, x, cos_sin, lambda q, k, v: (attention.causal(q, k, v, segments)[0], None))
+  def attend(q, k, v):
+    return attention.causal(q, k, v, segments)[0] if forks is None else _forked(q, k, v, segments, forks), None
 
-  if remat:
-    layer = jax.checkpoint(layer, prevent_cse=False)
-  x, _ = _run_layers(model, layer, embedded(model, tokens), None)
+  def layer(x, block, i):
+    drop = (lambda x, site: x) if dropout is None else lambda x, site: _dropped(x, dropout, c.depth, i, site)
+    return run_block(block, c, x, cos_sin, attend, drop)
+
+  if remat != "none":
+    layer = jax.checkpoint(layer, prevent_cse=False, policy=REMAT[remat])
+  if depth < c.depth:
+    first = model.blocks[:depth] if isinstance(model.blocks, tuple) else jax.tree.map(lambda x: x[:depth], model.blocks)
+    model = _with_blocks(model, first)
+  x, _ = _run_layers(model, layer, embedded(model, tokens), jnp.arange(depth))
   return rms_norm(x, model.norm, c.norm_eps)
+
+
+def _forked(q, k, v, segments, forks):
+  """Attention over rows with forks: once as they stand, which is right for all but the second continuations, and once
+  in the order in which these follow their texts."""
+  moved = lambda x, to: jnp.take_along_axis(x, to[..., None, None], axis=1)
+  first = attention.causal(q, k, v, segments)[0]
+  second = attention.causal(*(moved(x, forks.order) for x in (q, k, v)), forks.segments)[0]
+  return jnp.where(forks.second[..., None, None], moved(second, jnp.argsort(forks.order, axis=1)), first)
+
+
+def _dropped(x, dropout, depth, i, site):
+  rate = dropout.last * i / max(1, depth - 1)
+  kept = jax.random.uniform(jax.random.fold_in(dropout.key, 2 * i + site), x.shape) >= rate
+  return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
 
 
 def _run_layers(model, layer, x, per_layer):

@@ -48,10 +48,20 @@ def run(session):
     scored = judgments.build(session, r, drawn[-1], sampled, judge_, c_r)  # J
     trainsets.append(trainset.build(session, r, drawn[-1], sampled, scored, c_r))  # D_r
     name, seed = f"round_{r:02d}/policy", c_r.policy_seed + r
-    if c_r.trainset.method == "dpo":
-      latest = policy.dpo(session, name, sft[0], trainsets, c_r.dpo, seed)  # from M_1, on D_2 .. D_r
+    method = c_r.trainset.method
+    options = c_r[{"dpo": "dpo", "grpo": "grpo"}.get(method, "policy")]
+    models = {"base": base, "latest": latest or sft[0], **{m.name: m for m in sft}}
+    init = models[options.init_from]
+    if method == "grpo":
+      reference = models[options.ref_from]
+      latest = policy.grpo(session, name, init, reference, trainsets[-1], options, seed)  # on D_r, which it wrote
     else:
-      latest = policy.sft(session, name, base, data, trainsets, c_r.policy, seed)  # from M_0, D_1 .. D_r
+      learnt = trainsets if options.history == "all" else trainsets[-1:]
+      if method == "dpo":
+        reference = init if options.ref_from == "init" else models[options.ref_from]
+        latest = policy.dpo(session, name, init, reference, learnt, options, seed)  # from M_1, on D_2 .. D_r
+      else:
+        latest = policy.sft(session, name, init, data, learnt, options, seed)  # from M_0, on D_1 .. D_r
     evals.build(session, r, latest, judge_, data, c_r)  # M_r
 
 

@@ -28,7 +28,7 @@ class Session(Workbench):
     for round in (0, *self.feedback_rounds()):
       resolved = configs.for_round(config, round)
       _check_sampling(resolved, "config")
-      _check_preference(resolved, f"config in round {round}" if round else "config")
+      _check_training(resolved, f"config in round {round}" if round else "config", self.dtype)
     self.base = Checkpoint("base", self.directory, content_of(self.directory))
 
   def feedback_rounds(self):
@@ -61,11 +61,16 @@ def _check_sampling(section, where):
       _check_sampling(value, f"{where}.{name}")
 
 
-def _check_preference(config, where):
-  try:
-    training.preference(config.dpo)
-  except ValueError as error:
-    raise configs.ConfigError(f"{where}: dpo: {error}") from None
+def _check_training(section, where, dtype):
+  """Nor a training that there is not; `where` is the section's name."""
+  if "epochs" in section:
+    try:
+      training.check(section, dtype)
+    except ValueError as error:
+      raise configs.ConfigError(f"{where}: {error}") from None
+  for name, value in section.items():
+    if isinstance(value, ConfigDict):
+      _check_training(value, f"{where}.{name}", dtype)
 
 
 def key_of(*words):

@@ -1,120 +1,189 @@
-"""Training with examples in and a model directory out: epochs, batches, checkpoints, export.
+"""Training with data in and a model directory out: epochs, memory, checkpoints, logs, export.
 
-A step takes `batch` examples from a permutation that follows from (seed, epoch), packs them best-fit into rows, and
-fills up to the same number of rows at every step, so that the step compiles once. A killed training goes on from its
-last checkpoint and ends with the same weights as one that was never killed.
+  model, facts = train(session, stage, init, Examples(sequences, names), options, seed)
+
+What will not fit into the devices' memory is said before the first step. A killed training goes on from its last
+checkpoint and ends with the same weights as one that was never killed; SIGTERM makes it save one at once. In the
+stage's directory: metrics.jsonl (a line per step), speed.jsonl (times, tokens per second, MFU), tensorboard/ (both),
+and failure.json if a loss was not finite: the examples of that step.
 """
 
+import contextlib
 import dataclasses
 import json
-import math
 import shutil
+import signal
+import threading
+import time
 
 import jax
 import numpy as np
+import tensorboardX
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from alma_jax.engine import losses
 from alma_jax.engine import train as engine
+from alma_jax.llama import config as llama_config
 from alma_jax.llama import sharding, weights
+from alma_jax.session.batches import Batches, Examples, Graded, Pairs
 from alma_jax.session.workbench import Checkpoint
-from alma_jax.text import chat, packing
+from alma_jax.store import shards
+from alma_jax.text import chat
 
-ROWS = 4  # the number of rows is rounded up to this, so that rounds of like size share a compilation
+# How a training is run, which leaves its result as it is but for the last bits: no part of a stage's fingerprint.
+PRACTICAL = ("remat", "passes", "checkpoint_every", "checkpoint_keep")
 
 
-def train(session, stage, init, examples, options, seed, objective="sft", reference=None):
-  """Train `init` on `examples` and write `stage.dir/model`; returns its Checkpoint.
-
-  examples: list of (token ids, weights); for "dpo" the list holds the sides of every pair, chosen and rejected first,
-  and `reference` [pairs, sides] the reference's log-probs, if the loss has one. `options` is the config's training
-  section.
-  """
+def train(session, stage, init, data, options, seed):
+  """Train `init` on Examples, Pairs or Graded and write `stage.dir/model`; (that directory, facts for the manifest).
+  `options` is the config's training section."""
   session.free()
-  goal = engine.Objective(
-    kind="preference" if objective == "dpo" else objective,
-    preference=preference(options) if objective == "dpo" else None,
-    remat=options.remat,
-    compute_dtype=session.dtype,
-  )
-  group = goal.preference.sides if goal.preference else 1
-  count = len(examples) // group
-  per_epoch = math.ceil(count / options.batch)
-  steps = max(1, math.ceil(round(options.epochs * per_epoch, 6)))  # 2.2 * 25 is 55.00000000000001
-  packed = _Batches(examples, group, options, seed, per_epoch, _ways(session), reference)
-  optimizer = engine.Optimizer(
-    learning_rate=options.learning_rate,
-    final_learning_rate=options.final_learning_rate,
-    warmup=options.warmup,
-    beta1=options.beta1,
-    beta2=options.beta2,
-    eps=options.eps,
-    weight_decay=options.weight_decay,
-    clip=options.clip,
-  )
+  passes = min(options.passes, max(1, options.batch))
+  batches = Batches(data, options, seed, sharding.replicas(session.mesh) * passes)
+  goal, optimizer = objective(options, type(data), session.dtype), optimizer_of(options)
+  memory = _least_of_all_hosts(session.training_bytes)
+  plan = engine.planned(_config(session), session.mesh, optimizer, goal, batches(0), passes, memory)
+  session.run.log("memory", stage=stage.name, state=plan.state, working=plan.working, there=memory, remat=plan.remat)
+  if plan.bytes > memory / 10:
+    session.say(
+      f"{stage.name}: {plan.bytes / 1e9:.1f} of {memory / 1e9:.1f} GB on each device, {plan.state / 1e9:.1f} of them"
+      f" for weights and moments; remat {plan.remat!r}"
+    )
+  keep = ocp.training.preservation_policies
+  policies = [keep.LatestN(2), *([keep.EveryNSteps(options.checkpoint_keep)] if options.checkpoint_keep else [])]
   checkpoints = ocp.training.Checkpointer(
-    (stage.dir / "checkpoints").absolute(),
-    save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(options.checkpoint_every),
-    preservation_policy=ocp.training.preservation_policies.LatestN(2),
+    (stage.dir / "checkpoints").absolute(), preservation_policy=keep.AnyPreservationPolicy(policies)
   )
-  log = _Log(session, stage)
-  bar = session.bar(stage.name, steps, "steps")
+  log = _Log(session, stage, batches)
+  bar = session.bar(stage.name, batches.steps, "steps")
 
   def restore(state):
     latest = checkpoints.latest
     if latest is None:
       return None
-    # Plain leaves on disk: the tree then does not depend on how Flax wraps a weight.
-    leaves = checkpoints.load(latest.step, _leaves(state))
     log.keep(latest.step)
     bar.update(latest.step)
-    return _with_leaves(state, leaves), latest.step
+    return _with_leaves(state, checkpoints.load(latest.step, _leaves(state))), latest.step
 
   def save(step, state):
-    if step < steps and step % options.checkpoint_every == 0:
-      checkpoints.save_async(step, _leaves(state))
-      stage.beat()
+    checkpoints.save_async(step, _leaves(state), force=True)  # else it would be left out while another is written
+    stage.beat()
 
   def report(step, metrics):
     log.write(step, metrics)
     bar.update(1)
     bar.set_postfix_str(f"loss {metrics['loss']:.3f}", refresh=False)
 
-  with checkpoints, bar:
-    start, reset = session.load(init, session.mesh, sharding.TRAIN, "float32"), []
-    if markers := chat.special_ids(session.tokenizer, session.chat):
-      start, reset = weights.reinit_untrained(start, markers)
-    model = engine.fit(start, packed, steps, optimizer, goal, session.mesh, restore, save, report)
-  facts = {"steps": steps, "examples": count, "rows": packed.rows, "untrained_tokens_reset": len(reset)}
-  return export(session, stage, model), facts
+  def failed(step, model):
+    return _failure(session, stage, model, data, batches.members(step), step, options)
+
+  (stage.dir / "failure.json").unlink(missing_ok=True)
+  with _asked_to_stop() as stop:
+    try:
+      with checkpoints, log, bar:
+        start, reset = session.load(init, session.mesh, sharding.TRAIN, "float32"), []
+        if markers := chat.special_ids(session.tokenizer, session.chat):
+          start, reset = weights.reinit_untrained(start, markers)
+        every, steps = options.checkpoint_every, batches.steps
+        model = engine.fit(
+          start, batches, steps, optimizer, goal, session.mesh, plan, seed, every, restore, save, report, failed, stop
+        )
+    except engine.Stopped:
+      session.say(f"{stage.name}: stopped and saved; the same command goes on from here")
+      raise SystemExit(143) from None
+  facts = {"steps": batches.steps, "examples": batches.count, "rows": batches.counts[0]}
+  facts |= {"untrained_tokens_reset": len(reset)}
+  return export(session, model, stage.dir / "model"), facts
+
+
+def check(options, dtype):
+  """A ValueError for what cannot be meant, before anything runs."""
+  for name in ("batch", "row_length", "passes", "checkpoint_every"):
+    if options[name] < 1:
+      raise ValueError(f"{name} is {options[name]}; it must be at least 1")
+  if not options.epochs > 0:
+    raise ValueError(f"epochs is {options.epochs}; it must be above 0")
+  if options.average not in ("tokens", "examples"):
+    raise ValueError(f"average is {options.average!r}; it may be 'tokens' or 'examples'")
+  optimizer_of(options)
+  kind = Pairs if "loss" in options else Graded if "clip_ratio" in options else Examples
+  objective(options, kind, dtype)
+
+
+def objective(options, kind, compute_dtype):
+  """What a training section asks for on data of that kind."""
+  name = {Examples: "sft", Pairs: "preference", Graded: "grpo"}[kind]
+  return engine.Objective(
+    kind=name,
+    preference=preference(options) if kind is Pairs else None,
+    grpo=_fields_of(losses.Grpo, options) if kind is Graded else None,
+    remat=options.remat,
+    dropout=options.dropout,
+    compute_dtype=compute_dtype,
+  )
 
 
 def preference(options):
   """The loss that a training section on pairs asks for."""
-  fields = (field.name for field in dataclasses.fields(losses.Preference))
-  return losses.Preference(**{name: options[name] for name in fields if name in options})
+  return _fields_of(losses.Preference, options)
+
+
+def optimizer_of(options):
+  return _fields_of(engine.Optimizer, options)
+
+
+def _fields_of(kind, options):
+  """The dataclass `kind` with its fields as the section has them."""
+  return kind(**{field.name: options[field.name] for field in dataclasses.fields(kind) if field.name in options})
+
+
+def fingerprint(options):
+  """What of a training section decides its result."""
+  return {name: value for name, value in options.to_dict().items() if name not in PRACTICAL}
 
 
 def sequence_logprobs(session, checkpoint, sequences, options):
   """fp32 [sequences]: summed log-probs of the supervised tokens under a checkpoint, e.g. as a reference."""
-  batches = _Batches(
-    sequences, 1, options, seed=None, per_epoch=math.ceil(len(sequences) / options.batch), ways=_ways(session)
-  )
-  out = np.zeros(len(sequences), np.float32)
   model = session.load(checkpoint, session.mesh, sharding.TRAIN, "float32")
-  goal = engine.Objective(kind="score", compute_dtype=session.dtype)
-  steps = range(batches.per_epoch)
-  scored = engine.sequence_logprobs(model, map(batches, steps), options.batch, goal, session.mesh)
-  for step, logprobs in zip(steps, scored):
+  return _sequence_logprobs(session, model, sequences, options)
+
+
+def _sequence_logprobs(session, model, sequences, options):
+  batches = _in_order(session, sequences, options)
+  out = np.zeros(len(sequences), np.float32)
+  made = map(batches, range(batches.steps))
+  scored = engine.sequence_logprobs(model, made, options.batch, session.dtype, session.mesh)
+  for step, logprobs in enumerate(scored):
     members = batches.members(step)
     out[members] = logprobs[: len(members)]
   return out
 
 
-def export(session, stage, model):
+def token_logprobs(session, checkpoint, sequences, options):
+  """[fp32 log-probs of the supervised tokens of a sequence, 0 for the others] under a checkpoint; that of token t + 1
+  stands at t."""
+  model = session.load(checkpoint, session.mesh, sharding.TRAIN, "float32")
+  batches = _in_order(session, sequences, options)
+  out = [np.zeros(len(ids) - 1, np.float32) for ids, _ in sequences]
+  made = [batches(step) for step in range(batches.steps)]
+  for step, logprobs in enumerate(engine.token_logprobs(model, made, session.dtype, session.mesh)):
+    example, members = made[step]["example"], batches.members(step)
+    by_example = np.argsort(example, axis=None, kind="stable")[(example < 0).sum() :]  # padding comes first
+    parts = np.split(logprobs.ravel()[by_example], np.cumsum([len(sequences[i][0]) for i in members])[:-1])
+    for i, part in zip(members, parts):
+      out[i] = part[:-1]
+  return out
+
+
+def _in_order(session, sequences, options):
+  return Batches(Examples(sequences, range(len(sequences))), options, seed=None, unit=sharding.replicas(session.mesh))
+
+
+def export(session, model, directory):
   """Write the model directory that transformers and vLLM load as it is."""
   weights.save(
-    stage.dir / "model",
+    directory,
     model,
     tokenizer=session.tokenizer,
     chat_template=chat.jinja(session.chat),
@@ -124,15 +193,20 @@ def export(session, stage, model):
     pad_id=None,
     dtype=session.config.model.save_dtype,
   )
-  return stage.dir / "model"
+  return directory
 
 
-def finish(session, stage, counts, **extra):
-  """Close a training stage: register the model's files, then drop the intermediate checkpoints."""
+def finish(session, stage, counts, options, **extra):
+  """Close a training stage: register the model's files, then drop the checkpoints that are not to stay."""
   names = [str(p.relative_to(stage.dir)) for p in sorted((stage.dir / "model").rglob("*")) if p.is_file()]
   stage.finish(counts=counts, files=[*names, "metrics.jsonl"], **extra)
   if session.run.host == 0:
-    shutil.rmtree(stage.dir / "checkpoints", ignore_errors=True)
+    stays = lambda name: options.checkpoint_keep and name.isdigit() and int(name) % options.checkpoint_keep == 0
+    for path in (stage.dir / "checkpoints").glob("*"):
+      if not stays(path.name):
+        shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+      (stage.dir / "checkpoints").rmdir()  # if it is empty
   return trained(stage)
 
 
@@ -141,67 +215,105 @@ def trained(stage):
   return Checkpoint(stage.name, stage.dir / "model", stage.manifest["content"])
 
 
-def _ways(session):
-  return session.mesh.shape["data"] * session.mesh.shape["fsdp"]
+def checkpoint_model(session, directory, step, options):
+  """The fp32 model of a checkpoint that a training with these options left in `directory`, on any mesh."""
+  abstract = engine.abstract_state(_config(session), session.mesh, optimizer_of(options))
+  with ocp.training.Checkpointer(directory.absolute()) as checkpoints:
+    return _with_leaves(abstract, checkpoints.load(step, _leaves(abstract)))[0]
 
 
-class _Batches:
-  """step -> the step's packed batch, a function of (examples, options, seed, step) alone; no seed: in order, once."""
+def _config(session):
+  """The architecture that is trained: the base model's, with rows for the tokens that the chat format added."""
+  c = llama_config.read_config(session.directory)
+  return dataclasses.replace(c, vocab=max(c.vocab, session.tokenizer.size))
 
-  def __init__(self, examples, group, options, seed, per_epoch, ways, reference=None):
-    self.examples, self.group, self.options, self.seed = examples, group, options, seed
-    self.per_epoch, self.reference = per_epoch, reference
-    self.count = len(examples) // group
-    self._order = (None, None)
-    epochs = math.ceil(options.epochs) if seed is not None else 1
-    needed = max(len(self._pack(self.members(step))) for step in range(epochs * per_epoch))
-    unit = math.lcm(ROWS, ways)
-    self.rows = -(-needed // unit) * unit
 
-  def members(self, step):
-    epoch, at = divmod(step, self.per_epoch)
-    if self._order[0] != epoch:
-      order = np.arange(self.count)
-      self._order = (
-        epoch,
-        order if self.seed is None else np.random.default_rng([self.seed, epoch]).permutation(order),
-      )
-    return self._order[1][at * self.options.batch : (at + 1) * self.options.batch]
+def _least_of_all_hosts(size):
+  """All hosts must compile the same program."""
+  return int(multihost_utils.process_allgather(np.float64(size)).min()) if jax.process_count() > 1 else size
 
-  def _sequences(self, members):
-    return [self.examples[self.group * i + j] for i in members for j in range(self.group)]
 
-  def _pack(self, members):
-    return packing.pack([len(ids) for ids, _ in self._sequences(members)], self.options.row_length)
+@contextlib.contextmanager
+def _asked_to_stop():
+  """Yields whether SIGTERM has come, which does not end the process inside, but right after."""
+  asked = threading.Event()
+  if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+    yield asked.is_set
+    return
+  before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+  try:
+    yield asked.is_set
+  finally:
+    signal.signal(signal.SIGTERM, before)
+  if asked.is_set():
+    signal.raise_signal(signal.SIGTERM)
 
-  def __call__(self, step):
-    members = self.members(step)
-    batch = packing.rows(self._sequences(members), self._pack(members), self.options.row_length, self.rows, pad_id=0)
-    if self.reference is not None:
-      batch["reference"] = np.zeros((self.options.batch, self.group), np.float32)
-      batch["reference"][: len(members)] = self.reference[members]
-    if self.group > 1:
-      batch["real"] = (np.arange(self.options.batch) < len(members)).astype(np.float32)
-    return batch
+
+def _failure(session, stage, model, data, members, step, options):
+  """Write the examples of a step whose loss was not finite, the likeliest culprits first; what to say about it."""
+  sides = [data.sides[i] for i in members] if isinstance(data, Pairs) else [(data.sequences[i],) for i in members]
+  logprobs = _sequence_logprobs(session, model, [sequence for pair in sides for sequence in pair], options)
+  rows = [
+    {"id": data.names[i], "logprobs": [float(x) for x in of], "tokens": [len(ids) for ids, _ in pair]}
+    for i, of, pair in zip(members, logprobs.reshape(len(members), -1), sides)
+  ]
+  rows.sort(key=lambda row: (np.isfinite(row["logprobs"]).all(), min(row["logprobs"])))
+  if session.run.host == 0:
+    shards.write_json(stage.dir / "failure.json", {"step": step + 1, "examples": rows})
+  bad = [row["id"] for row in rows if not np.isfinite(row["logprobs"]).all()]
+  which = f"; not finite for {', '.join(map(repr, bad[:3]))}{' ...' * (len(bad) > 3)}" if bad else ""
+  return f"{which}. The step's examples are in {stage.dir / 'failure.json'}"
 
 
 class _Log:
-  """metrics.jsonl: a line per step; a restart drops the lines after its checkpoint."""
+  """metrics.jsonl, a line per step; a restart drops the lines after its checkpoint. Times go to speed.jsonl, so that
+  the metrics are the same for the same training; TensorBoard has both."""
 
-  def __init__(self, session, stage):
+  def __init__(self, session, stage, batches):
     self.path, self.active, self.first = stage.dir / "metrics.jsonl", session.run.host == 0, True
+    self.batches, self.began, self.steps = batches, None, 0
+    self.c, device = _config(session), session.mesh.devices.flat[0]
+    self.peak = (engine.peak(device) or 0) * session.mesh.size
+    self.board = None
+
+  def __enter__(self):
+    self.began = time.monotonic()
+    return self
+
+  def __exit__(self, *_):
+    if self.board:
+      self.board.close()
 
   def keep(self, steps):
-    if self.active and self.path.exists():
-      lines = self.path.read_text().splitlines()[:steps]
-      self.path.write_text("".join(line + "\n" for line in lines))
+    self.steps = steps
+    if self.active:
+      for path in (self.path, self.path.with_name("speed.jsonl")):
+        lines = path.read_text().splitlines()[:steps] if path.exists() else []
+        path.write_text("".join(line + "\n" for line in lines))
     self.first = False
 
   def write(self, step, metrics):
-    if self.active:
-      with open(self.path, "w" if self.first else "a") as file:
-        file.write(json.dumps({"step": step + 1} | {k: float(f"{v:.6g}") for k, v in metrics.items()}) + "\n")
+    if not self.active:
+      return
+    lengths, now = self.batches.lengths(step), time.monotonic()
+    seconds = max(now - self.began, 1e-9)
+    speed = {"seconds": seconds, "tokens": sum(lengths), "tokens_per_second": sum(lengths) / seconds}
+    if self.peak:
+      speed["mfu"] = engine.operations(self.c, lengths) / seconds / self.peak
+    self.began = now
+    if self.board is None:
+      directory = str(self.path.with_name("tensorboard"))
+      self.board = tensorboardX.SummaryWriter(directory, purge_step=step + 1, write_to_disk=True)
+    rounded = lambda values: {k: float(f"{v:.6g}") for k, v in values.items()}
+    for path, values in ((self.path, metrics), (self.path.with_name("speed.jsonl"), speed)):
+      with open(path, "w" if self.first else "a") as file:
+        file.write(json.dumps({"step": step + 1} | rounded(values)) + "\n")
+      for name, value in values.items():
+        self.board.add_scalar(name, value, step + 1)
     self.first = False
+
+
+# Plain leaves on disk: the tree then does not depend on how Flax wraps a weight.
 
 
 def _leaves(state):

@@ -86,8 +86,12 @@ class Workbench:
   @property
   def models_kept(self):
     """Three, the checkpoints that a round samples from, where they leave most of the memory for sequences."""
-    memory = self.device_bytes or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return 3 if 3 * self.model_bytes <= 0.4 * memory else 1
+    return 3 if 3 * self.model_bytes <= 0.4 * (self.device_bytes or _host_bytes()) else 1
+
+  @property
+  def training_bytes(self):
+    """What training may fill on each device; devices that do not tell (CPUs) share the host's memory."""
+    return self.device_bytes or _host_bytes() // jax.local_device_count()
 
   @property
   def free_bytes(self):
@@ -130,6 +134,10 @@ class Workbench:
     """A line above the progress bars, from the first host only."""
     if self._speaks:
       tqdm.tqdm.write(text, file=sys.stderr)
+
+
+def _host_bytes():
+  return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def content_of(directory):

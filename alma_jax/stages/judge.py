@@ -12,6 +12,7 @@ import math
 import numpy as np
 
 from alma_jax.session import training
+from alma_jax.session.batches import Examples
 from alma_jax.session.scoring import Judge, template_by_name, verdicts
 from alma_jax.session.session import Checkpoint, key_of
 from alma_jax.store.records import Judgment, Prompt, Response, prompt_id
@@ -33,14 +34,15 @@ def finetune(session, data, c):
   """The Judge of the finished stage `judge`."""
   train, held_out = _split(data.judge, c)
   template = template_by_name(c.judge.template)
-  fields = _fields(session, session.base, c, train=c.judge.train.to_dict()) | {"data": {"judge": data.digests["judge"]}}
+  fields = _fields(session, session.base, c, train=training.fingerprint(c.judge.train))
+  fields |= {"data": {"judge": data.digests["judge"]}}
   stage = session.run.stage("judge", fields)
   if not stage.done:
-    rows = [(row.messages, row.response, row.score, 1.0) for row in train]
+    rows = [(f"annotation of {prompt_id(r.messages)}", r.messages, r.response, r.score, 1.0) for r in train]
     examples, counts = _examples(session, template, rows, c.judge.train)
     _, facts = training.train(session, stage, session.base, examples, c.judge.train, key_of(c.seed, "judge")[0])
     counts |= {"annotations": len(train), "held_out": len(held_out)}
-    training.finish(session, stage, counts | facts)
+    training.finish(session, stage, counts | facts, c.judge.train)
   return Judge(training.trained(stage), template, c.judge.mode)
 
 
@@ -60,7 +62,8 @@ def real_valued(judge):
 def distil(session, judge, data, prompts, responses, judgments, c):
   """The Judge after training on its own mean scores of those responses, or `judge` itself if that is no worse."""
   _, held_out = _split(data.judge, c)
-  fields = _fields(session, judge.checkpoint, c, distil=c.judge.distil.to_dict())
+  section = c.judge.distil.to_dict() | {"train": training.fingerprint(c.judge.distil.train)}
+  fields = _fields(session, judge.checkpoint, c, distil=section)
   fields |= {"data": {"judge": data.digests["judge"]}}
   inputs = {"prompts": prompts, "responses": responses, "judgments": judgments}
   stage = session.run.stage("judge_distilled", fields, inputs)
@@ -77,7 +80,7 @@ def distil(session, judge, data, prompts, responses, judgments, c):
     accepted = after >= before
     held = {"rows": len(held_out), "before": before, "after": after}
     held |= {"error_before": error_before, "error_after": error_after}
-    training.finish(session, stage, counts | facts, held_out=held, accepted=accepted)
+    training.finish(session, stage, counts | facts, options, held_out=held, accepted=accepted)
   if not stage.manifest["accepted"]:
     return judge
   return dataclasses.replace(judge, checkpoint=training.trained(stage))
@@ -109,11 +112,11 @@ def ordered_share(scores, labels):
 
 
 def _scored_rows(prompts, responses, judgments, target):
-  """(messages, response, integer score, weight) rows: the judge's mean score of every non-empty response."""
+  """(name, messages, response, integer score, weight) rows: the judge's mean score of every non-empty response."""
   messages = {p.id: p.messages for p in prompts.read(Prompt)}
   mean = {(j.prompt_id, j.sample_id): j.score for j in judgments.read(Judgment)}
   return [
-    (messages[r.prompt_id], r.text, score, weight)
+    (f"{r.prompt_id}/{r.sample_id}", messages[r.prompt_id], r.text, score, weight)
     for r in responses.read(Response)
     if r.text
     for score, weight in targets(mean[r.prompt_id, r.sample_id], target)
@@ -129,17 +132,18 @@ def _split(annotations, c):
 
 
 def _examples(session, template, rows, options):
-  """([(ids, weights)], counts): the template with the score as the answer; rows too long to hold it are dropped."""
-  kept, dropped = [], 0
-  for messages, response, score, weight in rows:
+  """(Examples, counts): the template with the score as the answer; rows too long to hold it are dropped."""
+  kept, names, dropped = [], [], 0
+  for name, messages, response, score, weight in rows:
     ids, mask = judge_example(session.tokenizer, session.chat, template, messages, response, math.floor(score + 0.5))
     if len(ids) > options.row_length:
       dropped += 1
     else:
       kept.append((ids, np.asarray(mask, np.float32) * weight))
+      names.append(name)
   if not kept:
     raise RunError(f"no judge example fits into {options.row_length} tokens (row_length)")
-  return kept, {"examples_too_long": dropped}
+  return Examples(kept, names, options.average), {"examples_too_long": dropped}
 
 
 def _fields(session, init, c, **parts):

@@ -63,6 +63,19 @@ class Pair:
 
 
 @dataclasses.dataclass(frozen=True)
+class Graded:
+  prompt_id: str
+  messages: tuple[dict, ...]
+  sample_id: int
+  response: str
+  finished: bool
+  score: float
+  advantage: float  # over the other responses to the prompt, in their standard deviations
+  round: int
+  source: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Evaluation:
   prompt_id: str
   messages: tuple[dict, ...]

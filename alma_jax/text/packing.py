@@ -1,12 +1,13 @@
 """Packing examples of different lengths into rows of one length, without a target across a border.
 
-  kept, counts = clip(examples, row_length)   # examples: [(ids, mask)]; what is cut or dropped is counted
-  packing = pack([len(ids) for ids, _ in kept], row_length)
-  batch = rows(kept, packing[:8], row_length, n_rows=8, pad_id=0)
+  packing = pack([len(ids) for ids, _ in examples], row_length)   # examples: [(ids, mask)], see `clip`
+  batch = rows(examples, packing[:8], row_length, n_rows=8, pad_id=0)
+
+  batch = forked_rows(pairs, pack([forked_length(*pair) for pair in pairs], row_length), row_length, 8, pad_id=0)
 
 What to expect: best-fit decreasing, the same rows for the same lengths, typically over 97 % full. The sum of
 `weights` is the number of supervised targets. An example's first token carries no loss: nothing stands
-before it.
+before it. Pairs are two continuations of one text, which is packed once.
 """
 
 import bisect
@@ -14,17 +15,16 @@ import bisect
 import numpy as np
 
 
-def clip(examples, row_length):
-  """(examples cut to the row's length, without those that have no target left; counts of both)."""
-  kept, truncated, no_target = [], 0, 0
-  for ids, mask in examples:
-    truncated += len(ids) > row_length
-    ids, mask = ids[:row_length], mask[:row_length]
-    if any(mask[1:]):
-      kept.append((ids, mask))
-    else:
-      no_target += 1
-  return kept, {"truncated": truncated, "no_target": no_target}
+def clip(examples, row_length, group=1):
+  """([[a group's examples, cut to the row's length], or None where one has no target left], counts of both): `group`
+  consecutive examples stay together or go together."""
+  cut = [(ids[:row_length], mask[:row_length]) for ids, mask in examples]
+  groups = [cut[at : at + group] for at in range(0, len(cut), group)]
+  kept = [group if all(any(mask[1:]) for _, mask in group) else None for group in groups]
+  return kept, {
+    "truncated": sum(len(ids) > row_length for ids, _ in examples),
+    "dropped_without_target": kept.count(None),
+  }
 
 
 def pack(lengths, row_length):
@@ -58,37 +58,76 @@ def rows(examples, packing, row_length, n_rows, pad_id):
   """Arrays [n_rows, row_length] of the packed examples; rows beyond the packing are empty.
 
   tokens, targets (the next token of the same example), weights (1 where the target carries loss), segments
-  (1.. in each row, 0 is pad), positions (from 0 in each segment), example (index into `examples`, -1 is pad).
+  (1, 2, ... within a row, 0 is pad), positions (from 0 in each segment), example (index into `examples`, -1 is pad).
   """
-  if len(packing) > n_rows:
-    raise ValueError(f"{len(packing)} packed rows do not fit into n_rows={n_rows}")
-  shape = (n_rows, row_length)
-  tokens, targets = np.full(shape, pad_id, np.int32), np.full(shape, pad_id, np.int32)
-  weights = np.zeros(shape, np.float32)
-  segments, positions, example = (
-    np.zeros(shape, np.int32),
-    np.zeros(shape, np.int32),
-    np.full(shape, -1, np.int32),
-  )
+  batch = _empty(packing, row_length, n_rows, pad_id)
   for row, members in enumerate(packing):
     start = 0
     for segment, index in enumerate(members, 1):
-      ids, mask = examples[index]
-      stop = start + len(ids)
-      if stop > row_length:
-        raise ValueError(f"row {row} of the packing holds more than {row_length} tokens")
-      tokens[row, start:stop] = ids
-      targets[row, start : stop - 1] = ids[1:]
-      weights[row, start : stop - 1] = mask[1:]
-      segments[row, start:stop] = segment
-      positions[row, start:stop] = np.arange(len(ids))
-      example[row, start:stop] = index
+      start = _put(batch, row, start, examples[index], 0, segment, index)
+  return batch
+
+
+def shared(first, second):
+  """How many places two continuations of a text have in common: all before its last token, whose target is another in
+  each of them."""
+  (a, mask_a), (b, mask_b) = first, second
+  n = min(len(a), len(b))
+  apart = (np.asarray(a[:n]) != b[:n]) | (np.asarray(mask_a[:n]) != 0) | (np.asarray(mask_b[:n]) != 0)
+  return max(0, int(apart.argmax() if apart.any() else n) - 1)
+
+
+def forked_length(first, second):
+  """The places that a pair takes."""
+  return len(first[0]) + len(second[0]) - shared(first, second)
+
+
+def forked_rows(pairs, packing, row_length, n_rows, pad_id):
+  """`rows` for pairs of examples, text and first continuation followed by the second, and what `llama.model.Forks`
+  asks for: second, order, order_segments. The sides of pair i are the examples 2 i and 2 i + 1."""
+  batch = _empty(packing, row_length, n_rows, pad_id)
+  shape = (n_rows, row_length)
+  batch["second"], batch["order_segments"] = np.zeros(shape, bool), np.zeros(shape, np.int32)
+  batch["order"] = np.tile(np.arange(row_length, dtype=np.int32), (n_rows, 1))
+  for row, members in enumerate(packing):
+    start = 0
+    for at, index in enumerate(members):
+      first, second = pairs[index]
+      text = start + shared(first, second)
+      middle = _put(batch, row, start, first, 0, 2 * at + 1, 2 * index)
+      stop = _put(batch, row, middle, second, text - start, 2 * at + 2, 2 * index + 1)
+      batch["second"][row, middle:stop] = True
+      batch["order"][row, text:stop] = [*range(middle, stop), *range(text, middle)]
+      batch["order_segments"][row, start : text + stop - middle] = 2 * at + 1
+      batch["order_segments"][row, text + stop - middle : stop] = 2 * at + 2
       start = stop
+  return batch
+
+
+def _empty(packing, row_length, n_rows, pad_id):
+  if len(packing) > n_rows:
+    raise ValueError(f"{len(packing)} packed rows do not fit into n_rows={n_rows}")
+  shape = (n_rows, row_length)
   return {
-    "tokens": tokens,
-    "targets": targets,
-    "weights": weights,
-    "segments": segments,
-    "positions": positions,
-    "example": example,
+    "tokens": np.full(shape, pad_id, np.int32),
+    "targets": np.full(shape, pad_id, np.int32),
+    "weights": np.zeros(shape, np.float32),
+    "segments": np.zeros(shape, np.int32),
+    "positions": np.zeros(shape, np.int32),
+    "example": np.full(shape, -1, np.int32),
   }
+
+
+def _put(batch, row, start, example, skip, segment, index):
+  """Place an example but for its first `skip` tokens; where it ends."""
+  ids, mask = example
+  stop = start + len(ids) - skip
+  if stop > batch["tokens"].shape[1]:
+    raise ValueError(f"row {row} of the packing holds more than {batch['tokens'].shape[1]} tokens")
+  batch["tokens"][row, start:stop] = ids[skip:]
+  batch["targets"][row, start : stop - 1] = ids[skip + 1 :]
+  batch["weights"][row, start : stop - 1] = mask[skip + 1 :]
+  batch["segments"][row, start:stop] = segment
+  batch["positions"][row, start:stop] = np.arange(skip, len(ids))
+  batch["example"][row, start:stop] = index
+  return stop
