@@ -10,11 +10,14 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
+import safetensors.numpy
 import small_run
 
 from alma_jax.store import records, shards
 from alma_jax.store.runs import load_manifest, read_stage
+from alma_jax.tools import export
 
 
 @pytest.fixture(scope="module")
@@ -162,14 +165,45 @@ def test_broken_data_file_is_named_with_line_and_field(data, tmp_path):
   assert "Traceback" not in stopped.stdout
 
 
-def test_preference_training_starts_at_ln_2_and_pairs_best_with_another(run, data, tmp_path):
+def test_preferences_then_policy_gradients_and_a_checkpoint_on_the_way(run, data, tmp_path, capsys):
+  """Round 2 on pairs of the best and another, round 3 on all responses of the model that came out."""
   workdir = variant(run, tmp_path, "round_02/trainset", "round_02/policy", "round_02/eval", "round_03")
-  small_run.finished(workdir, *data, "trainset.method=dpo")
-  for r in (2, 3):
-    pairs = read_stage(workdir / f"round_{r:02d}" / "trainset", records.Pair)
-    assert pairs and all(p.chosen != p.rejected and p.chosen_score >= p.rejected_score for p in pairs)
-    first = json.loads((workdir / f"round_{r:02d}" / "policy" / "metrics.jsonl").open().readline())
-    assert abs(first["loss"] - 0.693147) < 1e-4
+  third = {"trainset": {"method": "grpo"}, "responses": {"checkpoints": ("latest",)}}
+  values = "trainset.method=dpo", f"rounds={{3: {third}}}", "dpo.batch=4", "grpo.batch=16"
+  kept = "dpo.checkpoint_every=1", "dpo.checkpoint_keep=1"
+  small_run.finished(workdir, *data, *values, *kept)
+  pairs = read_stage(workdir / "round_02" / "trainset", records.Pair)
+  assert pairs and all(p.chosen != p.rejected and p.chosen_score >= p.rejected_score for p in pairs)
+  first = json.loads((workdir / "round_02" / "policy" / "metrics.jsonl").open().readline())
+  assert abs(first["loss"] - 0.693147) < 1e-4
+  graded = read_stage(workdir / "round_03" / "trainset", records.Graded)
+  assert {row.source for row in graded} == {"round_02/policy"}
+  for prompt in {row.prompt_id for row in graded}:
+    own = [row for row in graded if row.prompt_id == prompt]
+    assert abs(sum(row.advantage for row in own)) < 1e-6 < max(row.advantage for row in own)
+  first = json.loads((workdir / "round_03" / "policy" / "metrics.jsonl").open().readline())
+  assert first["clipped"] == 0 and first["kl"] > 0  # it wrote them itself, and is not its reference any more
+
+  stage = f"--stage={workdir / 'round_02' / 'policy'}"
+  assert export.main([stage]) == 0 and "checkpoints after steps 1, 2" in capsys.readouterr().out
+  assert export.main([stage, "--step=77", f"--output={tmp_path / 'no'}"]) == 1
+  assert "no checkpoint after step 77; there are 1, 2" in capsys.readouterr().err
+  assert export.main([stage, "--step=1", f"--output={tmp_path / 'exported'}"]) == 0
+  on_the_way, last = (
+    safetensors.numpy.load_file(directory / "model.safetensors")
+    for directory in (tmp_path / "exported", workdir / "round_02" / "policy" / "model")
+  )
+  before = safetensors.numpy.load_file(workdir / "sft_1" / "model" / "model.safetensors")
+  far = lambda a, b: sum(float(np.abs(a[name] - b[name]).sum()) for name in a)
+  assert 0 < far(before, on_the_way) < far(before, last)
+  names = {path.name for path in (workdir / "round_02" / "policy" / "model").iterdir()}
+  assert {path.name for path in (tmp_path / "exported").iterdir()} == names
+
+  # How trainings are run may change in a run that has begun; what is finished stays.
+  practical = "dpo.checkpoint_every=50", "dpo.remat=full", "grpo.passes=2", "judge.train.remat=none"
+  made = [load_manifest(workdir / f"round_{r:02d}" / "policy")["finished_at"] for r in (2, 3)]
+  small_run.finished(workdir, *data, *values, *practical)
+  assert made == [load_manifest(workdir / f"round_{r:02d}" / "policy")["finished_at"] for r in (2, 3)]
 
 
 def test_untrained_judge_integer_scores_random_prompts_and_one_checkpoint(run, data, tmp_path):
@@ -280,7 +314,6 @@ def test_interrupted_run_leaves_no_lock(data, tmp_path):
 
 
 def test_arrays_and_shards_open_with_public_tools(run):
-  import numpy as np
   import pyarrow.parquet as pq
 
   table = pq.read_table(run / "round_02" / "responses" / shards.part_name(0, 4))

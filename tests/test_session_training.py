@@ -199,7 +199,7 @@ def test_checkpoints_that_stay_can_be_exported(session, straight):
   wanted = safetensors.numpy.load_file(checkpoint.directory / "model.safetensors")
   moved = []
   for step in (2, 4):
-    model = training.checkpoint_model(session, stage.dir / "checkpoints", step, settings)
+    model = training.checkpoint_model(session, stage.dir / "checkpoints", step, sharding.make_mesh(1, 4, 2))
     found = safetensors.numpy.load_file(training.export(session, model, stage.dir / f"at_{step}") / "model.safetensors")
     assert found.keys() == wanted.keys()
     moved.append(sum(np.abs(found[name] - x).sum() for name, x in wanted.items()))

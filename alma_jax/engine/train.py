@@ -175,9 +175,9 @@ def _programs(c, mesh, o, objective):
   return start, step, placed
 
 
-def abstract_state(c, mesh, optimizer):
+def abstract_state(c, mesh, moments):
   """Shapes and shardings of (model, moments), as a checkpoint of them is restored."""
-  return _programs(c, mesh, _unscheduled(optimizer), Objective("sft"))[2]
+  return _programs(c, mesh, Optimizer(1.0, 0.0, 0.0, 0.9, 0.95, 1e-8, 0.0, 1.0, moments=moments), Objective("sft"))[2]
 
 
 def _gradient(model, batch, objective, how):

@@ -215,10 +215,11 @@ def trained(stage):
   return Checkpoint(stage.name, stage.dir / "model", stage.manifest["content"])
 
 
-def checkpoint_model(session, directory, step, options):
-  """The fp32 model of a checkpoint that a training with these options left in `directory`, on any mesh."""
-  abstract = engine.abstract_state(_config(session), session.mesh, optimizer_of(options))
+def checkpoint_model(bench, directory, step, mesh):
+  """The fp32 model of a checkpoint that a training left in `directory`, on any mesh."""
   with ocp.training.Checkpointer(directory.absolute()) as checkpoints:
+    kept = {str(leaf.dtype) for leaf in jax.tree.leaves(checkpoints.metadata(step).metadata)}
+    abstract = engine.abstract_state(_config(bench), mesh, "bfloat16" if "bfloat16" in kept else "float32")
     return _with_leaves(abstract, checkpoints.load(step, _leaves(abstract)))[0]
 
 

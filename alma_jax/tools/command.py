@@ -36,9 +36,9 @@ MEMORY = "Lower --slots (sampling) or --rows (scoring), or share the model among
 class Flags(argparse.ArgumentParser):
   """argparse with one line per mistake, and no abbreviations: a script must not change its meaning with a new flag."""
 
-  def __init__(self, module, doc):
+  def __init__(self, module, doc, required="--model=DIR --input=FILE --output=FILE"):
     kind = argparse.RawDescriptionHelpFormatter
-    usage = f"python -m {module} --model=DIR --input=FILE --output=FILE [--flag=value ...]"
+    usage = f"python -m {module} {required} [--flag=value ...]"
     super().__init__(usage=usage, description=doc, formatter_class=kind, allow_abbrev=False)
 
   def error(self, message):
@@ -147,11 +147,17 @@ def _model_of_stage(stage):
   load_manifest(stage)  # a RunError where it is not finished
   if not (stage / "model" / "config.json").exists():
     raise RunError(f"{stage}: this stage holds no model; those that do: sft_1, judge, round_RR/policy")
-  config = next((found for path in stage.absolute().parents if (found := _run_config(path))), None)
-  if config is None:
-    raise RunError(f"{stage}: no config.json of a run lies above this stage; give {stage / 'model'} itself")
+  config = run_of(stage)
   settings = config["model"]
   return Model(stage / "model", settings["chat"], config.get("judge", {}).get("template"), settings["dtype"])
+
+
+def run_of(stage):
+  """The config of the run that a stage's directory lies in."""
+  config = next((found for path in stage.absolute().parents if (found := _run_config(path))), None)
+  if config is None:
+    raise RunError(f"{stage}: no config.json of a run lies above this stage; give its model directory itself")
+  return config
 
 
 def _run_config(directory):
