@@ -30,6 +30,7 @@ setup(
     "tensorflow-datasets>=4.9.9",  # users' data by name; works without TensorFlow
     "tensorboardX",
     "tqdm",
+    "rapidfuzz>=3.9",  # ROUGE-L of near-duplicates
   ],
   extras_require={
     "gpu": ["jax[cuda12]"],  # brings CUDA; for a driver of 580 or newer, jax[cuda13] is the alternative

@@ -31,6 +31,8 @@ WORDS = {
   "model.save_dtype": ("float32", "bfloat16", "float16"),
   "draw.method": ("diverse", "random", "proportional"),
   "draw.coverage": ("round", "fresh"),
+  "embeddings.pooling": ("mean", "last"),
+  "clusters.method": ("flat", "two_level"),
   "judge.kind": ("finetuned", "few_shot"),
   "judge.mode": ("expected", "integer"),
   "judge.template": ("a1", "a2", "mini"),

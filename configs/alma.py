@@ -59,7 +59,17 @@ def llama_8b():
   c.prompts.shots = (3, 5)
   c.prompts.template = "requests"  # text/fewshot.py, LISTS
   c.prompts.max_characters = 4000
-  c.clusters = ConfigDict(dict(k=200_000, iterations=20))
+  c.prompts.similarity = 0.7  # ROUGE-L from which a prompt counts as another one again; 0: equal ones only
+  c.prompts.ngram = 8  # words that evaluation prompts and others share, for the report on contamination
+  c.embeddings = ConfigDict()  # of the pool, for the clusters
+  c.embeddings.layers = 0  # of the base model; 0: all
+  c.embeddings.pooling = "mean"  # "last": the last token's state
+  c.embeddings.dims = 1024  # principal dimensions that are kept
+  c.embeddings.sample = 131_072  # prompts from which these follow
+  c.clusters = ConfigDict(dict(k=200_000, iterations=10))
+  c.clusters.spherical = False
+  c.clusters.method = "flat"  # "two_level": cheaper and coarser
+  c.clusters.per_centroid = 0  # train on so many prompts for each cluster; 0: on all
   c.draw = ConfigDict()
   c.draw.prompts = 50_000  # K
   c.draw.method = "diverse"  # one prompt from each of K clusters; "random": any (Table 4); "proportional": by size
@@ -135,6 +145,7 @@ def mini():
   room = dict(max_new_tokens=16, max_prompt_tokens=16)
   c.prompts.update(sampling(1.0, 1.0, max_new_tokens=12, max_prompt_tokens=64))
   c.prompts.update(dict(draws=1536, template="mini"))
+  c.prompts.similarity = 0.0  # of four words each one counts
   c.clusters.k = 192
   c.draw.prompts = 24
   c.responses.update(sampling(0.7, 1.0, n=16, **room))

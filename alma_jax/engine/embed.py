@@ -1,8 +1,15 @@
-"""Embeddings of prompts: the base model's final-norm hidden states, averaged over the prompt's tokens without BOS.
+"""Embeddings of prompts: the base model's hidden states, averaged over the prompt's tokens without BOS, or the last.
 
-BOS is left out because Llama parks huge activations on the first token, which would own every distance.
+  states = embeddings(model, rows, batch)                          # fp32 [rows, D]
+  p, kept = projection(states_of_a_sample, dims=1024)              # kept: the share of the variance
+  points = embeddings(model, rows, batch, projection=p)            # [rows, dims] of length 1
+
+BOS is left out because Llama parks huge activations on the first token, which would own every distance. Hidden states
+have a large common mean and few loud dimensions: a projection centres, scales and, where there are more dimensions than
+asked for, keeps the principal ones. It runs on the device, so that nothing as wide as the model is stored.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -13,34 +20,106 @@ from alma_jax.engine import buckets
 from alma_jax.llama import model as llama
 from alma_jax.llama.sharding import REPLICA, WHOLE, per_replica, replicas
 
+POOLING = ("mean", "last")
 
-@functools.partial(jax.jit, static_argnames="mesh")
-def _mean_states(model, tokens, lengths, mesh):
-  def mean_states(model, tokens, lengths):
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Projection:
+  """x -> (x - mean) @ matrix, made of length 1; fp32 [D] and [D, dims]."""
+
+  mean: np.ndarray
+  matrix: np.ndarray
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "layers", "pooling"))
+def _pooled(model, projection, tokens, lengths, mesh, layers, pooling):
+  def pooled(model, projection, tokens, lengths):
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    segments = (positions < lengths[:, None]).astype(jnp.int32)
-    hidden = llama.hidden_states(model, tokens, positions, segments).astype(jnp.float32)
-    counted = ((positions > 0) & (positions < lengths[:, None])).astype(jnp.float32)[..., None]
-    return (hidden * counted).sum(axis=1) / jnp.maximum(counted.sum(axis=1), 1.0)
+    inside = positions < lengths[:, None]
+    hidden = llama.hidden_states(model, tokens, positions, inside.astype(jnp.int32), depth=layers)
+    hidden = hidden.astype(jnp.float32)
+    counted = inside & (positions > 0 if pooling == "mean" else positions == lengths[:, None] - 1)
+    x = jnp.where(counted[..., None], hidden, 0.0).sum(axis=1) / jnp.maximum(counted.sum(axis=1, keepdims=True), 1)
+    if projection is None:
+      return x
+    x = jnp.matmul(x - projection.mean, projection.matrix, precision="highest")
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
-  return per_replica(mean_states, mesh, (WHOLE, REPLICA, REPLICA), REPLICA)(model, tokens, lengths)
+  specs = WHOLE, WHOLE, REPLICA, REPLICA
+  return per_replica(pooled, mesh, specs, REPLICA)(model, projection, tokens, lengths)
 
 
-def embeddings(model, rows, batch, mesh=None, progress=None):
-  """fp32 [rows, D] for rows of token ids that begin with BOS; length buckets in batches of `batch` rows for each
-  replica of the model, the order is kept."""
-  out = np.zeros((len(rows), model.c.width), np.float32)
+def embeddings(model, rows, batch, mesh=None, progress=None, layers=None, pooling="mean", projection=None):
+  """fp32 [rows, D] for rows of token ids that begin with BOS, of the states after so many `layers` (None: all);
+  length buckets in batches of `batch` rows for each replica of the model, the order is kept."""
+  out = np.zeros((len(rows), model.c.width if projection is None else projection.matrix.shape[1]), np.float32)
+  waiting = None
   for take, tokens, lengths in buckets.batches(rows, batch * replicas(mesh)):
-    out[take] = np.asarray(_mean_states(model, tokens, lengths, mesh=mesh))[: len(take)]
-    if progress:
-      progress(len(take))
+    found = _pooled(model, projection, tokens, lengths, mesh=mesh, layers=layers, pooling=pooling)
+    if waiting:  # the device works on the next batch meanwhile
+      _put(out, waiting, progress)
+    waiting = take, found
+  if waiting:
+    _put(out, waiting, progress)
   return out
 
 
-def whitened(x):
-  """Centred, each dimension by its deviation (floored, so that dead dimensions stay small), rows of unit length."""
-  x = np.asarray(x, np.float32)  # they are kept in fp16, in which the floors below would be 0
-  x = x - x.mean(axis=0)
-  deviation = x.std(axis=0)
-  x = x / np.maximum(deviation, 1e-3 * np.median(deviation) + 1e-12)
-  return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+def _put(out, waiting, progress):
+  take, found = waiting
+  out[take] = np.asarray(found)[: len(take)]
+  if progress:
+    progress(len(take))
+
+
+def projection(x, dims):
+  """(the Projection that fits these states [n, D], the share of the scaled variance that it keeps). Deviations have a
+  floor, so that dead dimensions stay small."""
+  x = np.asarray(x, np.float64)
+  mean, deviation = x.mean(axis=0), x.std(axis=0)
+  scale = 1 / np.maximum(deviation, 1e-3 * np.median(deviation) + 1e-12)
+  matrix, kept = np.diag(scale), 1.0
+  if dims < x.shape[1]:
+    x = (x - mean) * scale
+    variance, axes = np.linalg.eigh(x.T @ x / len(x))
+    axes = axes[:, ::-1][:, :dims]  # the largest variance first
+    axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(dims)])  # eigenvectors have no sign of their own
+    matrix, kept = scale[:, None] * axes, float(variance[::-1][:dims].sum() / max(variance.sum(), 1e-300))
+  return Projection(mean.astype(np.float32), matrix.astype(np.float32)), kept
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+  """The rows of several arrays as if they were one: `shape`, `dtype`, and `[a:b]`, which alone reads anything."""
+
+  arrays: tuple
+  whitening: np.ndarray | None = None  # [2, dimensions]: rows are centred by the first and divided by the second
+  unit: bool = False  # rows have length 1
+
+  @functools.cached_property
+  def ends(self):
+    """Where each array ends; there may be thousands."""
+    return np.cumsum([len(array) for array in self.arrays])
+
+  def __len__(self):
+    return int(self.ends[-1])
+
+  @property
+  def shape(self):
+    return len(self), self.arrays[0].shape[1]
+
+  @functools.cached_property
+  def dtype(self):
+    half = not self.unit and all(array.dtype == np.float16 for array in self.arrays)
+    return np.dtype(np.float16 if half else np.float32)
+
+  def __getitem__(self, rows):
+    begin, end, _ = rows.indices(len(self))
+    first, last = np.searchsorted(self.ends, (begin, end), side="right")
+    found = [np.empty((0, self.shape[1]), self.dtype)]
+    for array, at in zip(self.arrays[first : last + 1], self.ends[first : last + 1]):
+      found.append(array[max(0, begin - at + len(array)) : max(0, end - at + len(array))])
+    x = np.concatenate(found, dtype=self.dtype, casting="same_kind")
+    if self.whitening is not None:
+      x = (x - self.whitening[0]) / self.whitening[1]
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), np.float32(1e-12)) if self.unit else x

@@ -20,8 +20,9 @@ def run(session):
   sft = [policy.sft(session, f"sft_{i}", base, data, [], c.sft, seed) for i, seed in enumerate(c.sft_seeds, start=1)]
 
   # Prompts (3.1): few-shot synthesis, each once, clustered                    P
-  pool = prompts.build(session, data, c)
-  pool = clusters.build(session, pool, c)
+  pools = [clusters.build(session, prompts.build(session, data, c), c)]
+
+  draws, drawn = c.prompts.draws, []
 
   # Judge (3.3): fine-tuned on the annotations, distilled on its own scores    J
   if c.judge.kind == "few_shot":
@@ -30,7 +31,8 @@ def run(session):
     judge_ = judge.finetune(session, data, c)
     if c.judge.distil.prompts:
       c_1 = judge.practice(c)
-      asked = clusters.draw(session, 1, pool, [], c_1)
+      asked = clusters.draw(session, 1, pools, [], c_1)
+      drawn.append(asked)
       sampled = responses.build(session, 1, asked, sft, c_1)
       scored = judgments.build(session, 1, asked, sampled, judge.real_valued(judge_), c_1)
       judge_ = judge.distil(session, judge_, data, asked, sampled, scored, c)
@@ -39,10 +41,14 @@ def run(session):
   evals.build(session, 1, sft[0], judge_, data, c)
 
   # Learning from feedback (3.4), rounds 2, 3, ...
-  latest, drawn, trainsets = None, [], []
+  latest, trainsets = None, []
   for r in session.feedback_rounds():
     c_r = session.config_for(r)  # the config with this round's overrides
-    drawn.append(clusters.draw(session, r, pool, drawn, c_r))  # K unused prompts
+    if c_r.prompts.draws > draws:  # more prompts from this round on
+      more = prompts.build(session, data, c_r, f"pool_{r:02d}", draws, [pool.prompts for pool in pools])
+      pools.append(clusters.added(session, more, pools[0], c_r))
+      draws = c_r.prompts.draws
+    drawn.append(clusters.draw(session, r, pools, drawn, c_r))  # K unused prompts
     checkpoints = _checkpoints(sft, latest, c_r.responses.checkpoints)  # M_1^(i), and M_{r-1} if r >= 3
     sampled = responses.build(session, r, drawn[-1], checkpoints, c_r)  # N responses per prompt
     scored = judgments.build(session, r, drawn[-1], sampled, judge_, c_r)  # J

@@ -268,12 +268,15 @@ def examples(directory, r, count=3):
 
 
 def cluster_sizes(directory):
-  """The number of pool prompts in each cluster, or None."""
-  parts = _parts(directory / "pool/clusters")
-  if parts is None:
+  """The number of prompts in each cluster, of the pool and of what was added to it, or None."""
+  stages = [path.parent for path in sorted(directory.glob("pool*/clusters/manifest.json"))]
+  if not stages:
     return None
-  labels = [np.asarray(batch.column("cluster")) for batch in _batches(parts, ["cluster"])]
-  sizes = np.bincount(np.concatenate(labels)) if labels else np.zeros(0, int)
+  sizes = np.zeros(0, int)
+  for stage in stages:
+    found = np.bincount(np.load(stage / "labels.npy", mmap_mode="r", allow_pickle=False))
+    sizes = np.pad(sizes, (0, max(0, len(found) - len(sizes))))
+    sizes[: len(found)] += found
   return sizes[sizes > 0]
 
 

@@ -18,7 +18,6 @@ import time
 
 import jax
 import numpy as np
-import tensorboardX
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
@@ -303,6 +302,8 @@ class _Log:
       speed["mfu"] = engine.operations(self.c, lengths) / seconds / self.peak
     self.began = now
     if self.board is None:
+      import tensorboardX  # which imports torch, where there is one
+
       directory = str(self.path.with_name("tensorboard"))
       self.board = tensorboardX.SummaryWriter(directory, purge_step=step + 1, write_to_disk=True)
     rounded = lambda values: {k: float(f"{v:.6g}") for k, v in values.items()}

@@ -1,105 +1,235 @@
 """Diversity: the pool's clusters, and each round's draw of prompts that no round has used before.
 
-The pool is embedded with the base model's hidden states and clustered once. A round draws K clusters and from each one
-prompt that is still unused; with fewer than K clusters left, clusters give a second prompt, and so on. The ledger of
-what is used is nothing but the earlier rounds' own prompt files.
+The pool is embedded with the base model's hidden states and clustered once; prompts that are added later go to the
+nearest of the same clusters. A round draws K clusters and from each one prompt that is still unused (engine/draw.py).
+The ledger of what is used is nothing but the earlier rounds' own files. At a hundred million prompts there are texts in
+parts, embeddings in memory-mapped 16-bit shards, and the 12 bytes of a prompt that a draw reads.
 """
 
-import collections
+import dataclasses
+import time
 
-import jax
 import numpy as np
 
+from alma_jax.engine import draw as engine
 from alma_jax.engine import embed, kmeans
 from alma_jax.session.session import key_of
 from alma_jax.store import shards
 from alma_jax.store.records import Prompt
-from alma_jax.store.runs import RunError
+from alma_jax.store.runs import RunError, Stage
 from alma_jax.text import chat
 
+EVERY = 60.0  # seconds between two checkpoints of k-means
+FEW = 39  # prompts per cluster; with fewer, centroids follow single prompts
 
-def build(session, pool, c):
-  """The finished stage `pool/clusters`: the pool's prompts with their clusters."""
-  embedded = _embeddings(session, pool, c)
+
+@dataclasses.dataclass(frozen=True)
+class Pool:
+  """Prompts, and for each of them its cluster; the first pool's centroids are everybody's."""
+
+  prompts: Stage
+  projection: Stage
+  clusters: Stage
+
+
+def build(session, prompts, c):
+  """The Pool of these prompts, with the finished stages `pool/projection`, `pool/embeddings`, `pool/clusters`."""
+  if not prompts.manifest["rows"]:
+    raise RunError("the pool is empty: every drafted prompt was dropped; see pool/drafts/manifest.json for why")
+  projection = _projection(session, prompts, c)
+  embedded = _embeddings(session, prompts, projection, c)
   fields = {"config": {"seed": c.seed, "clusters": c.clusters.to_dict()}}
-  stage = session.run.stage("pool/clusters", fields, {"prompts": pool, "embeddings": embedded})
+  stage = session.run.stage("pool/clusters", fields, {"prompts": prompts, "embeddings": embedded})
+  if not stage.done:
+    points = _points(embedded)
+    k = min(c.clusters.k, len(points))
+    if len(points) < FEW * k:
+      session.run.log("few prompts per cluster", prompts=len(points), clusters=k)
+    options = {name: value for name, value in c.clusters.to_dict().items() if name != "k"}
+    found = _fitted(session, stage, points, kmeans.Settings(k, **options), key_of(c.seed, "k-means"))
+    _finish(session, stage, prompts, found)
+  return Pool(prompts, projection, stage)
+
+
+def added(session, prompts, first, c):
+  """The Pool of prompts that were added to the Pool `first`, in its clusters."""
+  name = prompts.name.partition("/")[0]
+  embedded = _embeddings(session, prompts, first.projection, c)
+  inputs = {"prompts": prompts, "embeddings": embedded, "first": first.clusters}
+  stage = session.run.stage(f"{name}/clusters", {"config": {"spherical": c.clusters.spherical}}, inputs)
+  if not stage.done:
+    centroids = shards.load_array(first.clusters.dir / "centroids.npy")
+    settings = kmeans.Settings(len(centroids), iterations=0, spherical=c.clusters.spherical)
+    points = _points(embedded)
+    mesh = kmeans.mesh_for(*centroids.shape)
+    found = kmeans.fit(points, settings, key_of(c.seed, "k-means"), mesh, restore=kmeans.starting_at(centroids))
+    _finish(session, stage, prompts, found)
+  return Pool(prompts, first.projection, stage)
+
+
+def _projection(session, prompts, c):
+  """Stage `pool/projection`: how hidden states become points, from a sample of the pool."""
+  options, name = c.embeddings, "pool/projection"
+  stage = session.run.stage(name, _fields(session, c) | {"seed": c.seed}, {"prompts": prompts})
   if stage.done:
     return stage
   if stage.mine(1):
-    prompts = pool.read(Prompt)
-    if not prompts:
-      raise RunError("the pool is empty: every drafted prompt was dropped; see pool/drafts/manifest.json for why")
-    points = np.concatenate([shards.load_array(embedded.dir / name) for name in sorted(embedded.manifest["files"])])
-    k = min(c.clusters.k, len(prompts))
-    with session.bar("pool: k-means", c.clusters.iterations, "iterations") as bar:
-      key = jax.random.key(key_of(c.seed, "k-means")[0])
-      labels, centroids, report = kmeans.kmeans(embed.whitened(points), k, key, c.clusters.iterations, bar.update)
-    records = [Prompt(p.id, p.messages, p.source, int(label)) for p, label in zip(prompts, labels)]
-    stage.write_part(0, 1, records, Prompt)
-    shards.save_array(stage.dir / "centroids.npy", centroids)
-    shards.write_json(stage.dir / "report.json", report)
-  stage.finish(files=["centroids.npy", "report.json"])
+    n = prompts.manifest["rows"]
+    rows = np.sort(np.argsort(engine.hashed(c.seed, engine.SAMPLE, np.arange(n)), kind="stable")[: options.sample])
+    with session.bar("pool: sample of embeddings", len(rows), "prompts") as bar:
+      states = _embedded(session, _prompts_at(prompts, rows), c, None, bar.update)
+    found, kept = embed.projection(states, options.dims)
+    shards.save_array(stage.dir / "mean.npy", found.mean)
+    shards.save_array(stage.dir / "matrix.npy", found.matrix)
+    facts = {"sample": len(rows), "dimensions": found.matrix.shape[1], "variance_kept": kept}
+    stage.write_part(0, 1, [], Prompt, facts)
+  stage.finish(files=["mean.npy", "matrix.npy"])
   return stage
 
 
-def _embeddings(session, pool, c):
-  """Stage `pool/embeddings`: one .npy per share of the pool, rows in the pool's order."""
-  fields = {"base": session.base.content, "text": session.describe_text(), "dtype": session.dtype}
-  stage = session.run.stage("pool/embeddings", fields, {"prompts": pool})
+def _embeddings(session, prompts, projection, c):
+  """Stage `NAME/embeddings`: one .npy for each part of the prompts, rows in its order, 16 bits."""
+  name = f"{prompts.name.partition('/')[0]}/embeddings"
+  stage = session.run.stage(name, _fields(session, c), {"prompts": prompts, "projection": projection})
   if stage.done:
     return stage
-  prompts = pool.read(Prompt)
-  names = [f"rows-{part:05d}-of-{c.shards:05d}.npy" for part in range(c.shards)]
-  bounds = np.linspace(0, len(prompts), c.shards + 1).astype(int)
-  mine = [i for i in range(c.shards) if i % session.run.hosts == session.run.host]
+  names = [f"rows-{part:05d}-of-{prompts.parts:05d}.npy" for part in range(prompts.parts)]
+  rows = [part["rows"] for part in prompts.manifest["parts"]]
+  mine = range(session.run.host, prompts.parts, session.run.hosts)
   missing = [i for i in mine if not (stage.dir / names[i]).exists()]
-  with session.bar("pool: embeddings", sum(int(bounds[i + 1] - bounds[i]) for i in missing), "prompts") as bar:
+  how = embed.Projection(*(np.array(shards.load_array(projection.dir / f"{x}.npy")) for x in ("mean", "matrix")))
+  with session.bar("pool: embeddings", sum(rows[i] for i in missing), "prompts") as bar:
     for part in missing:
-      rows = [
-        chat.encode_prompt(session.tokenizer, session.chat, p.messages)[: c.prompts.max_prompt_tokens]
-        for p in prompts[bounds[part] : bounds[part + 1]]
-      ]
-      model = session.model(session.base, "stacked")
-      vectors = embed.embeddings(model, rows, c.engine.rows, session.local_mesh, bar.update)
-      shards.save_array(stage.dir / names[part], vectors.astype(np.float16))
+      found = _embedded(session, prompts.read(Prompt, part), c, how, bar.update)
+      shards.save_array(stage.dir / names[part], found.astype(np.float16))
+      stage.beat()
   stage.finish(files=names)
   return stage
 
 
-def draw(session, round, pool, earlier, c):
+def _fields(session, c):
+  return {
+    "config": {"embeddings": c.embeddings.to_dict(), "max_prompt_tokens": c.prompts.max_prompt_tokens},
+    "base": session.base.content,
+    "text": session.describe_text(),
+    "dtype": session.dtype,
+  }
+
+
+def _embedded(session, prompts, c, projection, progress):
+  longest = c.prompts.max_prompt_tokens
+  rows = [chat.encode_prompt(session.tokenizer, session.chat, p.messages)[:longest] for p in prompts]
+  model, layers = session.model(session.base, "stacked"), c.embeddings.layers or None
+  how = layers, c.embeddings.pooling, projection
+  return embed.embeddings(model, rows, c.engine.rows, session.local_mesh, progress, *how)
+
+
+def _points(embedded):
+  return embed.Rows(tuple(shards.load_array(embedded.dir / name) for name in sorted(embedded.manifest["files"])))
+
+
+def _fitted(session, stage, points, settings, key):
+  """The Clustering by all hosts together; what a killed start has saved of it counts."""
+  path, saved = stage.dir / "iteration.npz", None
+  if path.exists():
+    with np.load(path, allow_pickle=False) as file:
+      saved = int(file["step"]), {name: file[name] for name in file.files if name != "step"}
+  session.run.barrier(f"{stage.name}: begun")  # all have read the same
+  last = time.monotonic()
+
+  def save(step, arrays):
+    nonlocal last
+    if session.run.host == 0 and time.monotonic() - last >= EVERY:
+      with shards.atomic(path) as file:
+        np.savez(file, step=step, **arrays)
+      stage.beat()
+      last = time.monotonic()
+
+  mesh = kmeans.mesh_for(settings.k, points.shape[1])
+  with session.bar("pool: k-means", settings.steps, "iterations", done=saved[0] if saved else 0) as bar:
+    return kmeans.fit(points, settings, key, mesh, progress=bar.update, save=save, restore=lambda: saved)
+
+
+def _finish(session, stage, prompts, found):
+  if session.run.host == 0:
+    ids = shards.read_ids([prompts.part_path(part, prompts.parts) for part in range(prompts.parts)])
+    for name, array in {"labels": found.labels, "ids": ids, "centroids": found.centroids}.items():
+      shards.save_array(stage.dir / f"{name}.npy", array)
+    shards.write_json(stage.dir / "report.json", found.report)
+    (stage.dir / "iteration.npz").unlink(missing_ok=True)
+  stage.finish(files=["labels.npy", "ids.npy", "centroids.npy", "report.json"])
+
+
+# The draw
+
+
+def draw(session, round, pools, earlier, c):
   """The finished stage `round_RR/prompts`; `earlier` are the prompt stages of the rounds before."""
   fields = {"config": {"seed": c.seed, "draw": c.draw.to_dict()}, "round": round}
-  inputs = {"pool": pool, **{stage.name: stage for stage in earlier}}
-  stage = session.run.stage(f"round_{round:02d}/prompts", fields, inputs)
+  inputs = {stage.name: stage for pool in pools for stage in (pool.prompts, pool.clusters)}
+  stage = session.run.stage(f"round_{round:02d}/prompts", fields, inputs | {stage.name: stage for stage in earlier})
   if stage.done:
     return stage
   if stage.mine(1):
-    used = {p.id for stage in earlier for p in stage.read(Prompt)}
-    chosen = drawn(pool.read(Prompt), used, c.draw.prompts, c.draw.method, (c.seed, round))
-    clusters = len({p.cluster for p in chosen})
-    stage.write_part(0, 1, chosen, Prompt, {"used_before": len(used), "clusters_drawn": clusters})
-  stage.finish()
+    stored = lambda x: _joined([shards.load_array(pool.clusters.dir / f"{x}.npy") for pool in pools])
+    labels, ids = stored("labels"), stored("ids")
+    used = _joined([shards.load_array(stage.dir / "rows.npy") for stage in earlier] or [np.zeros(0, np.int64)])
+    rows = drawn(labels, ids, used, c.draw, c.seed, round)
+    chosen = [
+      dataclasses.replace(prompt, cluster=int(labels[row]))
+      for prompt, row in zip(_prompts_of(pools, rows), rows.tolist())
+    ]
+    shards.save_array(stage.dir / "rows.npy", rows)
+    counts = {"used_before": len(used), "clusters_drawn": len({p.cluster for p in chosen})}
+    stage.write_part(0, 1, chosen, Prompt, counts)
+  stage.finish(files=["rows.npy"])
   return stage
 
 
-def drawn(prompts, used, k, method, words):
-  """k unused prompts. "diverse": one from each of k random clusters, then a second from each, ...; "random": any."""
-  unused = [p for p in prompts if p.id not in used]
-  if len(unused) < k:
+def drawn(labels, ids, used, options, seed, round):
+  """The row numbers of the round's prompts: none of the `used` ones; engine/draw.py says which."""
+  k = options.prompts
+  try:
+    return engine.draw(engine.build(labels, ids, seed), used, k, seed, round, options.method, options.coverage)
+  except engine.Exhausted as error:
+    knob, more = "judge.distil.prompts", "a larger prompts.draws in a new --workdir"
+    if round > 1:
+      override = f"{{{round}: {{'prompts': {{'draws': NUMBER}}}}}}"
+      knob, more = (
+        "draw.prompts",
+        f'more prompts from this round on: --config.rounds="{override}", in all rounds together',
+      )
     raise RunError(
-      f"round {words[1]} draws {k} prompts, but of the pool's {len(prompts)} only {len(unused)} are unused; set a"
-      " larger prompts.draws (the pool is then made again, in a new --workdir) or a smaller draw.prompts"
-    )
-  # Every prompt and every cluster has its own random number, so that order in the file plays no part.
-  rank = {p.id: key_of(*words, p.id) for p in unused}
-  if method == "random":
-    return sorted(unused, key=lambda p: rank[p.id])[:k]
-  clusters = collections.defaultdict(list)
-  for prompt in sorted(unused, key=lambda p: rank[p.id]):
-    clusters[prompt.cluster].append(prompt)
-  order = sorted(clusters, key=lambda cluster: key_of(*words, "cluster", cluster))
-  chosen, turn = [], 0
-  while len(chosen) < k:
-    chosen += [clusters[cluster][turn] for cluster in order if len(clusters[cluster]) > turn][: k - len(chosen)]
-    turn += 1
-  return chosen
+      f"round {round} draws {k} prompts, but of the pool's {len(labels)} only {error.left} are unused. What helps: a"
+      f" smaller {knob}, or {more} (pool/drafts/manifest.json and pool/prompts/manifest.json say how many draws make"
+      " how many prompts)"
+    ) from None
+
+
+def _joined(arrays):
+  return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def _prompts_of(pools, rows):
+  """The prompts at these rows of all pools together, in their order."""
+  ends = np.cumsum([pool.prompts.manifest["rows"] for pool in pools])
+  found = [None] * len(rows)
+  for pool, end in zip(pools, ends):
+    at = np.flatnonzero((rows < end) & (rows >= end - pool.prompts.manifest["rows"]))
+    for place, prompt in zip(at, _prompts_at(pool.prompts, rows[at] - end + pool.prompts.manifest["rows"])):
+      found[place] = prompt
+  return found
+
+
+def _prompts_at(stage, rows):
+  """The prompts at these rows of a stage, in their order; its files are read one by one."""
+  sizes = np.array([part["rows"] for part in stage.manifest["parts"]])
+  ends = np.cumsum(sizes)
+  parts = np.searchsorted(ends, rows, side="right")
+  found = [None] * len(rows)
+  for part in np.unique(parts).tolist():
+    at = np.flatnonzero(parts == part)
+    path = stage.part_path(part, stage.parts)
+    for place, prompt in zip(at, shards.read_rows(path, rows[at] - ends[part] + sizes[part], Prompt)):
+      found[place] = prompt
+  return found

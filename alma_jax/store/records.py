@@ -86,15 +86,23 @@ class Evaluation:
   score: float  # of the evaluator; None where the judge is the only one
 
 
-_SENTENCE_MARKS = set(".,;:!?\"'`()[]{}…")
+class _Blanks(dict):
+  """For str.translate: quotes, sentence marks and control characters become blanks. Learnt as characters come up."""
+
+  def __missing__(self, code):
+    ch = chr(code)
+    dropped = ch in ".,;:!?\"'`()[]{}…" or unicodedata.category(ch) in ("Pi", "Pf", "Cc", "Cf")
+    return self.setdefault(code, " " if dropped else ch)
+
+
+_BLANKS = _Blanks()
 
 
 def normalised(text):
   """NFKC, case-folded, quotes and sentence marks dropped, white space collapsed: texts with equal results are one
   prompt. Signs that carry meaning ("C#", "6*7", "6/7") stay."""
   text = unicodedata.normalize("NFKC", text).casefold()
-  dropped = lambda ch: ch in _SENTENCE_MARKS or unicodedata.category(ch) in ("Pi", "Pf", "Cc", "Cf")
-  words = " ".join("".join(" " if dropped(ch) else ch for ch in text).split())
+  words = " ".join(text.translate(_BLANKS).split())
   return words or " ".join(text.split())  # a prompt of nothing but punctuation keeps it
 
 

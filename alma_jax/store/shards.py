@@ -99,6 +99,34 @@ def read_records(paths, kind):
   return [record for path in paths for record in _read_one(path, kind)]
 
 
+def read_rows(path, rows, kind):
+  """The records at these rows of one file, in their order; only the row groups that have some are read."""
+  with pq.ParquetFile(path) as file:
+    ends = np.cumsum([file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)])
+    rows = np.asarray(rows, np.int64)
+    groups = np.searchsorted(ends, rows, side="right")
+    found = {}
+    for group in np.unique(groups).tolist():
+      begin = int(ends[group - 1]) if group else 0
+      wanted = np.unique(rows[groups == group])
+      table = file.read_row_group(group).take(pa.array(wanted - begin))
+      found |= dict(zip(wanted.tolist(), _records(path, table, kind)))
+  return [found[row] for row in rows.tolist()]
+
+
+def read_ids(paths):
+  """uint64 [n]: the ids of the prompts in these files, which are 16 hex digits."""
+  found = [np.zeros(0, np.uint64)]
+  for path in paths:
+    with pq.ParquetFile(path) as file:
+      found.append(id_numbers(file.read(columns=["id"]).column("id").to_pylist()))
+  return np.concatenate(found)
+
+
+def id_numbers(ids):
+  return np.frombuffer(bytes.fromhex("".join(ids)), ">u8").astype(np.uint64)
+
+
 def save_array(path, array):
   """Writes one `.npy`; returns the sha256 of the file."""
   with atomic(path) as file:
@@ -113,11 +141,13 @@ def load_array(path):
 def _read_one(path, kind):
   # ParquetFile, not read_table: that one would turn a directory named a=b into a column.
   with pq.ParquetFile(path) as file:
-    wanted = schema(kind)
-    if file.schema_arrow.names != wanted.names:
-      found = ", ".join(file.schema_arrow.names)
-      raise ValueError(f"{path} holds no {kind.__name__} records: its columns are {found}")
-    table = file.read()
+    return _records(path, file.read(), kind)
+
+
+def _records(path, table, kind):
+  wanted = schema(kind)
+  if table.schema.names != wanted.names:
+    raise ValueError(f"{path} holds no {kind.__name__} records: its columns are {', '.join(table.schema.names)}")
   columns = []
   for field in wanted:
     values = table.column(field.name).to_pylist()

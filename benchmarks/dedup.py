@@ -1,0 +1,243 @@
+"""Near-duplicates against datasketch: speed, recall and growth on one core, with the findings checked in the same run.
+
+  python -m benchmarks.dedup [--rows=200000] [--oracle=10000] [--most=800000] [--repeats=3]
+
+The prompts are synthetic, of 10 to 24 words and 110 characters on average: of every 10,000 written, 1,000 are another
+spelling of another one and 2,000 are another one with one or two words edited. The script pins itself to one core and
+counts process time:
+
+  signatures + index   both read normalised texts and make 128 MinHash values of word bigrams and an index of 32 bands
+                       of 4. datasketch: MinHash.generator, its fastest scheme, with the C function crc32 for a hash
+                       (its own, sha1, is slower), and MinHashLSH.insertion_session without a search for equal keys,
+                       once; its queries for pairs are not counted. alma_jax: steps 1 and 2 of `text.duplicates`,
+                       with the files they write and the pairs they find, best of --repeats.
+  recall               of all pairs among the first --oracle texts with a ROUGE-L F1 of at least 0.7, found by comparing
+                       each with each, the share that is no longer there as two texts
+  growth               all four steps on pools up to --most, in parts of 50,000, and the most memory that a unit took
+                       beyond the texts (Python's and NumPy's, not pages of mapped files)
+
+What to expect: two to four minutes. It ends with an AssertionError where a spelling is not recognised, a text was
+removed without a kept one before it that is as similar as stated (calculated again from the words of all of them), or
+the recall is under 0.98.
+"""
+
+import argparse
+import functools
+import hashlib
+import importlib.metadata
+import itertools
+import os
+import random
+import tempfile
+import time
+import tracemalloc
+import zlib
+
+import datasketch
+import numpy as np
+from rapidfuzz import process
+from rapidfuzz.distance import Indel
+
+from alma_jax.store.records import normalised
+from alma_jax.text import duplicates
+
+BLOCK = 10_000  # prompts whose duplicates are among themselves
+PART = 50_000
+THRESHOLD, RECALL, SPEED = 0.7, 0.98, 5.0
+
+
+def main():
+  flags = argparse.ArgumentParser(description="How fast and how complete is the search for near-duplicates?")
+  for name, value in dict(rows=200_000, oracle=10_000, most=800_000, repeats=3).items():
+    flags.add_argument(f"--{name}", type=int, default=value)
+  flags = flags.parse_args()
+  if hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+  for line in lines(**vars(flags)):
+    print(line, flush=True)
+
+
+def lines(rows, oracle, most, repeats):
+  """Yields what there is to be read, as soon as it is known."""
+  written, spellings = prompts(rows)
+  seconds, texts = timed(lambda: different(written))
+  assert len(written) - len(texts) == spellings, f"{len(written) - len(texts)} of {spellings} spellings were recognised"
+  yield f"{len(written):,} prompts, {spellings:,} of them spellings, all recognised; {per(seconds, written)} per prompt"
+
+  peer = [timed(step)[0] for step in datasketch_steps(texts)]
+  parts, runs = in_parts(texts), []
+  for _ in range(repeats):
+    with tempfile.TemporaryDirectory() as directory:
+      runs.append({step: sum(times) for step, times in steps(directory, parts, lambda f: timed(f)[0]).items()})
+      removals = removals_of(directory, parts)
+  best = min(runs, key=lambda run: run["sign"] + run["pairs"])
+  yield f"\n{'':12} {'signatures':>12} {'index':>12} {'together':>12} {'alma_jax':>9} {'target':>7}"
+  for name, (one, two) in {"datasketch": peer, "alma_jax": (best["sign"], best["pairs"])}.items():
+    ratio = f"{sum(peer) / (best['sign'] + best['pairs']):8.1f}x {SPEED:6.1f}x" if name == "datasketch" else ""
+    yield f"{name:12} {per(one, texts):>12} {per(two, texts):>12} {per(one + two, texts):>12} {ratio}"
+
+  check(texts, removals)
+  found, pairs = recall(texts[:oracle], {row for row, _, _ in removals})
+  yield f"\n{len(removals):,} removed; each has a kept text before it with a ROUGE-L of {THRESHOLD} or more"
+  yield f"recall {found:.4f} of {pairs:,} pairs among {len(texts[:oracle]):,} texts; target {RECALL}"
+  assert found >= RECALL, f"the recall is {found:.4f}, under {RECALL}"
+
+  yield f"\n{'texts':>9} {'step 1':>10} {'step 2':>10} {'step 3':>10} {'step 4':>10} {'together':>10} {'memory':>9}"
+  for size in (most // 16, most // 4, most):
+    yield growth(size)
+  versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("numpy", "rapidfuzz", "datasketch"))
+  yield f"process time per text, one core; {versions}"
+
+
+def prompts(n, seed=0):
+  """([prompt], how many of them are another spelling of one before them)."""
+  draw, words = random.Random(seed), vocabulary()
+  weights = np.cumsum(1 / np.arange(10, len(words) + 10)).tolist()
+  found, spellings = [], 0
+  for start in range(0, n, BLOCK):
+    size = min(BLOCK, n - start)
+    spelled, near = size // 10, size // 5
+    block = []
+    for _ in range(size - spelled - near):
+      block.append(draw.choices(words, cum_weights=weights, k=draw.randint(10, 24)))
+    originals = draw.sample(block, near)
+    block = [" ".join(text) for text in block + [edited(text, words, draw) for text in originals]]
+    known = set()  # short texts meet by chance, too: of those, none is drawn for another spelling
+    block = [text for text in block if not (text in known or known.add(text))]
+    block += [respelled(text, draw) for text in draw.sample(block, spelled)]
+    spellings += spelled
+    draw.shuffle(block)
+    found += block
+  return found, spellings
+
+
+@functools.cache
+def vocabulary():
+  """20,000 different words of two or three syllables."""
+  draw = random.Random(1)
+  syllables = [a + b for a in "bcdfghklmnprstvw" for b in ("a", "e", "i", "o", "u", "an", "er", "is")]
+  words = dict.fromkeys("".join(draw.choices(syllables, k=draw.randint(2, 3))) for _ in range(60_000))
+  return list(words)[:20_000]
+
+
+def edited(text, words, draw):
+  """One or two words changed, left out or put in."""
+  text = list(text)
+  for _ in range(draw.randint(1, 2)):
+    place, new = draw.randrange(len(text)), draw.choice(words)
+    out, put = draw.choice([(1, [new]), (0, [new]), (1, [])])
+    text[place : place + out] = put
+  return text
+
+
+def respelled(text, draw):
+  return draw.choice([text.capitalize(), f"{text}.", text.replace(" ", "  ", 1), f"“{text}?”", f"{text.upper()}!"])
+
+
+def different(written):
+  """The normalised texts, each once."""
+  return list(dict.fromkeys(map(normalised, written)))
+
+
+def in_parts(texts):
+  """[(ids, texts)]"""
+  identity = lambda text: hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+  parts = [texts[at : at + PART] for at in range(0, len(texts), PART)]
+  return [([identity(text) for text in part], part) for part in parts]
+
+
+def datasketch_steps(texts):
+  """Two functions to be called one after the other: signatures and index."""
+  hashes, index = [], datasketch.MinHashLSH(num_perm=duplicates.PERMUTATIONS, params=(duplicates.BANDS, 4))
+
+  def signatures():
+    shingles = ([f"{a} {b}".encode() for a, b in itertools.pairwise(text)] for text in map(str.split, texts))
+    hashes.extend(datasketch.MinHash.generator(shingles, num_perm=duplicates.PERMUTATIONS, hashfunc=zlib.crc32))
+
+  def insertions():
+    with index.insertion_session() as session:
+      for row, minhash in enumerate(hashes):
+        session.insert(row, minhash, check_duplication=False)
+
+  return signatures, insertions
+
+
+def pool_of(directory, parts):
+  return duplicates.Pool(directory, (1,) * len(parts), THRESHOLD)
+
+
+def steps(directory, parts, measure):
+  """{step: [what `measure` says of each of its units]}; all of them are done."""
+  pool = pool_of(directory, parts)
+  return {
+    "sign": [measure(lambda: duplicates.sign(pool, part, *content)) for part, content in enumerate(parts)],
+    "pairs": [measure(lambda: duplicates.find_pairs(pool, unit)) for unit in duplicates.pair_units(pool)],
+    "verify": [measure(lambda: duplicates.verify(pool, part)) for part in duplicates.newest(pool)],
+    "decide": [measure(lambda: duplicates.decide(pool))],
+  }
+
+
+def removals_of(directory, parts):
+  """[(row of the removed text, row of the kept one, similarity)] with rows of the whole pool."""
+  pool = pool_of(directory, parts)
+  found = [(part, x) for part in range(len(parts)) for x in duplicates.decisions(pool, part)[1]]
+  return [(part * PART + x.row, x.kept_part * PART + x.kept_row, x.similarity) for part, x in found]
+
+
+def check(texts, removals):
+  """Every removal is right: by the texts themselves, word by word."""
+  removed = {row for row, _, _ in removals}
+  ids = [id for ids, _ in in_parts(texts) for id in ids]
+  for row, kept, similarity in removals:
+    true = Indel.normalized_similarity(texts[row].split(), texts[kept].split())
+    right = kept not in removed and ids[kept] < ids[row] and abs(true - similarity) < 1e-12 and similarity >= THRESHOLD
+    assert right, f"wrongly removed, ROUGE-L {true:.3f}: {texts[row]!r} beside {texts[kept]!r}"
+
+
+def recall(texts, removed):
+  """(share of the pairs of similar texts of which one was removed, number of pairs), from all pairs."""
+  codes = {}
+  coded = ["".join(chr(0x10000 + codes.setdefault(word, len(codes))) for word in text.split()) for text in texts]
+  pairs, left = 0, 0
+  for at in range(0, len(coded), 1000):
+    similar = process.cdist(coded[at : at + 1000], coded, scorer=Indel.normalized_similarity, score_cutoff=THRESHOLD)
+    for a, b in zip(*(side.tolist() for side in np.nonzero(similar))):
+      if at + a < b:
+        pairs += 1
+        left += at + a not in removed and b not in removed
+  return 1 - left / max(pairs, 1), pairs
+
+
+def growth(rows):
+  """A line about a pool of this size: all steps for the time, and again for the memory."""
+  texts = different(prompts(rows, seed=rows)[0])
+  parts = in_parts(texts)
+  with tempfile.TemporaryDirectory() as directory:
+    times = {step: sum(times) for step, times in steps(directory, parts, lambda f: timed(f)[0]).items()}
+  with tempfile.TemporaryDirectory() as directory:
+    memory = max(max(bytes) for bytes in steps(directory, parts, extra_memory).values())
+  columns = " ".join(f"{per(seconds, texts):>10}" for seconds in [*times.values(), sum(times.values())])
+  return f"{len(texts):9,} {columns} {memory / 2**20:6.0f} MB"
+
+
+def extra_memory(step):
+  """The most bytes that a step held beyond what was there before."""
+  tracemalloc.start()
+  step()
+  most = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  return most
+
+
+def timed(step):
+  start = time.process_time()
+  found = step()
+  return time.process_time() - start, found
+
+
+def per(seconds, texts):
+  return f"{1e6 * seconds / len(texts):.2f} us"
+
+
+if __name__ == "__main__":
+  main()
