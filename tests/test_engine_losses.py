@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -575,3 +576,37 @@ def test_sequence_log_probs_are_sums_by_sequence_and_ignore_padding():
   found = losses.sequence_logprobs(token, batch, 8)  # two more than there are
   np.testing.assert_allclose(found[:6], [-nll(example)[0] for example in examples], rtol=1e-5)
   assert not np.any(found[6:])
+
+
+# The formulas again, where TRL is installed (0.24 still has them as a function of log-probs)
+
+TRL = {  # name -> (TRL's loss_type, whether it wants log-probs per token, arguments)
+  "dpo": ("sigmoid", False, {}),
+  "cdpo": ("sigmoid", False, {"label_smoothing": 0.1}),
+  "rdpo": ("robust", False, {"label_smoothing": 0.1}),
+  "ipo": ("ipo", True, {}),
+  "hinge": ("hinge", False, {}),
+}
+
+
+@pytest.mark.parametrize("name", TRL)
+def test_live_losses_equal_those_of_trl(name):
+  torch, trl = pytest.importorskip("torch"), pytest.importorskip("trl")
+  formula = getattr(trl.DPOTrainer, "dpo_loss", None)
+  if formula is None:
+    pytest.skip(f"trl {trl.__version__} has no dpo_loss; 0.24 has")
+  kind, per_token, arguments = TRL[name]
+  rng = np.random.default_rng(7)
+  logprobs, reference = rng.normal(-30, 8, (2, 64, 2))
+  lengths = rng.integers(3, 40, (64, 2))
+  device = types.SimpleNamespace(device=torch.device("cpu"))
+  fixed = dict(accelerator=device, reference_free=False, f_divergence_type="reverse_kl", beta=0.1)
+  trainer = types.SimpleNamespace(**fixed, **({"label_smoothing": 0.0} | arguments))
+  scale = lengths if per_token else 1
+  columns = [torch.tensor(x[:, side]) for x in (logprobs / scale, reference / scale) for side in (0, 1)]
+  wanted, chosen, rejected = formula(trainer, *columns, kind, {})
+  with jax.enable_x64(True):
+    args = (jnp.asarray(x, jnp.float64) for x in (logprobs, lengths, reference, np.ones(64)))
+    loss, metrics = preference_of(KINDS[name][0], *args)
+  assert float(loss) == pytest.approx(float(wanted.mean()), rel=1e-6)
+  assert float(metrics["margin"]) == pytest.approx(float((chosen - rejected).mean()), rel=1e-6)
