@@ -82,8 +82,9 @@ def status(work, memory, more=None):
 
 
 MEMORY = """In sampling, scoring and embedding: lower config.engine.slots or config.engine.rows, or share a model
-among more devices with config.engine.tensor. In training: set remat=True, lower row_length or batch, or spread the
-weights over more devices with config.mesh.fsdp. Finished stages are kept; start the same command again."""
+among more devices with config.engine.tensor. In training: remat="full", more passes, moments="bfloat16", a lower
+row_length or batch, or weights spread over more devices with config.mesh.fsdp. Finished stages are kept; start the same
+command again."""
 
 
 @contextlib.contextmanager

@@ -20,6 +20,6 @@ def test_modules_that_the_readme_runs_exist():
 
 
 def test_ci_runs_the_readmes_test_command():
-  assert "pip install -e '.[test]' && pytest" in README
+  assert "pip install -e '.[test]' && pytest -n 2\n" in README
   ci = (ROOT / ".ci" / "run").read_text()
-  assert "pip install --quiet -e '.[test]'" in ci and "\npytest" in ci
+  assert "pip install --quiet -e '.[test]'" in ci and "\npytest -n 2" in ci
