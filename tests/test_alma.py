@@ -250,16 +250,14 @@ def test_run_killed_again_and_again_equals_one_that_was_not(run, data, tmp_path)
   assert small_run.artefacts(workdir) == small_run.artefacts(run)
 
 
-def test_two_hosts_make_the_artefacts_of_one(data, tmp_path):
-  """Two processes with a device each, joined by jax.distributed, against one process with two devices."""
-  values = (*data, "feedback_rounds=2")
-  small_run.finished(tmp_path / "one", *values, JAX_NUM_CPU_DEVICES="2")
+def two_hosts(workdir, values):
+  """Two processes with a device each, joined by jax.distributed."""
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
-  processes = [
+  return [
     subprocess.Popen(
-      small_run.command(tmp_path / "two", *values), cwd=small_run.ROOT, text=True,
+      small_run.command(workdir, *values), cwd=small_run.ROOT, text=True,
       stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
       env=small_run.environment(
         JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}", JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(i),
@@ -268,6 +266,43 @@ def test_two_hosts_make_the_artefacts_of_one(data, tmp_path):
     )
     for i in range(2)
   ]  # fmt: skip
+
+
+def until(reached, processes, seconds=120):
+  deadline = time.monotonic() + seconds
+  while not reached() and all(p.poll() is None for p in processes) and time.monotonic() < deadline:
+    time.sleep(0.02)
+  assert reached()
+
+
+def test_a_signal_to_one_host_stops_both_and_one_process_goes_on(data, tmp_path):
+  values = (*data, "sft.epochs=60.0", "sft.checkpoint_every=1000")
+  logged = lambda name: (tmp_path / name / "sft_1" / "metrics.jsonl").read_text().splitlines()
+  processes = two_hosts(tmp_path / "moved", values)
+  until(lambda: (tmp_path / "moved/sft_1/metrics.jsonl").exists() and len(logged("moved")) > 20, processes)
+  processes[1].send_signal(signal.SIGTERM)
+  outputs = [process.communicate(timeout=120)[0] for process in processes]
+  assert [process.returncode for process in processes] == [143, 143], outputs[0][-3000:] + outputs[1][-3000:]
+  (saved,) = (path.name for path in (tmp_path / "moved" / "sft_1" / "checkpoints").iterdir())
+  assert 20 < int(saved) < 180 and "sft_1: stopped and saved" in outputs[0]
+  for name in ("moved", "straight"):
+    process = subprocess.Popen(
+      small_run.command(tmp_path / name, *values), cwd=small_run.ROOT, env=small_run.environment(),
+      stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    until((tmp_path / name / "sft_1" / "manifest.json").exists, [process])
+    process.terminate()
+    process.wait(60)
+  moved, straight = ([json.loads(line) for line in logged(name)] for name in ("moved", "straight"))
+  assert [row["step"] for row in moved] == [row["step"] for row in straight] == list(range(1, 181))
+  assert [row["loss"] for row in moved] == pytest.approx([row["loss"] for row in straight], rel=1e-3, abs=1e-4)
+
+
+def test_two_hosts_make_the_artefacts_of_one(data, tmp_path):
+  """Two processes with a device each, joined by jax.distributed, against one process with two devices."""
+  values = (*data, "feedback_rounds=2")
+  small_run.finished(tmp_path / "one", *values, JAX_NUM_CPU_DEVICES="2")
+  processes = two_hosts(tmp_path / "two", values)
   outputs = [process.communicate(timeout=400)[0] for process in processes]
   assert [process.returncode for process in processes] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
   assert small_run.artefacts(tmp_path / "two") == small_run.artefacts(tmp_path / "one")
