@@ -30,6 +30,7 @@ VARIANTS = {
   "two SFT only (T5)": ("responses.checkpoints=('sft',)",),
   "one SFT only (T5)": ("responses.checkpoints=('sft_1',)",),
   "DPO (T7)": ("trainset.method=dpo",),
+  "GRPO": ("trainset.method=grpo", "responses.checkpoints=('latest',)"),
   "integer judge": ("judge.mode=integer",),
   "no judge (random response)": ("trainset.method=random",),
 }

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -419,7 +420,9 @@ def test_the_plan_is_the_quickest_that_fits_and_says_what_would_help():
   state = 3 * 4 * c.parameters
   assert state < plans[2].state < 1.3 * state + sum(x.nbytes for x in rows.values())
   assert [planned(memory=memory).remat for memory in (None, *sizes)] == ["none", "none", "products", "full"]
-  with pytest.raises(TrainingError, match=r"remat='full' and 16 rows of 256 tokens in 1 pass over 1 .*passes=2.*bfloat"):
+  with pytest.raises(
+    TrainingError, match=r"remat='full' and 16 rows of 256 tokens in 1 pass over 1 .*passes=2.*bfloat"
+  ):
     planned(memory=sizes[2] - 1)
   assert planned("none", passes=2).working < plans[0].working
   lean = planned("none", optimizer=dataclasses.replace(OPTIMIZER, moments="bfloat16"))
@@ -433,6 +436,12 @@ def test_operations_are_those_of_the_matrix_products():
   norms = (2 * c.depth + 1) * c.width
   attention = sum(6 * c.depth * n * n * c.heads * c.head_dim for n in lengths)
   assert engine.operations(c, lengths) == 6 * (weights + norms) * 13 + attention
+
+
+def test_peaks_are_found_by_the_names_of_devices():
+  of = lambda kind: engine.peak(types.SimpleNamespace(device_kind=kind))
+  assert of("NVIDIA H200") == of("NVIDIA H100 80GB HBM3") == 989e12
+  assert (of("TPU v5 lite"), of("TPU v5p"), of("cpu")) == (197e12, 459e12, None)
 
 
 # Dropout

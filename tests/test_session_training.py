@@ -141,6 +141,16 @@ def test_times_and_curves_are_logged_for_people(session, straight):
   assert {name for name, _, _ in found} >= {"learning_rate", "gradient_norm", "tokens_per_second"}
 
 
+def test_the_share_of_the_devices_peak_is_logged_where_the_peak_is_known(session, tmp_path, monkeypatch):
+  monkeypatch.setattr(engine, "peak", lambda device: 1e9)
+  batches = Batches(data(make_examples(session)), options(), 5, 1)
+  with training._Log(session, types.SimpleNamespace(dir=tmp_path), batches) as log:
+    log.write(0, {"loss": 1.0})
+  row = json.loads((tmp_path / "speed.jsonl").read_text())
+  computed = engine.operations(training._config(session), batches.lengths(0))
+  assert row["mfu"] == pytest.approx(computed / row["seconds"] / (8 * 1e9), rel=1e-4)
+
+
 def tensorboard_scalars(path):
   """(name, step, value) of an event file: records of a length, its checksum, that many bytes, their checksum."""
   data = path.read_bytes()
@@ -395,7 +405,7 @@ def test_sequence_log_probs_are_in_order_whatever_the_batch(session):
 
 def test_a_second_host_writes_no_log(session, tmp_path):
   stage = types.SimpleNamespace(dir=tmp_path)
-  with training._Log(session, stage, None) as log:
+  with training._Log(session, stage, Batches(data(make_examples(session)), options(), 5, 1)) as log:
     log.active = False
     log.keep(3)
     log.write(3, {"loss": 1.0})

@@ -70,9 +70,9 @@ def train(session, stage, init, data, options, seed):
     stage.beat()
 
   def report(step, metrics):
-    log.write(step, metrics)
+    speed = log.write(step, metrics)
     bar.update(1)
-    bar.set_postfix_str(f"loss {metrics['loss']:.3f}", refresh=False)
+    bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {speed:,.0f} tokens/s", refresh=False)
 
   def failed(step, model):
     return _failure(session, stage, model, data, batches.members(step), step, options)
@@ -293,14 +293,18 @@ class _Log:
     self.first = False
 
   def write(self, step, metrics):
-    if not self.active:
-      return
+    """Tokens per second of the step."""
     lengths, now = self.batches.lengths(step), time.monotonic()
     seconds = max(now - self.began, 1e-9)
+    self.began = now
     speed = {"seconds": seconds, "tokens": sum(lengths), "tokens_per_second": sum(lengths) / seconds}
     if self.peak:
       speed["mfu"] = engine.operations(self.c, lengths) / seconds / self.peak
-    self.began = now
+    if self.active:
+      self._append(step, metrics, speed)
+    return speed["tokens_per_second"]
+
+  def _append(self, step, metrics, speed):
     if self.board is None:
       import tensorboardX  # which imports torch, where there is one
 
