@@ -1,33 +1,42 @@
-"""K-means against NumPy in float64 and scikit-learn from the same start; its edges."""
+"""K-means against brute force in float64 and scikit-learn from equal starts; on meshes, from disk, killed."""
+
+import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from alma_jax.engine import kmeans as engine
-from alma_jax.engine.kmeans import kmeans
+from alma_jax.engine.kmeans import Settings, fit, mesh_for, starting_at
 
-KEY = jax.random.key(0)
+KEY = (1, 2)
+MESHES = ((8, 1), (4, 2), (2, 4), (1, 8))
 
 
 def blobs(n, d, centres, seed=0):
   rng = np.random.default_rng(seed)
-  means = 3 * rng.normal(size=(centres, d))
+  means = 1.5 * rng.normal(size=(centres, d))
   return (means[rng.integers(0, centres, n)] + rng.normal(size=(n, d))).astype(np.float32)
 
 
-@pytest.fixture
-def start(monkeypatch):
-  """Makes k-means begin at given centroids."""
-  return lambda centroids: monkeypatch.setattr(engine, "seeds", lambda *_: jax.numpy.asarray(centroids))
+@pytest.fixture(scope="module")
+def points():
+  """Most tests share their shape, and so their programs."""
+  return blobs(1500, 6, 12)
+
+
+def mesh(data, k):
+  return engine._mesh(data, k, jax.devices()[: data * k])
+
+
+def from_these(points, centroids, iterations=1, mesh=None, chunk=None, **more):
+  settings = Settings(len(centroids), iterations, tolerance=0.0, **more)
+  return fit(points, settings, KEY, mesh, chunk, restore=starting_at(centroids))
 
 
 def distances(points, centroids):
   return ((points[:, None].astype(np.float64) - centroids[None].astype(np.float64)) ** 2).sum(axis=-1)
-
-
-def inertia(points, centroids, labels):
-  return distances(points, centroids)[np.arange(len(points)), labels].sum()
 
 
 def lloyd(points, centroids):
@@ -36,115 +45,457 @@ def lloyd(points, centroids):
   return np.stack([points[labels == k].astype(np.float64).mean(axis=0) for k in range(len(centroids))])
 
 
-def test_one_step_equals_numpy_in_float64(start):
-  points = blobs(2500, 7, 12)  # more than two tiles, and a part of one
+def same_labels(points, centroids, a, b):
+  """But for points that are as near to one as to the other."""
+  at = np.flatnonzero(a != b)
+  apart = [((points[at] - centroids[labels[at]]) ** 2).sum(axis=1) for labels in (a, b)]
+  np.testing.assert_allclose(*apart, rtol=1e-4)
+  assert len(at) <= 0.01 * len(points)
+
+
+class Lazy:
+  """Points that can only be read in slices."""
+
+  def __init__(self, parts):
+    self.parts, self.dtype, self.read = parts, parts[0].dtype, []
+    self.shape = (sum(map(len, parts)), parts[0].shape[1])
+
+  def __getitem__(self, part):
+    start, stop, step = part.indices(self.shape[0])
+    assert step == 1
+    self.read.append((start, stop))
+    found, at = [], 0
+    for rows in self.parts:
+      found.append(rows[max(0, start - at) : max(0, stop - at)])
+      at += len(rows)
+    return np.concatenate(found)
+
+
+# Lloyd's iterations
+
+
+def test_one_step_equals_numpy_in_float64(points):
+  points = points.copy()
   points[:2] += 100  # a small cluster
-  first = points[np.r_[0, np.random.default_rng(1).choice(np.arange(2, 2500), 19, replace=False)]]
-  start(first)
-  labels, centroids, report = kmeans(points, 20, KEY, iterations=1)
-  wanted = lloyd(points, first)
-  np.testing.assert_allclose(centroids, wanted, atol=1e-5)
-  np.testing.assert_array_equal(labels, distances(points, centroids).argmin(axis=1))
-  assert report["inertia"] == pytest.approx(
-    [distances(points, first).min(axis=1).sum(), distances(points, wanted).min(axis=1).sum()], rel=1e-5
-  )
+  first = points[np.r_[0, np.random.default_rng(1).choice(np.arange(2, 1500), 19, replace=False)]]
+  found, wanted = from_these(points, first), lloyd(points, first)
+  np.testing.assert_allclose(found.centroids, wanted, atol=1e-5)
+  np.testing.assert_array_equal(found.labels, distances(points, wanted).argmin(axis=1))
+  assert found.report["inertia"] == pytest.approx([distances(points, first).min(axis=1).sum()], rel=1e-5)
+  assert found.report["inertia_final"] == pytest.approx(distances(points, wanted).min(axis=1).sum(), rel=1e-5)
 
 
-def test_inertia_from_the_same_start_is_that_of_scikit_learn(start):
+def test_inertia_from_the_same_start_is_that_of_scikit_learn(points):
   cluster = pytest.importorskip("sklearn.cluster")
-  points = blobs(1500, 6, 10)
-  first = points[:15]
-  start(first)
-  labels, centroids, report = kmeans(points, 15, KEY, iterations=100)
-  theirs = cluster.KMeans(15, init=first, n_init=1, max_iter=100, tol=0, algorithm="lloyd").fit(points)
-  assert inertia(points, centroids, labels) == pytest.approx(theirs.inertia_, rel=1e-3)
-  assert report["inertia"][-1] == pytest.approx(inertia(points, centroids, labels), rel=1e-4)
+  found = from_these(points, points[:20], iterations=100)
+  theirs = cluster.KMeans(20, init=points[:20], n_init=1, max_iter=100, tol=0, algorithm="lloyd").fit(points)
+  inertia = ((points - found.centroids[found.labels]).astype(np.float64) ** 2).sum()
+  assert inertia == pytest.approx(theirs.inertia_, rel=1e-3)
+  assert found.report["inertia_final"] == pytest.approx(inertia, rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 4)])
+def test_of_equally_near_centroids_the_lowest_counts(shape):
+  # Whole numbers, so that every score is exact, and many equal ones within a tile, between tiles and between devices.
+  rng = np.random.default_rng(0)
+  points = rng.integers(-3, 4, (1300, 3)).astype(np.float32)
+  centroids = rng.integers(-4, 5, (1100, 3)).astype(np.float32)
+  apart = distances(points, centroids)
+  assert ((apart == apart.min(axis=1, keepdims=True)).sum(axis=1) > 1).mean() > 0.6
+  found = from_these(points, centroids, iterations=0, mesh=mesh(*shape))
+  np.testing.assert_array_equal(found.labels, apart.argmin(axis=1))
+  assert found.report["inertia_final"] == apart.min(axis=1).sum()
+
+
+def test_points_by_centroids_never_exist():
+  mine, spread = mesh(1, 1), jax.ShapeDtypeStruct
+  programs = engine._programs(mine, (128, 1024), False)
+  n, k, d = 1 << 16, 1 << 14, 8
+  f32 = lambda *shape: spread(shape, jnp.float32)
+  args = f32(1, k, d), spread((1, k), jnp.int32), f32(n, d), f32(n), f32(k, d), spread((), int), spread((), int)
+  memory = programs.accumulate.lower(*args).compile().memory_analysis()
+  assert memory.temp_size_in_bytes < n * k * 4 / 500
+
+
+def test_spherical_centroids_have_length_one(points):
+  points = points / np.linalg.norm(points, axis=1, keepdims=True)
+  first = points[:20]
+  found = from_these(points, first, spherical=True)
+  labels = (points.astype(np.float64) @ first.T.astype(np.float64)).argmax(axis=1)
+  sums = np.stack([points[labels == k].astype(np.float64).sum(axis=0) for k in range(20)])
+  wanted = sums / np.linalg.norm(sums, axis=1, keepdims=True)
+  np.testing.assert_allclose(found.centroids, wanted, atol=1e-5)
+  np.testing.assert_array_equal(found.labels, (points.astype(np.float64) @ wanted.T).argmax(axis=1))
+  assert found.report["inertia_final"] == pytest.approx(((points - wanted[found.labels]) ** 2).sum(), rel=1e-5)
+  report = fit(points, Settings(20, 6, spherical=True, tolerance=0.0), KEY).report
+  assert (np.diff([*report["inertia"], report["inertia_final"]]) <= 1e-3).all() and not report["empty_repaired"]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float64, np.int8])
+def test_other_types_are_summed_in_fp32(points, dtype):
+  points = (10 * points).astype(dtype)
+  exact = fit(points.astype(np.float32), Settings(20), KEY)
+  found = fit(points, Settings(20), KEY)
+  np.testing.assert_array_equal(found.labels, exact.labels)
+  np.testing.assert_array_equal(found.centroids, exact.centroids)
+  assert found.centroids.dtype == np.float32
+  np.testing.assert_allclose(found.report["inertia"], exact.report["inertia"], rtol=1e-6)
+
+
+def test_it_stops_where_little_is_gained(points):
+  all_of_them = fit(points, Settings(20, 60, tolerance=0.0), KEY).report["inertia"]
+  early = fit(points, Settings(20, 60, tolerance=0.01), KEY).report
+  inertia = np.array(all_of_them)
+  assert early["iterations"] == len(early["inertia"]) == 2 + np.argmax(inertia[:-1] - inertia[1:] <= 0.01 * inertia[1:])
+  assert len(all_of_them) < 60 and all_of_them[-1] == all_of_them[-2]  # nothing moves any more
+
+
+# Empty clusters
+
+
+def test_an_empty_cluster_takes_part_of_the_largest(points):
+  far = np.full((2, 6), 1e3, np.float32)  # nobody's nearest
+  first = np.concatenate([points[:8], far, points[8:10]])
+  labels = distances(points, first).argmin(axis=1)
+  sizes = np.bincount(labels, minlength=12)
+  means = np.stack([points[labels == k].astype(np.float64).mean(axis=0) if sizes[k] else far[0] for k in range(12)])
+  sign = 1 + np.array([-1, 1, -1, 1, -1, 1]) / 1024
+  for empty, donor in zip((8, 9), np.argsort(-sizes, kind="stable")):
+    means[empty], means[donor] = means[donor] * sign, means[donor] * (2 - sign)
+  found = from_these(points, first)
+  np.testing.assert_allclose(found.centroids, means, rtol=1e-5)
+  assert found.report["empty_repaired"] == 2 and found.report["empty"] == 0
+  streamed = from_these(points, first, chunk=512)
+  np.testing.assert_array_equal(streamed.labels, found.labels)
+  assert streamed.report["empty_repaired"] == 2
+
+
+def test_only_clusters_of_several_points_are_split():
+  points = np.zeros((60, 6), np.float32)
+  points[:, 0], points[-1] = 3, 7
+  first = np.stack([points[0], points[-1], np.full(6, 50.0), np.full(6, 60.0)]).astype(np.float32)
+  found = from_these(points, first)
+  assert found.report["empty_repaired"] == 1
+  np.testing.assert_array_equal(found.centroids[[1, 3]], first[[1, 3]])  # the single point's, and one with no donor
+  assert (np.abs(found.centroids[[0, 2]] - first[0]) < 0.01).all() and (found.centroids[0] != found.centroids[2]).any()
+
+
+# Seeds
+
+
+def test_noise_follows_from_key_stream_and_row():
+  noise = engine._noise(7, 3, 50_000)
+  np.testing.assert_array_equal(engine._noise(7, 3, 1000), noise[:1000])
+  assert (
+    noise.min() > 0
+    and noise.mean() == pytest.approx(1, abs=0.02)
+    and np.median(noise) == pytest.approx(np.log(2), abs=0.02)
+  )
+  for other in (engine._noise(8, 3, 1000), engine._noise(7, 4, 1000)):
+    assert abs(np.corrcoef(other, noise[:1000])[0, 1]) < 0.15
+
+
+def test_seeds_are_drawn_by_squared_distance_to_all_before(points):
+  found = fit(points, Settings(20, iterations=0), KEY).centroids
+  rows = np.zeros(0, int)
+  for r, size in enumerate([2, 2, 2, 2, 3, 3, 3, 3]):
+    apart = distances(points, points[rows]).min(axis=1) if r else np.ones(1500)
+    score = apart / engine._noise(1 | 2 << 32, r, 1500)
+    score[rows] = -1
+    rows = np.concatenate([rows, np.sort(np.argsort(-score)[:size])])
+  np.testing.assert_array_equal(found, points[rows])
+
+
+@pytest.mark.parametrize("seeding", ["distance", "random"])
+def test_seeds_are_the_same_whatever_the_chunks_and_devices(points, seeding):
+  settings = Settings(20, iterations=0, seeding=seeding)
+  seeds = fit(points, settings, KEY).centroids
+  assert len(np.unique(seeds, axis=0)) == 20
+  for more in (dict(chunk=512), dict(mesh=mesh(8, 1)), dict(mesh=mesh(2, 4), chunk=512)):
+    np.testing.assert_array_equal(fit(points, settings, KEY, **more).centroids, seeds)
+  assert (fit(points, settings, (1, 3)).centroids != seeds).any()
 
 
 def test_seeding_finds_clusters_that_are_far_apart():
   rng = np.random.default_rng(2)
-  truth = np.repeat(np.arange(16), 40)
-  points = (100 * rng.normal(size=(16, 8))[truth] + rng.normal(size=(640, 8))).astype(np.float32)
-  # A start from 32 points drawn evenly misses two of the sixteen groups, and pays for it a hundredfold.
-  labels, _, report = kmeans(points, 32, KEY, iterations=30)
-  assert len(set(zip(truth.tolist(), labels.tolist()))) == len(set(labels.tolist()))  # no cluster holds two groups
-  assert report["inertia"][-1] < 640 * 8
+  truth = np.repeat(np.arange(16), 90)
+  points = (100 * rng.normal(size=(16, 6))[truth] + rng.normal(size=(1440, 6))).astype(np.float32)
+  # A start from 32 points drawn evenly misses some of the sixteen groups, and pays for it a hundredfold.
+  found = fit(points, Settings(32, iterations=30), KEY)
+  assert len(set(zip(truth.tolist(), found.labels.tolist()))) == 32  # no cluster holds two groups
+  assert found.report["inertia_final"] < 1440 * 6
+  assert fit(points, Settings(32, iterations=30, seeding="random"), KEY).report["inertia_final"] > 10 * 1440 * 6
 
 
-def test_inertia_never_rises_and_the_report_counts_the_clusters():
-  points = blobs(800, 5, 9)
-  labels, _, report = kmeans(points, 24, KEY, iterations=40)
-  if not report["empty_repaired"]:
-    assert (np.diff(report["inertia"]) <= 1e-3).all()
-  sizes = np.bincount(labels, minlength=24)
-  assert report["largest"] == sizes.max()
-  assert report["singletons"] == (sizes == 1).sum()
-  assert report["empty"] == (sizes == 0).sum() == 0
+# Meshes and chunks
 
 
-def test_the_key_decides_everything():
-  points = blobs(400, 4, 8)
-  first, again = kmeans(points, 12, KEY, 10), kmeans(points, 12, KEY, 10)
-  np.testing.assert_array_equal(first[0], again[0])
-  np.testing.assert_array_equal(first[1], again[1])
-  assert first[2] == again[2]
-  other = kmeans(points, 12, jax.random.key(1), 10)
-  assert (other[0] != first[0]).any()
+@pytest.mark.parametrize("shape", MESHES)
+def test_every_step_on_a_mesh_is_that_of_one_device(points, shape):
+  centroids = points[:20].copy()
+  centroids[5:8] = 1e3  # three to repair
+  for _ in range(3):
+    one, found = from_these(points, centroids), from_these(points, centroids, mesh=mesh(*shape))
+    np.testing.assert_allclose(found.centroids, one.centroids, rtol=1e-5, atol=1e-5)
+    same_labels(points, one.centroids, one.labels, found.labels)
+    for name in ("inertia", "inertia_final"):
+      np.testing.assert_allclose(found.report[name], one.report[name], rtol=1e-6)
+    assert found.report["empty_repaired"] == one.report["empty_repaired"]
+    centroids = one.centroids
 
 
-def test_one_cluster_is_the_mean():
-  points = blobs(300, 4, 3)
-  labels, centroids, report = kmeans(points, 1, KEY, 5)
-  assert not labels.any()
-  np.testing.assert_allclose(centroids[0], points.astype(np.float64).mean(axis=0), atol=1e-5)
-  assert report["inertia"][-1] == pytest.approx(300 * points.astype(np.float64).var(axis=0).sum(), rel=1e-5)
+@pytest.mark.parametrize("shape", [(1, 1), (2, 4)])
+def test_chunks_from_disk_give_what_memory_gives(points, tmp_path, shape):
+  half = points.astype(np.float16)
+  for i, part in enumerate(np.array_split(half, 4)):
+    np.save(tmp_path / f"{i}.npy", part)
+  lazy = Lazy([np.load(tmp_path / f"{i}.npy", mmap_mode="r") for i in range(4)])
+  settings = Settings(20, 5, tolerance=0.0)
+  whole = fit(half.astype(np.float32), settings, KEY)
+  found = fit(lazy, settings, KEY, mesh(*shape), chunk=512)
+  np.testing.assert_allclose(found.centroids, whole.centroids, rtol=1e-5, atol=1e-5)
+  same_labels(points, whole.centroids, whole.labels, found.labels)
+  np.testing.assert_allclose(found.report["inertia"], whole.report["inertia"], rtol=1e-6)
+  chunks = [part for part in lazy.read if part[1] - part[0] > 1]
+  assert max(stop - start for start, stop in chunks) <= 512 // shape[0]
+  passes = 7 + 5 + 1  # of seeding, of Lloyd's and for the labels
+  whole_passes = sum(stop - start for start, stop in chunks if stop - start >= 92 // shape[0])
+  assert abs(whole_passes - passes * 1500) < 150  # a read of seeds may span as much
 
 
-def test_as_many_clusters_as_points_gives_each_its_own():
-  points = blobs(50, 4, 50)
-  labels, _, report = kmeans(points, 50, KEY, 5)
-  assert len(set(labels.tolist())) == 50
-  assert report["singletons"] == 50
-  assert report["inertia"][-1] == pytest.approx(0, abs=1e-3)
+def test_chunks_are_chosen_when_memory_is_short(points, monkeypatch):
+  monkeypatch.setattr(engine, "_memory", lambda device: 64_000)
+  lazy = Lazy([points])
+  found = fit(lazy, Settings(20, 2), KEY)
+  assert max(stop - start for start, stop in lazy.read) < 600
+  np.testing.assert_allclose(found.centroids, fit(points, Settings(20, 2), KEY).centroids, rtol=1e-5, atol=1e-5)
+
+
+def test_the_mesh_spreads_centroids_only_if_it_must(monkeypatch):
+  monkeypatch.setattr(engine, "_memory", lambda device: 4 * 2 * 4 * 100 * 64)  # a quarter holds 100 and their sums
+  shape = lambda k: tuple(mesh_for(k, 64).shape.values())
+  assert [shape(k) for k in (1, 100, 101, 400, 401, 800)] == [(8, 1), (8, 1), (4, 2), (2, 4), (1, 8), (1, 8)]
+  assert mesh_for(10, 64, jax.devices()[:2]).size == 2
+  with pytest.raises(ValueError, match=r"801 centroids of 64 dimensions .* 8 devices"):
+    mesh_for(801, 64)
+
+
+# Two levels and samples
+
+
+def test_two_levels_lose_little(points):
+  flat = fit(points, Settings(20, 20), KEY).report["inertia_final"]
+  for more, least, most in (
+    (dict(method="two_level"), 1.0, 1.09),
+    (dict(method="two_level", flat_iterations=3), 0.98, 1.03),
+    (dict(per_centroid=25), 1.0, 1.05),
+  ):
+    found = fit(points, Settings(20, 20, **more), KEY)
+    assert least < found.report["inertia_final"] / flat < most, more
+    wanted = distances(points, found.centroids)
+    assert (wanted[np.arange(1500), found.labels] <= wanted.min(axis=1) + 1e-4).all()
+    assert found.report["trained_on"] == (500 if "per_centroid" in more else 1500)
+    if "method" in more:
+      assert found.report["coarse_clusters"] == 4 and found.report["iterations"] == more.get("flat_iterations", 0)
+      assert len(np.unique(found.centroids, axis=0)) == 20 and found.report["empty"] == 0
+
+
+def test_fine_clusters_are_shared_out_in_proportion():
+  rng = np.random.default_rng(0)
+  for k in (1, 7, 90, 500):
+    sizes = rng.integers(0, 60, 30) * rng.integers(0, 2, 30)
+    k = min(max(k, (sizes > 0).sum()), sizes.sum())
+    shares = engine._shares(k, sizes)
+    assert shares.sum() == k and (shares <= sizes).all() and (shares >= (sizes > 0)).all()
+  np.testing.assert_array_equal(engine._shares(100, np.array([300, 100, 0, 600])), [30, 10, 0, 60])
+
+
+def test_a_sample_is_part_of_the_points(points):
+  rows = []
+  settings = Settings(20, 0, seeding="random", per_centroid=25)
+  wanted = fit(points, settings, KEY)
+  for centroid in wanted.centroids:
+    rows += np.flatnonzero((points == centroid).all(axis=1)).tolist()
+  assert len(set(rows)) == 20 and wanted.report["trained_on"] == 500
+  chunked = fit(Lazy([points]), settings, KEY, chunk=512)
+  np.testing.assert_array_equal(chunked.centroids, wanted.centroids)
+
+
+# Killed and restored
+
+
+class Killed(Exception):
+  pass
+
+
+@pytest.mark.parametrize(
+  ("more", "steps"),
+  [
+    (dict(), 5),
+    (dict(chunk=512), 5),
+    (dict(method="two_level", flat_iterations=2), 12),
+    (dict(per_centroid=25, seeding="random"), 5),
+    (dict(spherical=True), 5),
+  ],
+)
+def test_killed_after_any_step_it_gives_the_same_bits(points, more, steps):
+  more = dict(more)
+  place = {"chunk": more.pop("chunk", None)}
+  settings, ticks, saved = Settings(20, 5, tolerance=0.0, **more), [], []
+  whole = fit(points, settings, KEY, **place, progress=ticks.append, save=lambda *x: saved.append(x))
+  assert sum(ticks) == settings.steps == steps and [step for step, _ in saved] == list(np.cumsum([0, *ticks]))
+  assert {type(x) for _, arrays in saved for x in arrays.values()} == {np.ndarray}
+  for step in np.cumsum([0, *ticks]):
+    kept, left = [], []
+
+    def save(now, arrays):
+      kept.append((now, {name: x.copy() for name, x in arrays.items()}))
+      if now == step:
+        raise Killed
+
+    with pytest.raises(Killed):
+      fit(points, settings, KEY, **place, save=save)
+    found = fit(points, settings, KEY, **place, progress=left.append, restore=lambda: kept[-1])
+    np.testing.assert_array_equal(found.centroids, whole.centroids)
+    np.testing.assert_array_equal(found.labels, whole.labels)
+    assert found.report == whole.report and sum(left) == steps - step
+
+
+def test_a_settled_state_stays_settled(points):
+  settings, saved = Settings(20, 60, tolerance=0.01), []
+  whole = fit(points, settings, KEY, save=lambda *x: saved.append(x))
+  again = fit(points, settings, KEY, restore=lambda: saved[-1], save=lambda *_: pytest.fail("went on"))
+  assert again.report == whole.report
+
+
+def test_the_state_of_another_run_is_refused(points):
+  with pytest.raises(ValueError, match=r"centroids of shape \(7, 6\), not \(20, 6\)"):
+    fit(points, Settings(20), KEY, restore=starting_at(points[:7]))
+
+
+# What is reported, and edges
+
+
+def test_the_report_counts_the_clusters(points):
+  found = fit(points, Settings(20, 40), KEY)
+  sizes, report = np.bincount(found.labels, minlength=20), found.report
+  assert found.labels.dtype == np.int32 and found.labels.shape == (1500,)
+  assert not report["empty_repaired"] and (np.diff([*report["inertia"], report["inertia_final"]]) <= 1e-3).all()
+  assert report["largest"] == sizes.max() and report["trained_on"] == 1500
+  assert report["singletons"] == (sizes == 1).sum() and report["empty"] == (sizes == 0).sum() == 0
+  assert report["balance"] == pytest.approx(20 * (sizes**2).sum() / 1500**2) and report["balance"] >= 1
+  assert {type(x) for x in report.values()} <= {int, float, list}
+
+
+def test_the_key_decides_everything(points):
+  first, again, other = (fit(points, Settings(20), key) for key in (KEY, np.array(KEY, np.uint32), (2, 1)))
+  np.testing.assert_array_equal(first.labels, again.labels)
+  np.testing.assert_array_equal(first.centroids, again.centroids)
+  assert first.report == again.report and (other.labels != first.labels).any()
+
+
+@pytest.mark.parametrize("method", ["flat", "two_level"])
+def test_one_cluster_is_the_mean(points, method):
+  found = fit(points, Settings(1, 5, method=method), KEY)
+  assert not found.labels.any()
+  np.testing.assert_allclose(found.centroids[0], points.astype(np.float64).mean(axis=0), atol=1e-5)
+  assert found.report["inertia_final"] == pytest.approx(1500 * points.astype(np.float64).var(axis=0).sum(), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["flat", "two_level"])
+def test_as_many_clusters_as_points_gives_each_its_own(points, method):
+  found = fit(points[:50], Settings(50, 5, method=method), KEY)
+  assert sorted(found.labels) == list(range(50)) and found.report["singletons"] == 50
+  assert found.report["inertia_final"] == pytest.approx(0, abs=1e-2)
+  assert found.report["balance"] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("k", [2, 5, 9])
 def test_duplicates_share_a_cluster_and_nothing_breaks(k):
-  distinct = 4 * blobs(5, 3, 5)
-  points = np.repeat(distinct, 12, axis=0)
-  labels, centroids, report = kmeans(points, k, KEY, 20)
-  assert np.isfinite(centroids).all()
-  assert labels.min() >= 0 and labels.max() < k
-  assert [len(set(labels[i : i + 12].tolist())) for i in range(0, 60, 12)] == [1] * 5
+  points = np.repeat(4 * blobs(5, 6, 5), 12, axis=0)
+  found = fit(points, Settings(k, 20), KEY)
+  assert np.isfinite(found.centroids).all() and found.labels.min() >= 0 and found.labels.max() < k
+  assert [len(set(found.labels[i : i + 12].tolist())) for i in range(0, 60, 12)] == [1] * 5
   if k >= 5:
-    assert report["inertia"][-1] < 1e-5 * (points**2).sum()  # every distinct point has a centroid, but for a hair
+    assert found.report["inertia_final"] < 1e-5 * (points**2).sum()  # every distinct point has a centroid, but a hair
 
 
-def test_equal_points_only():
-  labels, centroids, report = kmeans(np.ones((7, 3), np.float32), 3, KEY, 5)
-  assert np.isfinite(centroids).all() and len(set(labels.tolist())) == 1
-  assert report["empty"] == 2
+@pytest.mark.parametrize("method", ["flat", "two_level"])
+def test_equal_points_only(method):
+  found = fit(np.ones((60, 6), np.float32), Settings(3, 5, method=method), KEY)
+  assert np.isfinite(found.centroids).all() and len(set(found.labels.tolist())) == 1
+  assert found.report["empty"] == 2
+  assert method != "flat" or found.report["iterations"] == 5  # while there is something to repair, it goes on
 
 
-def test_an_empty_cluster_takes_part_of_the_largest(start):
-  points = blobs(600, 4, 2)
-  far = np.full((2, 4), 1e3, np.float32)  # nobody's nearest
-  start(np.concatenate([points[:2], far]))
-  labels, _, report = kmeans(points, 4, KEY, 20)
-  assert report["empty_repaired"] >= 2
-  sizes = np.bincount(labels, minlength=4)
-  assert report["empty"] == 0 and sizes.min() > 1
-
-
+@pytest.mark.parametrize("more", [dict(), dict(chunk=512), dict(mesh=(8, 1))])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_value_that_is_not_finite_is_named_by_its_point(bad):
-  points = blobs(20, 3, 2)
-  points[13, 1] = bad
-  with pytest.raises(ValueError, match="point 13 "):
-    kmeans(points, 2, KEY, 3)
+def test_a_value_that_is_not_finite_is_named_by_its_point(points, more, bad):
+  points, more = points.copy(), dict(more)
+  points[1213, 1] = points[1490] = bad
+  if "mesh" in more:
+    more["mesh"] = mesh(*more["mesh"])
+  with pytest.raises(ValueError, match="point 1213 has a value that is not finite"):
+    fit(points, Settings(20, seeding="random"), KEY, **more)
 
 
-@pytest.mark.parametrize("k", [0, 21])
-def test_more_clusters_than_points_are_refused(k):
-  with pytest.raises(ValueError, match=f"k={k} .*20 points"):
-    kmeans(blobs(20, 3, 2), k, KEY, 3)
+def test_a_bad_row_of_a_sample_has_its_own_number(points):
+  points = points.copy()
+  points[np.setdiff1d(np.arange(1500), engine._largest(-engine._noise(1 | 2 << 32, engine.SAMPLE, 1500), 500))] = 0
+  row = int(np.flatnonzero(points.any(axis=1))[60])
+  points[row, 3] = np.nan
+  with pytest.raises(ValueError, match=f"point {row} "):
+    fit(points, Settings(20, per_centroid=25), KEY)
+
+
+@pytest.mark.parametrize(
+  ("shape", "k", "said"),
+  [
+    ((20, 3), 21, "k=21 clusters, but there are 20 points"),
+    ((20,), 2, r"shape \(20,\); it must be \(n, d\)"),
+    ((0, 3), 1, "at least one point"),
+    ((3, 2, 2), 1, r"it must be \(n, d\)"),
+  ],
+)
+def test_points_that_cannot_be_clustered_are_refused(shape, k, said):
+  with pytest.raises(ValueError, match=said):
+    fit(np.zeros(shape, np.float32), Settings(k), KEY)
+
+
+@pytest.mark.parametrize(
+  ("change", "said"),
+  [
+    (dict(k=0), "k=0, .* 1 or more"),
+    (dict(k=2.5), "k=2.5"),
+    (dict(iterations=-1), "iterations=-1"),
+    (dict(seeding="k-means++"), "seeding='k-means\\+\\+', .* distance, random"),
+    (dict(method="both"), "method='both', .* flat, two_level"),
+    (dict(per_centroid=-1), "per_centroid"),
+    (dict(tolerance=1.0), "tolerance=1.0"),
+    (dict(tolerance=float("nan")), "tolerance"),
+    (dict(flat_iterations=2), "flat_iterations follow"),
+  ],
+)
+def test_settings_that_make_no_sense_are_refused(change, said):
+  with pytest.raises(ValueError, match=f"k-means: .*{said}"):
+    dataclasses.replace(Settings(4), **change)
+
+
+@pytest.mark.parametrize(
+  ("change", "said"),
+  [
+    (dict(key=jax.random.key(0)), "two whole numbers"),
+    (dict(key=(1, 2**32)), "two whole numbers"),
+    (dict(chunk=0), "chunk=0"),
+    (dict(points=np.zeros((4, 2), complex)), "real numbers"),
+    (dict(points=np.zeros((4, 2), "V2")), "bfloat16"),
+  ],
+)
+def test_other_arguments_that_make_no_sense_are_refused(change, said):
+  with pytest.raises(ValueError, match=said):
+    fit(**(dict(points=np.ones((4, 2)), settings=Settings(2), key=KEY) | change))
+
+
+def test_a_mesh_with_other_axes_is_refused(points):
+  with pytest.raises(ValueError, match=r"\('a', 'b'\); they must be \('data', 'k'\)"):
+    fit(points, Settings(2), KEY, jax.make_mesh((4, 2), ("a", "b")))

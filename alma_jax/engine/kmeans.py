@@ -184,7 +184,7 @@ def _agreed(value, devices):
   """The least value of all processes that have these devices: all must plan alike."""
   if len({x.process_index for x in devices}) == 1:
     return value
-  return int(multihost_utils.process_allgather(np.array(value)).min())
+  return int(multihost_utils.process_allgather(np.array(value >> 20, np.int32)).min()) << 20  # there are no 64 bits
 
 
 def _up(n, step):

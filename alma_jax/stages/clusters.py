@@ -47,7 +47,7 @@ def build(session, prompts, c):
       session.run.log("few prompts per cluster", prompts=len(points), clusters=k)
     options = {name: value for name, value in c.clusters.to_dict().items() if name != "k"}
     found = _fitted(session, stage, points, kmeans.Settings(k, **options), key_of(c.seed, "k-means"))
-    _finish(session, stage, prompts, found)
+    _finish(session, stage, prompts, found.labels, found)
   return Pool(prompts, projection, stage)
 
 
@@ -59,11 +59,7 @@ def added(session, prompts, first, c):
   stage = session.run.stage(f"{name}/clusters", {"config": {"spherical": c.clusters.spherical}}, inputs)
   if not stage.done:
     centroids = shards.load_array(first.clusters.dir / "centroids.npy")
-    settings = kmeans.Settings(len(centroids), iterations=0, spherical=c.clusters.spherical)
-    points = _points(embedded)
-    mesh = kmeans.mesh_for(*centroids.shape)
-    found = kmeans.fit(points, settings, key_of(c.seed, "k-means"), mesh, restore=kmeans.starting_at(centroids))
-    _finish(session, stage, prompts, found)
+    _finish(session, stage, prompts, _nearest(_points(embedded), centroids, c))
   return Pool(prompts, first.projection, stage)
 
 
@@ -150,14 +146,29 @@ def _fitted(session, stage, points, settings, key):
     return kmeans.fit(points, settings, key, mesh, progress=bar.update, save=save, restore=lambda: saved)
 
 
-def _finish(session, stage, prompts, found):
+def _nearest(points, centroids, c):
+  """int32 [n]: the nearest of the centroids for each point, of which there may be few or none."""
+  n, k = len(points), len(centroids)
+  if not n:
+    return np.zeros(0, np.int32)
+  if n < k:  # k-means has at least one point for each cluster
+    points = embed.Rows((*points.arrays, np.zeros((k - n, points.shape[1]), np.float16)))
+  settings = kmeans.Settings(k, iterations=0, spherical=c.clusters.spherical)
+  key, mesh = key_of(c.seed, "k-means"), kmeans.mesh_for(*centroids.shape)
+  return kmeans.fit(points, settings, key, mesh, restore=kmeans.starting_at(centroids)).labels[:n]
+
+
+def _finish(session, stage, prompts, labels, clustering=None):
+  """What was added to a pool has no `clustering` of its own."""
   if session.run.host == 0:
     ids = shards.read_ids([prompts.part_path(part, prompts.parts) for part in range(prompts.parts)])
-    for name, array in {"labels": found.labels, "ids": ids, "centroids": found.centroids}.items():
-      shards.save_array(stage.dir / f"{name}.npy", array)
-    shards.write_json(stage.dir / "report.json", found.report)
+    shards.save_array(stage.dir / "labels.npy", labels)
+    shards.save_array(stage.dir / "ids.npy", ids)
+    if clustering:
+      shards.save_array(stage.dir / "centroids.npy", clustering.centroids)
+      shards.write_json(stage.dir / "report.json", clustering.report)
     (stage.dir / "iteration.npz").unlink(missing_ok=True)
-  stage.finish(files=["labels.npy", "ids.npy", "centroids.npy", "report.json"])
+  stage.finish(files=["labels.npy", "ids.npy", *(["centroids.npy", "report.json"] if clustering else [])])
 
 
 # The draw

@@ -42,6 +42,8 @@ def build(session, data, c, name="pool", first=0, earlier=()):
   stage = session.run.stage(f"{name}/prompts", fields, inputs)
   if not stage.done:
     _select(session, stage, draws, data, earlier, c)
+  if session.run.host == 0:  # also after a start that was killed just here
+    shutil.rmtree(stage.dir / "near", ignore_errors=True)
   return stage
 
 
@@ -134,8 +136,6 @@ def _select(session, stage, draws, data, earlier, c):
       report["near_duplicates"] = near.examples()
     shards.write_json(stage.dir / "report.json", report)
   stage.finish(files=["report.json"])
-  if session.run.host == 0:
-    shutil.rmtree(stage.dir / "near", ignore_errors=True)
 
 
 DUPLICATE = 1000  # why a draft does not enter: it is there already; 1, 2, ...: it equals something else
@@ -230,7 +230,6 @@ def _near(session, stage, draws, fresh, human, earlier, c):
     seen |= texts[name].keys()
   before = [(pool, part) for pool in earlier for part in range(pool.parts)]
   generations = (0, *(0 for _ in before), *(1 for _ in range(draws.parts)))
-  (stage.dir / "near").mkdir(exist_ok=True)
   pool = duplicates.Pool(stage.dir / "near", generations, c.prompts.similarity, c.seed)
   for part in range(len(generations))[host::hosts]:
     if not duplicates.signed(pool, part):
