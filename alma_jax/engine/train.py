@@ -7,7 +7,7 @@ The step is compiled once per shape: the learning rate comes in as a number, so 
 rounds share the compilation. Weights are fp32, moments fp32 or bf16, both sharded by the same rules; the forward and
 backward pass run in `compute_dtype` on a copy of the weights. A step's batch holds a fixed number of examples packed
 into rows, which go through the model in one or more `passes`; the loss is normalised by what the whole batch
-supervises, so packing, passes and the number of devices do not change it. An update that is not finite is not made.
+supervises, so packing, passes and the number of devices do not change it.
 """
 
 import dataclasses
@@ -120,12 +120,11 @@ def learning_rate(o, step, steps):
 
 
 def transformation(o):
-  """AdamW without the learning rate; norms are not decayed."""
+  """AdamW without clipping and learning rate; norms are not decayed."""
   decayed = lambda tree: jax.tree.map(
     lambda v: v.get_metadata()["axes"] != ("norm",), tree, is_leaf=lambda v: hasattr(v, "get_metadata")
   )
   return optax.chain(
-    optax.clip_by_global_norm(o.clip),
     _kept_in(o.moments, optax.scale_by_adam(o.beta1, o.beta2, o.eps)),
     optax.add_decayed_weights(o.weight_decay, mask=decayed),
   )
@@ -163,13 +162,15 @@ def _programs(c, mesh, o, objective):
   def step(state, batch, rate, stops):
     model, moments = state
     (_, metrics), gradient = _gradient(llama.cast(model, objective.compute_dtype), batch, objective, how)
-    gradient = jax.tree.map(lambda x: x.astype(jnp.float32), gradient)
-    norm = optax.tree.norm(gradient)
-    updates, moments = tx.update(gradient, moments, model)
-    new = jax.tree.map(lambda w, u: w - rate * u, model, updates), moments
+    norm = optax.tree.norm(jax.tree.map(lambda x: x.astype(jnp.float32), gradient))
+    # Weights stay as they are where a gradient is not finite: the loop ends there, and looks at what they make of it.
     finite = jnp.isfinite(metrics["loss"] + norm)
-    state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
-    return state, metrics | {"gradient_norm": norm, "stop": stops.max()}
+    scale = jnp.minimum(1.0, o.clip / norm)
+    gradient = jax.tree.map(lambda x: jnp.where(finite, x.astype(jnp.float32) * scale, 0.0), gradient)
+    updates, moments = tx.update(gradient, moments, model)
+    rate = jnp.where(finite, rate, 0.0)
+    model = jax.tree.map(lambda w, u: w - rate * u, model, updates)
+    return (model, moments), metrics | {"gradient_norm": norm, "stop": stops.max()}
 
   placed = jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), abstract, shardings)
   return start, step, placed
