@@ -86,7 +86,7 @@ def killed_at(monkeypatch, step):
   def dying(self, at, values):
     if at == step:
       raise Killed
-    write(self, at, values)
+    return write(self, at, values)
 
   monkeypatch.setattr(training._Log, "write", dying)
 
@@ -165,9 +165,9 @@ def test_sigterm_saves_at_once_and_the_same_command_goes_on(session, straight, m
   examples, write = make_examples(session), training._Log.write
 
   def signalled(self, at, values):
-    write(self, at, values)
     if at == 1:
       signal.raise_signal(signal.SIGTERM)
+    return write(self, at, values)
 
   before = signal.getsignal(signal.SIGTERM)
   with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
