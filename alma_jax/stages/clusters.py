@@ -168,7 +168,8 @@ def _finish(session, stage, prompts, labels, clustering=None):
       shards.save_array(stage.dir / "centroids.npy", clustering.centroids)
       shards.write_json(stage.dir / "report.json", clustering.report)
     (stage.dir / "iteration.npz").unlink(missing_ok=True)
-  stage.finish(files=["labels.npy", "ids.npy", *(["centroids.npy", "report.json"] if clustering else [])])
+  facts = {name: x for name, x in clustering.report.items() if not isinstance(x, list)} if clustering else {}
+  stage.finish(facts, ["labels.npy", "ids.npy", *(["centroids.npy", "report.json"] if clustering else [])])
 
 
 # The draw
