@@ -353,5 +353,8 @@ def test_arrays_and_shards_open_with_public_tools(run):
 
   table = pq.read_table(run / "round_02" / "responses" / shards.part_name(0, 4))
   assert {"prompt_id", "sample_id", "text", "tokens", "finished"} <= set(table.column_names)
-  assert np.load(run / "pool" / "clusters" / "centroids.npy", mmap_mode="r").shape == (24, 64)
+  clusters = {name: np.load(run / "pool" / "clusters" / f"{name}.npy") for name in ("labels", "ids", "centroids")}
+  assert clusters["centroids"].shape == (24, 64) and set(clusters["labels"]) == set(range(24))
+  pool = read_stage(run / "pool" / "prompts", records.Prompt)
+  assert [f"{id:016x}" for id in clusters["ids"]] == [p.id for p in pool] and len(clusters["labels"]) == len(pool)
   assert os.path.getsize(run / "progress.csv") > 0

@@ -1,7 +1,10 @@
 """The benchmarks' own pieces in small: they run, and what they assert is noticed when it is broken."""
 
+import argparse
 import dataclasses
+import hashlib
 import json
+import os
 import pathlib
 import statistics
 import sys
@@ -12,7 +15,9 @@ import pytest
 pytest.importorskip("torch")
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # they are no package that is installed
 
+from benchmarks import draw as drawing
 from benchmarks import sampling as bench
+from benchmarks import training
 
 SMALL = dict(
   vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -150,3 +155,160 @@ def test_table():
   lines = bench.table(rows).strip().splitlines()
   assert [line.split()[-2:] for line in lines[1:3]] == [["not", "met"], ["3", "met"]]
   assert lines[3].split() == ["e", "1", "f"]
+
+
+def test_draws_from_a_small_pool_are_measured_and_wrong_ones_noticed(monkeypatch):
+  labels, ids = drawing.world(20_000, 300)
+  assert len(np.unique(ids)) == 20_000 and len(np.unique(labels)) == 300
+  assert len(list(drawing.measured(labels, ids, 5, 40))) == 7
+  right = drawing.draw.draw
+  monkeypatch.setattr(drawing.draw, "draw", lambda index, used, *rest: right(index, [], *rest))
+  with pytest.raises(AssertionError, match="a prompt was drawn twice"):
+    list(drawing.measured(labels, ids, 5, 40))
+  monkeypatch.setattr(drawing.draw, "draw", lambda *rest: right(*rest[:-2], "random", "round"))
+  with pytest.raises(AssertionError, match=r"diverse, round: \d+ clusters, not"):
+    list(drawing.measured(labels, ids, 5, 40))
+  index = drawing.draw.build(labels, ids, 0)
+  index.order[[7, 8]] = index.order[[8, 7]]
+  with pytest.raises(AssertionError):
+    drawing.assert_sorted(index, ids)
+
+
+def test_dedup_of_a_small_pool_is_measured_and_wrong_findings_are_noticed(monkeypatch):
+  pytest.importorskip("datasketch")
+  from benchmarks import dedup
+
+  monkeypatch.setattr("os.fsync", lambda file: None)
+  lines = list(dedup.lines(rows=2000, oracle=1500, most=1600, repeats=1))
+  assert "200 of them spellings" in lines[0] and lines[2].split()[0] == "datasketch" and lines[2].split()[-1] == "5.0x"
+  recall, pairs = lines[5].split()[1:4:2]
+  assert float(recall) >= 0.98 and 200 < int(pairs.replace(",", "")) < 320
+  assert [int(line.split()[0].replace(",", "")) for line in lines[7:10]] == pytest.approx([90, 360, 1440], rel=0.02)
+  texts = dedup.different(dedup.prompts(300)[0])
+  assert dedup.recall(texts, removed=set())[0] == 0
+  first, second = sorted(range(2), key=lambda row: dedup.in_parts(texts)[0][0][row])
+  for wrong in ([(second, first, 0.7)], [(first, first, 1.0)]):
+    with pytest.raises(AssertionError, match="wrongly removed"):
+      dedup.check(texts, wrong)
+  monkeypatch.setattr(dedup, "normalised", str.strip)
+  with pytest.raises(AssertionError, match="spellings were recognised"):
+    next(dedup.lines(rows=300, oracle=100, most=16, repeats=1))
+
+
+@pytest.fixture
+def own_environment(monkeypatch):
+  """For modules that set variables when they are imported."""
+  for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "XLA_FLAGS"):
+    monkeypatch.setenv(name, os.environ.get(name, ""))
+
+
+def test_clustering(own_environment):
+  pytest.importorskip("faiss")
+  pytest.importorskip("sklearn")
+  from benchmarks import clustering
+
+  shape = clustering.Shape(300, 6, 12, 2, 0.9, 0.5)
+  seconds, inertias, filled = clustering.compared(shape, 1)
+  assert {len(x) for x in seconds.values()} == {1} and max(inertias.values()) < 1.01 * min(inertias.values())
+  row = clustering.line(shape, {name: [2.0] for name in seconds}, inertias, filled)
+  assert row.split()[:9] == ["300", "x", "6", "->", "12", "2.00", "1.00", "(0.90", "not"]
+  with pytest.raises(AssertionError, match=r"inertia over 1.001 times"):
+    clustering.check({"alma_jax": 1.002, "faiss": 1.0, "scikit-learn": 1.1}, 0)
+  clustering.check({"alma_jax": 1.002, "faiss": 1.0, "scikit-learn": 1.1}, 3)
+
+
+def test_embeddings_are_compared_and_other_vectors_noticed(models, own_environment, monkeypatch):
+  from benchmarks import embedding
+
+  monkeypatch.setattr(embedding, "BATCHES", (2, 4))
+  wanted = embedding.lengths(2000)
+  assert np.mean(wanted) == pytest.approx(21, rel=0.05) and min(wanted) >= 2
+  rows = embedding.rows_of([5, 30, 2, 17, 2], 96)
+  assert [len(row) for row in rows] == [5, 30, 2, 17, 2] and {row[0] for row in rows} == {1}
+  lines = list(embedding.compared("ragged", *models[::-1], rows, repeats=1))
+  assert [line.split("  ")[1] for line in lines] == [embedding.THEIRS, embedding.PADDED, embedding.OURS]
+  assert len(list(embedding.compared("equal", *models[::-1], embedding.rows_of([6] * 5, 96), repeats=1))) == 2
+  right = embedding.embed.embeddings
+  monkeypatch.setattr(embedding.embed, "embeddings", lambda *what: right(*what) + 2e-4)
+  with pytest.raises(AssertionError, match="the vectors differ"):
+    list(embedding.compared("ragged", *models[::-1], rows, repeats=1))
+
+
+def test_a_small_pool_is_rehearsed_and_what_is_wrong_is_noticed(own_environment, monkeypatch, tmp_path):
+  pytest.importorskip("datasketch")
+  from benchmarks import pool
+
+  monkeypatch.setattr("os.fsync", lambda file: None)
+  monkeypatch.setattr(pool, "PART", 700)
+  monkeypatch.setattr(pool, "ORACLE", 1200)
+  flags = argparse.Namespace(prompts=2000, dims=8, k=20, iterations=2, rounds=3, draw=90)
+  clusters = pool.clusters
+  lines = list(pool.lines(tmp_path / "right", flags))
+  assert "drafts in 3 parts: 200 spellings, all recognised" in lines[0] and lines[2].startswith("3 rounds of 90: 270 ")
+  told = {line[:22].strip(): line.split() for line in lines[4:-2]}
+  assert set(told) == set(pool.PARTS) | set(pool.OTHERS)
+  assert not hasattr(clusters.draw, "__wrapped__") and not hasattr(pool.drawing.draw, "__wrapped__")
+
+  def fails(match, module, name, wrong):
+    with monkeypatch.context() as patch, pytest.raises(AssertionError, match=match):
+      patch.setattr(module, name, wrong)
+      list(pool.lines(tmp_path / match.replace(" ", "_"), flags))
+
+  fails("a spelling was not recognised", pool, "prompt_id", lambda messages: pool_id(messages[0]["content"]))
+  fails("the recall is", pool.duplicates, "find_pairs", no_pairs(pool.duplicates))
+  assign = pool.kmeans.fit
+  turned = lambda *what, **more: dataclasses.replace(found := assign(*what, **more), labels=found.labels[::-1])
+  fails("not in the nearest cluster", pool.kmeans, "fit", turned)
+  first = pool.drawing.draw
+  fails("drawn twice|not spread", pool.drawing, "draw", lambda index, used, *rest: first(index, used[:0], *rest))
+
+
+def pool_id(text):
+  return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def no_pairs(duplicates):
+  return lambda pool, unit: duplicates._save(duplicates._pairs_path(pool, unit), np.empty(0, np.uint64))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+  directory = tmp_path_factory.mktemp("training")
+  bench.saved_model(directory, **SMALL)
+  return directory
+
+
+def test_training_beside_transformers(small):
+  (row,) = training.equal_rows(small, 96, 4, 64, 3, 1)  # the shape of the next test: it compiles once
+  assert row.peer.endswith("ms transformers") and row.ratio > 0 and row.target == 1.2
+  theirs = training.steps_of_transformers(small, [([5, 6, 7, 8], [0, 1, 1, 1])], 2)
+  start = training.leaves(training.read(small))
+  training.check("x", theirs, theirs, start, 1e-4)
+  with pytest.raises(AssertionError, match=r"differs by 2\.0e-03"):
+    training.check("x", dataclasses.replace(theirs, losses=[y * 1.002 for y in theirs.losses]), theirs, start, 1e-3)
+  longer = [y + 0.02 * (y - x) for x, y in zip(start, theirs.weights)]
+  with pytest.raises(AssertionError, match=r"apart by 2\.0e-02"):
+    training.check("x", dataclasses.replace(theirs, weights=longer), theirs, start, 1e-4)
+
+
+def test_training_beside_trl(small, monkeypatch):
+  pytest.importorskip("trl")
+  monkeypatch.setenv("TQDM_DISABLE", "1")
+  rows = training.ragged(small, 96, 8, 4, 1, 64) + training.preferences(small, 96, 4, 2, 1, 64)
+  assert [row.target for row in rows] == [2.0, None, None, 1.5, None] and all(row.ratio > 0 for row in rows)
+  assert [row.peer.split(" ", 1)[1] for row in rows] == [
+    "TRL", "TRL, padding-free by 1", "TRL, packing", "TRL", "TRL, by 1"
+  ]  # fmt: skip
+  monkeypatch.setattr(training, "labels", lambda ids, mask: [-100, *ids[1:]])  # prompts are learnt as well
+  with pytest.raises(AssertionError, match="SFT, TRL: the loss of a step differs"):
+    training.ragged(small, 96, 8, 4, 1, 64)
+  right = training.logprobs
+  monkeypatch.setattr(training, "logprobs", lambda *x: right(*x) + np.arange(8) % 2)  # another reference
+  with pytest.raises(AssertionError, match="DPO, TRL: the loss of a step differs"):
+    training.preferences(small, 96, 4, 2, 1, 64)
+
+
+def test_training_without_trl(small, monkeypatch):
+  monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
+  (row,) = training.ragged(small, 96, 8, 4, 1, 64)
+  assert row.ratio is None and row.peer == "TRL: not installed (pip install trl==1.16.0)"

@@ -1,11 +1,12 @@
-"""Embeddings against means taken by hand; what whitening promises."""
+"""Embeddings against means taken by hand and against transformers; projections against NumPy's SVD."""
 
 import numpy as np
 import pytest
 from engine_models import CONFIG, hidden_states, on_mesh, stacked
 
-from alma_jax.engine.embed import embeddings, whitened
-from alma_jax.llama import sharding
+from alma_jax.engine import embed
+from alma_jax.engine.embed import embeddings
+from alma_jax.llama import sharding, weights
 
 BOS = 1
 
@@ -39,44 +40,135 @@ def test_company_order_and_devices_change_nothing(rows, embedded):
   np.testing.assert_allclose(spread, embedded, atol=1e-5)
 
 
-def test_bos_alone_is_embedded_as_zero():
+def test_bos_alone_is_embedded_as_zero_and_nothing_as_nothing():
   assert not embeddings(stacked(), [(BOS,)], batch=4).any()
+  assert embeddings(stacked(), [], batch=4).shape == (0, CONFIG.width)
 
 
-# Whitening
+def test_the_last_token_and_the_projection_are_those_of_the_row_alone(rows, embedded):
+  fitted, kept = embed.projection(embedded, dims=5)
+  assert 0.5 < kept < 1
+  found = embeddings(stacked(), rows, batch=4, pooling="last", projection=fitted)
+  assert found.dtype == np.float32 and found.shape == (len(rows), 5)
+  for row, point in zip(rows, found):
+    x = (hidden_states(stacked(), row)[-1] - fitted.mean) @ fitted.matrix.astype(np.float64)
+    np.testing.assert_allclose(point, x / np.linalg.norm(x), atol=2e-5)
+  np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
+
+  mesh = sharding.make_mesh()
+  spread = embeddings(on_mesh(stacked(), mesh, sharding.DECODE), rows, 1, mesh, pooling="last", projection=fitted)
+  np.testing.assert_allclose(spread, found, atol=1e-5)
 
 
-def test_whitened_rows_have_unit_length_and_no_dimension_owns_the_distances():
+def test_layers_and_pooling_are_those_of_transformers(rows, embedded, tmp_path):
+  torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+  weights.save(tmp_path, stacked(), bos_id=BOS, stop_ids=(2,))
+  hf = transformers.AutoModel.from_pretrained(tmp_path, dtype=torch.float64).eval()
+  first = {pooling: embeddings(stacked(), rows, batch=4, layers=1, pooling=pooling) for pooling in embed.POOLING}
+  for i, row in enumerate(rows):
+    with torch.inference_mode():
+      states = hf(torch.tensor([row]), output_hidden_states=True).hidden_states  # the last has passed the final norm
+      one, both = hf.norm(states[1])[0].numpy(), states[2][0].numpy()
+    np.testing.assert_allclose(first["mean"][i], one[1:].mean(axis=0), atol=1e-5)
+    np.testing.assert_allclose(first["last"][i], one[-1], atol=1e-5)
+    np.testing.assert_allclose(embedded[i], both[1:].mean(axis=0), atol=1e-5)
+  assert np.abs(first["mean"] - embedded).max() > 0.1
+
+
+# Projections
+
+
+def projected(x, dims):
+  """(points float64, the share of the variance that is kept)."""
+  fitted, kept = embed.projection(x, dims)
+  points = (x - fitted.mean.astype(np.float64)) @ fitted.matrix.astype(np.float64)
+  return points / np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-12), kept
+
+
+def test_principal_dimensions_and_their_variance_are_those_of_a_singular_value_decomposition():
+  rng = np.random.default_rng(2)
+  x = rng.normal(size=(400, 12)) @ rng.normal(size=(12, 12)) + 5
+  scaled = (x - x.mean(axis=0)) / x.std(axis=0)
+  _, values, axes = np.linalg.svd(scaled)
+  for dims in (1, 4, 11):
+    fitted, kept = embed.projection(x.astype(np.float32), dims)
+    assert fitted.mean.dtype == fitted.matrix.dtype == np.float32 and fitted.matrix.shape == (12, dims)
+    assert kept == pytest.approx((values[:dims] ** 2).sum() / (values**2).sum(), rel=1e-6)
+    points, other = (x - fitted.mean) @ fitted.matrix, scaled @ axes[:dims].T
+    np.testing.assert_allclose(points * np.sign((points * other).sum(axis=0)), other, atol=1e-4)
+    # No sign of their own: the same axes from rows in another order, whatever the decomposition makes of them.
+    again, _ = embed.projection(x[::-1].astype(np.float32), dims)
+    np.testing.assert_allclose(again.matrix, fitted.matrix, atol=1e-5)
+
+
+def test_projection_is_what_scikit_learn_calls_pca():
+  decomposition = pytest.importorskip("sklearn.decomposition")
+  x = np.random.default_rng(3).normal(size=(60, 9)) @ np.diag(np.arange(1, 10))
+  theirs = decomposition.PCA(3).fit((x - x.mean(axis=0)) / x.std(axis=0))
+  fitted, kept = embed.projection(x, 3)
+  assert kept == pytest.approx(theirs.explained_variance_ratio_.sum())
+  np.testing.assert_allclose(np.abs(fitted.matrix * x.std(axis=0)[:, None]), np.abs(theirs.components_.T), atol=1e-6)
+
+
+def test_points_have_unit_length_and_no_dimension_owns_the_distances():
   rng = np.random.default_rng(2)
   x = rng.normal(size=(500, 8)) * [1, 2, 3, 1, 1, 1, 1, 1000] + [0, 5, 0, 0, 0, 0, 0, -3000]
-  white = whitened(x.astype(np.float32))
-  np.testing.assert_allclose(np.linalg.norm(white, axis=1), 1, atol=1e-6)
+  points, kept = projected(x.astype(np.float32), 8)
   centred = (x - x.mean(axis=0)) / x.std(axis=0)
-  np.testing.assert_allclose(white, centred / np.linalg.norm(centred, axis=1, keepdims=True), atol=1e-5)
-  share = (white**2).mean(axis=0)
-  assert share.max() < 1.5 * share.min()
+  np.testing.assert_allclose(points, centred / np.linalg.norm(centred, axis=1, keepdims=True), atol=1e-5)
+  share = (points**2).mean(axis=0)
+  assert kept == 1 and share.max() < 1.5 * share.min()
 
 
-def test_scale_and_offset_of_the_dimensions_do_not_matter():
+@pytest.mark.parametrize("dims", [3, 6])
+def test_scale_and_offset_of_the_dimensions_do_not_matter(dims):
   x = np.random.default_rng(3).normal(size=(50, 6)).astype(np.float32)
-  np.testing.assert_allclose(whitened(x * [4, 1, 2, 1, 8, 1] + 16), whitened(x), atol=1e-5)
+  for one, two in zip(projected(x * np.float32([4, 1, 2, 1, 8, 1]) + np.float32(16), dims), projected(x, dims)):
+    np.testing.assert_allclose(one, two, atol=1e-4)
 
 
-def test_dead_dimensions_and_equal_rows_stay_finite():
+@pytest.mark.parametrize("dims", [4, 8])
+def test_dead_dimensions_and_equal_and_few_rows_stay_finite(dims):
   x = np.random.default_rng(4).normal(size=(50, 6)).astype(np.float32)
   x[:, 2] = 7.0
-  white = whitened(x)
-  assert np.isfinite(white).all() and not white[:, 2].any()
-  assert not whitened(np.ones((3, 4), np.float32)).any()
+  points, kept = projected(x, dims)
+  assert np.isfinite(points).all() and 0 < kept <= 1
+  if dims < 6:
+    assert np.abs(embed.projection(x, dims)[0].matrix[2]).max() < 1e-9  # principal axes leave it out
+  else:
+    assert not points[:, 2].any()
+  points, kept = projected(np.ones((3, 6), np.float32), dims)
+  assert not points.any() and np.isfinite(kept)
+  assert np.isfinite(projected(x[:2], dims)[0]).all()
 
 
-def test_embeddings_kept_in_half_precision_are_whitened_in_single():
-  # Final-norm states may be large in a few dimensions, and a dead one's floor is 0 in half precision.
+# Rows of several arrays
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_rows_of_several_arrays_are_those_of_one(tmp_path, dtype):
+  rng, arrays = np.random.default_rng(5), []
+  for i, n in enumerate((0, 3, 1, 0, 5, 0)):
+    np.save(tmp_path / f"{i}.npy", rng.normal(size=(n, 4)).astype(np.float16 if i == 1 else dtype))
+    arrays.append(np.load(tmp_path / f"{i}.npy", mmap_mode="r"))
+  rows, whole = embed.Rows(tuple(arrays)), np.concatenate(arrays).astype(dtype)
+  assert (len(rows), rows.shape, rows.dtype) == (9, (9, 4), dtype)
+  for a in range(10):
+    for b in range(11):
+      np.testing.assert_array_equal(rows[a:b], whole[a:b], strict=True)
+  np.testing.assert_array_equal(rows[:], whole)
+  np.testing.assert_array_equal(rows[-2:], whole[-2:])
+  lengths = np.linalg.norm(embed.Rows(tuple(arrays), unit=True)[2:8].astype(np.float64), axis=1)
+  np.testing.assert_allclose(lengths, 1, atol=1e-6)
+
+
+def test_rows_are_centred_and_scaled_in_single_precision():
+  # Final-norm states may be large in a few dimensions, and in half precision their squares are infinite.
   x = np.random.default_rng(5).normal(size=(300, 64)) * 1e-3
   x[:, 0] *= 1e7
-  x[:, 1] = 1e-3
   half = x.astype(np.float16)
-  white = whitened(half)
-  assert white.dtype == np.float32
-  np.testing.assert_allclose(white, whitened(half.astype(np.float64)), atol=1e-6)
-  np.testing.assert_allclose(np.linalg.norm(white, axis=1), 1, atol=1e-6)
+  whitening = np.stack([half.mean(axis=0, dtype=np.float64), half.std(axis=0, dtype=np.float64)]).astype(np.float32)
+  rows = embed.Rows((half[:100], half[100:]), whitening, unit=True)
+  found, exact = rows[:], (half.astype(np.float64) - whitening[0]) / whitening[1]
+  assert found.dtype == rows.dtype == np.float32
+  np.testing.assert_allclose(found, exact / np.linalg.norm(exact, axis=1, keepdims=True), atol=1e-6)

@@ -6,6 +6,7 @@ import html.parser
 import json
 import math
 import os
+import re
 import shutil
 
 import numpy as np
@@ -43,6 +44,27 @@ def copy(finished, tmp_path):
   return shutil.copytree(finished, tmp_path / "copy")
 
 
+def overlapping(prompts, short, equal, overlapping, met, *examples):
+  names = ("prompts", "short", "equal", "overlapping", "prompts_met", "examples")
+  return dict(zip(names, (prompts, short, equal, overlapping, met, examples)))
+
+
+LIKE = {"removed": f"{NASTY} in a pool", "near": "eval_prompt", "kept": f"{NASTY} in the pool", "similarity": 0.8125}
+RUN = {"id": "p01", "text": f"a text {NASTY} here", "prompt": f"a prompt {NASTY} there", "run": NASTY}
+REPORT = {
+  "contamination": {
+    "demonstration": overlapping(40, 11, 0, 2, 1, RUN),
+    "annotation": overlapping(40, 11, 0, 0, 0),
+    "pool": overlapping(40, 11, 0, 1234, 38),
+  },
+  "near_duplicates": [LIKE, {"removed": "one", "near": "duplicate", "kept": "two", "similarity": 0.75}],
+}
+
+
+def pool_of(numbers):
+  return [Prompt(f"p{i:02d}", (turn(f"{NASTY} {i}"),), "synthetic", min(i % 7, 3)) for i in numbers]
+
+
 def make(directory, until="all", mass=0.97, pairs=False, graded=True):
   """A run of two feedback rounds, 12 prompts each, 5 responses a prompt, in 3 shares; cut off at a moment."""
   random, at = np.random.default_rng(0), MOMENTS.index(until)
@@ -60,6 +82,14 @@ def make(directory, until="all", mass=0.97, pairs=False, graded=True):
       for file, text in (files or {}).items():
         (made.dir / file).write_text(text)
       made.finish(counts=counts or {}, files=list(files or {}), **extra)
+
+    def clusters(name, moment, labels, report=None):
+      if at >= moment:
+        made = run.stage(name, {"name": name})
+        np.save(made.dir / "labels.npy", np.array(labels, np.int32))
+        if report:
+          (made.dir / "report.json").write_text(json.dumps(report))
+        made.finish(files=["labels.npy"])
 
     def training(name, moment, **extra):
       rows = [json.dumps({"step": i + 1, "loss": 2.0 / (i + 1)}) for i in range(12)]
@@ -83,9 +113,20 @@ def make(directory, until="all", mass=0.97, pairs=False, graded=True):
     read = {"rows": 9, "kept": 7, "duplicate": 2}
     stage("seeds", moment=1, counts={"sft": read, "eval": {"rows": 40, "kept": 40}})
     pool = [Prompt(f"p{i:02d}", (turn(f"{NASTY} {i}"),), "synthetic", min(i % 7, 3)) for i in range(30)]
-    stage("pool/drafts", Prompt, [(pool, {"draws": 50, "usable": 42, "cut_off": 8})], 2)
-    stage("pool/prompts", Prompt, [(pool, {"duplicate": 12, "unique": 30})], 2)
-    stage("pool/clusters", Prompt, [(pool, {})], 2)
+    drafts, pool = pool_of(range(30)), pool_of(range(30))
+    stage("pool/drafts", Prompt, [(drafts, {"draws": 50, "usable": 42, "cut_off": 8})], 2)
+    counts = {"duplicate": 8, "near_duplicate": 3, "near_eval_prompt": 1, "unique": 30}
+    stage("pool/prompts", Prompt, [(pool, counts)], 2, files={"report.json": json.dumps(REPORT)})
+    facts = {"sample": 29, "dimensions": 4, "variance_kept": 0.875}
+    stage("pool/projection", Prompt, [([], facts)], 2)
+    clustering = {"inertia": [36.0, 15.0, 12.0], "trained_on": 30, "balance": 1.25}
+    clusters("pool/clusters", 2, [min(i % 7, 3) for i in range(30)], clustering)
+    more = pool_of(range(30, 34))
+    stage("pool_03/drafts", Prompt, [(more, {"draws": 20, "usable": 20})], MOMENTS.index("all"))
+    counts = {"duplicate": 9, "equals_prompt_of_pool": 7, "unique": 4}
+    later = {"contamination": REPORT["contamination"], "near_duplicates": []}
+    stage("pool_03/prompts", Prompt, [(more, counts)], MOMENTS.index("all"), files={"report.json": json.dumps(later)})
+    clusters("pool_03/clusters", MOMENTS.index("all"), [0, 0, 0, 3])
     training("judge", 3)
     training("judge_distilled", 3, held_out={"rows": 26, "before": 1.5, "after": 1.25}, accepted=True)
     for r in (0, 1):
@@ -267,11 +308,52 @@ def test_the_page_shows_the_runs_numbers(finished):
   sources = collections.Counter(x.source for x in chosen)
   assert f"round 2, sft_1: {sources['sft_1']} of 10" in text
   assert f"round 2, policy of the round before: {sources['round_01/policy']} of 10" in text
-  labels = [min(i % 7, 3) for i in range(30)]
+  labels = [min(i % 7, 3) for i in range(30)] + [0, 0, 0, 3]
   assert sorted(collections.Counter(labels).values()) == sorted(numbers.cluster_sizes(finished))
-  assert "− duplicate" in text and "12 (24.0%)" in text and "30 (60.0%)" in text
   assert "accepted: the rounds use it" in text and "−0.250, n = 26" in text
   assert "round 3 of 3" in text and ">finished</span>" in text
+
+
+def test_the_pool_and_what_was_added_are_counted_together(finished):
+  text = written(finished)
+  for name, value in {
+    "drawn": 70, "− cut off": 8, "− duplicate": 17, "− near duplicate": 3, "− near eval prompt": 1,
+    "− equals prompt of pool": 7, "in the pool": 34,
+  }.items():  # fmt: skip
+    assert re.search(f">{name}</text><rect [^>]*/><text[^>]*>{value} \\({value / 70:.1%}\\)<", text), name
+  for row in (["at first", 50, 30, "60.0%"], ["round 3", 20, 4, "20.0%"]):
+    assert cells(row) in text
+  # rounds 2 and 3 draw twelve each
+  assert cells([2, 30, 12, 4, 18]) in text and cells([3, 34, 12, 4, 10]) in text
+  for said in ("Balance 1.25", "4 dimensions with 87.5% of the variance", "in 29 prompts", "1.200 → 0.400"):
+    assert said in text
+  assert text.count('aria-label="inertia per iteration"') == 1
+
+
+def cells(row, left=1):
+  return "".join(f"<td>{x}</td>" if i < left else f'<td class="n">{x}</td>' for i, x in enumerate(row))
+
+
+def test_near_duplicates_and_what_evaluation_prompts_share_are_shown_with_examples(finished):
+  text = written(finished)
+  removed, kept = (html.escape(LIKE[name]) for name in ("removed", "kept"))
+  assert cells([removed, kept, "eval prompt", "0.812"], left=3) in text
+  assert text.index("<td>one</td><td>two</td><td>duplicate</td>") < text.index(f"<td>{removed}</td>")  # least similar
+  for row in (["demonstrations", 1, 0, 2], ["annotations", 0, 0, 0], ["pool", 38, 0, "1,234"]):
+    assert text.count(cells(row)) == 1  # once: the human data does not change
+  assert cells(["pool, added for round 3", 38, 0, "1,234"]) in text
+  assert "Of 40 evaluation prompts 11 have fewer than 8 words" in text
+  prompt, found = (html.escape(RUN[name]) for name in ("prompt", "text"))
+  assert text.count(cells(["demonstrations", prompt, found, html.escape(NASTY)], left=4)) == 1
+
+
+def test_a_pool_of_which_less_is_known_has_its_section(copy):
+  for path in copy.glob("pool*/*/report.json"):
+    path.unlink()
+  shutil.rmtree(copy / "pool/projection")
+  text = written(copy)
+  assert not any(phrase in text for phrase in BROKEN)
+  assert "Near-duplicates" not in text and "Evaluation prompts that occur" not in text and "in the pool</text>" in text
 
 
 def test_the_page_is_whole_quiet_and_alone(finished):

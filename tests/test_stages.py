@@ -1,7 +1,9 @@
 """What stages decide on the host: selection, pairs, draws, the judge's targets."""
 
+import ast
 import collections
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -90,50 +92,60 @@ def test_pair_honours_the_least_margin():
 pools = st.lists(st.integers(0, 6), min_size=1, max_size=60)  # the cluster of every prompt
 
 
+def drawn(labels, used, k, round=2, seed=0, method="diverse", ids=None):
+  """Row numbers, and the ids that they have."""
+  labels = np.asarray(labels, np.int32)
+  ids = np.arange(len(labels), dtype=np.uint64) * np.uint64(7) if ids is None else ids
+  options = ConfigDict(dict(prompts=k, method=method, coverage="round"))
+  return clusters.drawn(labels, ids, np.array(sorted(used), np.int64), options, seed, round).tolist()
+
+
 @given(pools, st.data())
 def test_draw_spreads_over_clusters_and_never_repeats(membership, data):
-  pool = [prompt(i, cluster) for i, cluster in enumerate(membership)]
-  used, sizes = set(), collections.Counter(membership)
+  used, labels = set(), np.array(membership)
   for round in range(2, 5):
-    left = len(pool) - len(used)
+    left = len(labels) - len(used)
     if not left:
       with pytest.raises(RunError, match="only 0 are unused"):
-        clusters.drawn(pool, used, 1, 0, round, "diverse", "round")
+        drawn(labels, used, 1, round)
       return
     k = data.draw(st.integers(1, left))
-    drawn = clusters.drawn(pool, used, k, 0, round, "diverse", "round")
-    assert len({p.id for p in drawn}) == k and not used & {p.id for p in drawn}
-    counts = collections.Counter(p.cluster for p in drawn)
-    unused = collections.Counter(p.cluster for p in pool if p.id not in used)
+    rows = drawn(labels, used, k, round)
+    assert len(set(rows)) == len(rows) == k and not used & set(rows)
+    counts = collections.Counter(labels[rows].tolist())
+    unused = collections.Counter(labels[row] for row in range(len(labels)) if row not in used)
     # as even as the clusters allow: one that gave fewer than another's last has no more to give
     for cluster, room in unused.items():
       assert counts[cluster] >= min(room, max(counts.values()) - 1)
-    used |= {p.id for p in drawn}
-  assert sizes.total() == len(pool)
+    used |= set(rows)
 
 
 @given(pools, st.randoms())
 def test_draw_does_not_depend_on_the_order_of_the_pool(membership, rng):
-  pool = [prompt(i, cluster) for i, cluster in enumerate(membership)]
-  shuffled = list(pool)
-  rng.shuffle(shuffled)
+  labels, order = np.array(membership), list(range(len(membership)))
+  rng.shuffle(order)
   for method in ("diverse", "random"):
-    k = (len(pool) + 1) // 2
-    one, two = (clusters.drawn(p, set(), k, 0, 2, method, "round") for p in (pool, shuffled))
-    assert [p.id for p in one] == [p.id for p in two]
+    k = (len(labels) + 1) // 2
+    one = drawn(labels, (), k, method=method)
+    two = drawn(labels[order], (), k, method=method, ids=np.array(order, np.uint64) * np.uint64(7))
+    assert one == [order[row] for row in two]
 
 
 def test_draw_differs_between_rounds_and_seeds():
-  pool = [prompt(i, i % 50) for i in range(500)]
-  words = ((0, 2), (0, 3), (1, 2))
-  draws = [{p.id for p in clusters.drawn(pool, set(), 20, *of, "diverse", "round")} for of in words]
+  labels = np.arange(500) % 50
+  draws = [set(drawn(labels, (), 20, round, seed)) for seed, round in ((0, 2), (0, 3), (1, 2))]
   assert len(draws[0] & draws[1]) < 8 and len(draws[0] & draws[2]) < 8
 
 
-def test_draw_from_too_small_a_pool_says_what_is_left():
-  pool = [prompt(i) for i in range(5)]
-  with pytest.raises(RunError, match="round 3 draws 4 prompts, but of the pool's 5 only 3 are unused"):
-    clusters.drawn(pool, {pool[0].id, pool[1].id}, 4, 0, 3, "diverse", "round")
+def test_draw_from_too_small_a_pool_says_what_is_left_and_what_helps():
+  asks = r"round 3 draws 4 prompts, but of the pool's 5 only 3 are unused. What helps: a smaller draw\.prompts, or more"
+  with pytest.raises(RunError, match=asks) as error:
+    drawn([0] * 5, {0, 1}, 4, 3)
+  (value,) = re.findall(r'--config\.rounds="(.*?)"', str(error.value))
+  # What it says can be typed: with a number, it is the value of an override.
+  assert ast.literal_eval(value.replace("NUMBER", "2048")) == {3: {"prompts": {"draws": 2048}}}
+  with pytest.raises(RunError, match=r"a smaller judge\.distil\.prompts, or a larger prompts\.draws"):
+    drawn([0] * 5, (), 6, 1)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 200])

@@ -77,6 +77,34 @@ def test_several_files_are_read_in_the_order_given(tmp_path):
   assert paths[2].name == "part-00002-of-00003.parquet"
 
 
+def test_rows_of_a_file_are_read_in_the_order_asked_from_the_groups_that_have_them(tmp_path, monkeypatch):
+  monkeypatch.setattr(shards, "ROW_GROUP", 8)
+  path = tmp_path / "x.parquet"
+  shards.write_records(path, RESPONSES, records.Response)
+  assert pq.ParquetFile(path).num_row_groups == 7
+  read, plain = [], pq.ParquetFile.read_row_group
+  monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda file, i: read.append(i) or plain(file, i))
+  rows = [17, 0, 49, 17, 16, 8, 7]
+  assert shards.read_rows(path, rows, records.Response) == [RESPONSES[row] for row in rows]
+  assert read == [0, 1, 2, 6]
+  assert shards.read_rows(path, np.arange(50)[::-1], records.Response) == RESPONSES[::-1]
+  assert shards.read_rows(path, [], records.Response) == []
+  with pytest.raises(ValueError, match="holds no Judgment records"):
+    shards.read_rows(path, [1], records.Judgment)
+
+
+def test_ids_of_prompts_are_read_as_numbers(tmp_path):
+  ids = ["0000000000000001", "ffffffffffffffff", "8000000000000000", "00c0ffee00c0ffee"]
+  paths = [tmp_path / f"{i}.parquet" for i in range(3)]
+  for path, mine in zip(paths, (ids[:1], [], ids[1:])):
+    shards.write_records(path, [records.Prompt(id, (), "test") for id in mine], records.Prompt)
+  found = shards.read_ids(paths)
+  assert found.dtype == np.uint64 and found.tolist() == [int(id, 16) for id in ids]
+  assert [f"{id:016x}" for id in found] == ids
+  for nothing in (shards.read_ids([]), shards.read_ids(paths[1:2]), shards.id_numbers([])):
+    assert nothing.dtype == np.uint64 and nothing.shape == (0,)
+
+
 def test_any_parquet_reader_sees_the_columns(tmp_path):
   pair = records.Pair("0" * 16, ({"role": "user", "content": "hi"},), "good", "bad", 7.5, None, 2)
   shards.write_records(tmp_path / "p.parquet", [pair], records.Pair)

@@ -121,7 +121,7 @@ def bars(rows, colour=0):
   return _svg(width, line * len(rows) + 4, "bars", out)
 
 
-def curve(xs, ys, top, colour=0):
+def curve(xs, ys, top, colour=0, label="loss per step"):
   """A small line from zero to `top`, without names."""
   width, height, left, bottom = 230, 110, 34, 18
   x_at = lambda x: left + 3 + (x - xs[0]) / max(1e-9, xs[-1] - xs[0]) * (width - left - 9)
@@ -131,7 +131,7 @@ def curve(xs, ys, top, colour=0):
   out += [_axis(left, width - 4, height - bottom), _text(x_at(xs[0]), height - 4, f"{xs[0]:.0f}", "quiet")]
   out += [_text(width - 6, height - 4, f"{xs[-1]:.0f}", "quiet end")]
   out.append(f'<g class="s{colour}"><polyline class="line" points="{path}"/></g>')
-  return _svg(width, height, "loss per step", out)
+  return _svg(width, height, label, out)
 
 
 def ticks(low, high, about=7):

@@ -267,6 +267,17 @@ def examples(directory, r, count=3):
   ]
 
 
+def pools(directory):
+  """{0: "pool", 3: "pool_03", ...}: the pool and, by the round that began with it, what was added."""
+  names = sorted(path.name for path in directory.glob("pool_*") if path.name.removeprefix("pool_").isdigit())
+  return {0: "pool"} | {int(name.removeprefix("pool_")): name for name in names}
+
+
+def report(directory, name):
+  """What the finished stage's report.json says, or None."""
+  return _json(directory / name / "report.json") if manifest(directory, name) else None
+
+
 def cluster_sizes(directory):
   """The number of prompts in each cluster, of the pool and of what was added to it, or None."""
   stages = [path.parent for path in sorted(directory.glob("pool*/clusters/manifest.json"))]

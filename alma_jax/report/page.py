@@ -333,31 +333,107 @@ def _judge(facts):
 
 
 def _pool(facts):
-  drafts, pool, clusters = (facts.manifest(f"pool/{name}") for name in ("drafts", "prompts", "clusters"))
-  if not drafts:
+  pools = numbers.pools(facts.dir)
+  drafts, entered = ({r: facts.manifest(f"{name}/{of}") for r, name in pools.items()} for of in ("drafts", "prompts"))
+  if not any(drafts.values()):
     return ""
-  rows = [("drawn", drafts["counts"].get("draws", drafts["rows"]))]
-  rows += [(f"− {_words(k)}", v) for k, v in drafts["counts"].items() if k not in ("draws", "usable") and v]
-  if pool:
-    rows += [(f"− {_words(k)}", v) for k, v in pool["counts"].items() if k != "unique" and v]
-    rows += [("in the pool", pool["rows"])]
+  drawn, kept = collections.Counter(), collections.Counter()
+  for sums, manifests in ((drawn, drafts), (kept, entered)):
+    for m in filter(None, manifests.values()):
+      sums.update(m["counts"])
+  rows = [("drawn", drawn["draws"])]
+  rows += [(f"− {_words(k)}", v) for k, v in drawn.items() if k not in ("draws", "usable") and v]
+  rows += [(f"− {_words(k)}", v) for k, v in kept.items() if k != "unique" and v]
+  sizes = {r: m["rows"] for r, m in entered.items() if m}
+  rows += [("in the pool", sum(sizes.values()))] if sizes else []
   most = rows[0][1] or 1
   out = charts.bars([(k, v, f"{v:,} ({v / most:.1%})") for k, v in rows])
-  sizes = numbers.cluster_sizes(facts.dir) if clusters else None
-  if sizes is not None and len(sizes):
-    out += "<h3>Sizes of the clusters</h3>" + charts.bars(_size_bars(sizes), 2)
-    out += (
-      f"<p class='quiet'>{len(sizes):,} clusters of {int(sizes.sum()):,} prompts: median {_median(sizes):g}, largest"
-    )
-    out += f" {int(sizes.max()):,}, of one prompt {int((sizes == 1).sum()):,}.</p>"
-  used = facts.round_manifests("prompts")
-  if used and pool:
-    left, rows = pool["rows"], []
-    for r, m in used.items():
-      left -= m["rows"]
-      rows.append([f"{r}", f"{m['rows']:,}", f"{m['counts'].get('clusters_drawn', ''):,}", f"{left:,}"])
-    out += "<h3>Used</h3>" + _table(["round", "prompts drawn", "from clusters", "prompts left"], rows)
+  if len(sizes) > 1:
+    out += "<h3>Prompts that were added</h3>"
+    draws = {r: drafts[r]["counts"]["draws"] for r in sizes}
+    name = lambda r: f"round {r}" if r else "at first"
+    cells = [[name(r), f"{draws[r]:,}", f"{n:,}", _share(n / max(1, draws[r]))] for r, n in sizes.items()]
+    out += _table(["", "drawn", "new in the pool", "share"], cells)
+  reports = {r: found for r, name in pools.items() if (found := numbers.report(facts.dir, f"{name}/prompts"))}
+  out += _near_duplicates(reports) + _contamination(reports, facts.config)
+  out += _clusters(facts) + _used(facts.round_manifests("prompts"), sizes)
   return out
+
+
+def _near_duplicates(reports):
+  found = [example for report in reports.values() for example in report.get("near_duplicates", [])]
+  if not found:
+    return ""
+  cells = [
+    [_cut(x["removed"]), _cut(x["kept"]), _e(_words(x["near"])), f"{x['similarity']:.3f}"]
+    for x in sorted(found, key=lambda x: x["similarity"])
+  ]
+  table = _table(["removed", "like this one, which stays", "of what kind", "similarity"], cells, left=3)
+  return f"<details><summary>Near-duplicates: {len(found)} of them, the least similar first</summary>{table}</details>"
+
+
+def _contamination(reports, config):
+  """What evaluation prompts share with what the models learn from."""
+  rows, examples = [], []
+  for r, report in reports.items():
+    for name, found in report.get("contamination", {}).items():
+      if r and name != "pool":
+        continue  # the human data is the same
+      told = f"pool, added for round {r}" if r else name if name == "pool" else f"{name}s"
+      rows.append([_e(told), *(f"{found[key]:,}" for key in ("prompts_met", "equal", "overlapping"))])
+      examples += [(told, example) for example in found["examples"]]
+  if not rows:
+    return ""
+  n = config.get("prompts", {}).get("ngram", 8)
+  first = next(iter(next(iter(reports.values()))["contamination"].values()))
+  out = "<h3>Evaluation prompts that occur elsewhere</h3>"
+  out += _table(["in", "evaluation prompts met", "equal texts", f"texts with {n} words in common"], rows)
+  out += f"<p class='quiet'>Of {first['prompts']:,} evaluation prompts {first['short']:,} have fewer than {n} words:"
+  out += " these are found only where a text equals them. Equal prompts never enter the pool.</p>"
+  if examples:
+    cells = [[_e(told), _cut(x["prompt"]), _cut(x["text"]), _cut(x["run"])] for told, x in examples]
+    out += "<details><summary>Examples</summary>"
+    out += _table(["in", "evaluation prompt", "text", "in common"], cells, left=4) + "</details>"
+  return out
+
+
+def _clusters(facts):
+  sizes = numbers.cluster_sizes(facts.dir)
+  if sizes is None or not len(sizes):
+    return ""
+  out = "<h3>Sizes of the clusters</h3>" + charts.bars(_size_bars(sizes), 2)
+  out += f"<p class='quiet'>{len(sizes):,} clusters of {int(sizes.sum()):,} prompts: median {_median(sizes):g}, largest"
+  out += f" {int(sizes.max()):,}, of one prompt {int((sizes == 1).sum()):,}."
+  report, projection = numbers.report(facts.dir, "pool/clusters") or {}, facts.manifest("pool/projection")
+  if "balance" in report:
+    out += f" Balance {report['balance']:.2f}: a prompt's cluster is that many times as large as the mean one."
+  if projection and "variance_kept" in projection["counts"]:
+    c = projection["counts"]
+    out += f" Points have {c['dimensions']:,} dimensions with {_share(c['variance_kept'])} of the variance, as seen in"
+    out += f" {c['sample']:,} prompts."
+  out += "</p>"
+  inertia = report.get("inertia")
+  if inertia:
+    means = [x / max(1, report["trained_on"]) for x in inertia]
+    top = charts.ticks(0, max(means))[-1]
+    curve = charts.curve([*range(1, len(means) + 1)], means, top, 2, "inertia per iteration")
+    said = f"Mean squared distance to the centroid, iteration by iteration: {means[0]:.3f} → {means[-1]:.3f}"
+    out += f"<div class='grid'><figure>{curve}<figcaption>{said}</figcaption></figure></div>"
+  return out
+
+
+def _used(used, sizes):
+  """Round by round; `sizes` are of what came into the pool before the rounds, 0, or with one of them."""
+  if not used or not sizes:
+    return ""
+  rows, before = [], 0
+  for r, m in used.items():
+    there = sum(n for since, n in sizes.items() if since <= r)
+    before += m["rows"]
+    clusters = m["counts"].get("clusters_drawn", 0)
+    rows.append([f"{r}", f"{there:,}", f"{m['rows']:,}", f"{clusters:,}", f"{there - before:,}"])
+  head = ["round", "prompts in the pool", "prompts drawn", "from clusters", "prompts left"]
+  return "<h3>Used</h3>" + _table(head, rows)
 
 
 def _size_bars(sizes):
