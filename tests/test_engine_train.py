@@ -409,7 +409,7 @@ def test_who_asks_to_stop_gets_a_saved_state_that_goes_on_to_the_same_bits(alone
 def test_the_plan_is_the_quickest_that_fits_and_says_what_would_help():
   mesh, c = one_device(), dataclasses.replace(CONFIG, width=128, ffn=512, depth=3, head_dim=32)
   rng = np.random.default_rng(0)
-  rows = packing.rows([(rng.integers(1, 96, 256).tolist(), np.ones(256))] * 16, [[i] for i in range(16)], 256, 16, 0)
+  rows = packing.rows([(rng.integers(1, 96, 240).tolist(), np.ones(240))] * 8, [[i] for i in range(8)], 240, 8, 0)
 
   def planned(remat="auto", passes=1, memory=None, optimizer=OPTIMIZER):
     return engine.planned(c, mesh, optimizer, Objective("sft", remat=remat), rows, passes, memory)
@@ -421,7 +421,7 @@ def test_the_plan_is_the_quickest_that_fits_and_says_what_would_help():
   assert state < plans[2].state < 1.3 * state + sum(x.nbytes for x in rows.values())
   assert [planned(memory=memory).remat for memory in (None, *sizes)] == ["none", "none", "products", "full"]
   with pytest.raises(
-    TrainingError, match=r"remat='full' and 16 rows of 256 tokens in 1 pass over 1 .*passes=2.*bfloat"
+    TrainingError, match=r"remat='full' and 8 rows of 240 tokens in 1 pass over 1 .*passes=2.*bfloat"
   ):
     planned(memory=sizes[2] - 1)
   assert planned("none", passes=2).working < plans[0].working

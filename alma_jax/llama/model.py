@@ -113,14 +113,22 @@ def run_block(block, c, x, cos_sin, attend, drop=lambda x, site: x):
   applied to what the attention (site 0) and the feed-forward part (site 1) add to the stream."""
   x = constrain_batch(x)
   h = rms_norm(x, block.attn_norm, c.norm_eps)
-  q = rotate(jnp.einsum("btd,dnh->btnh", h, block.q[...]), cos_sin)
-  k = rotate(jnp.einsum("btd,dkh->btkh", h, block.k[...]), cos_sin)
-  v = jnp.einsum("btd,dkh->btkh", h, block.v[...])
+  q = rotate(_times(h, block.q[...]), cos_sin)
+  k = rotate(_times(h, block.k[...]), cos_sin)
+  v = _times(h, block.v[...])
   out, kept = attend(q, k, v)
-  x = x + drop(jnp.einsum("btnh,nhd->btd", out, block.o[...]), 0)
+  x = x + drop(_times(out, block.o[...]), 0)
   h = rms_norm(x, block.mlp_norm, c.norm_eps)
-  h = jax.nn.silu(jnp.einsum("btd,df->btf", h, block.gate[...])) * jnp.einsum("btd,df->btf", h, block.up[...])
-  return x + drop(jnp.einsum("btf,fd->btd", h, block.down[...]), 1), kept
+  h = jax.nn.silu(_times(h, block.gate[...])) * _times(h, block.up[...])
+  return x + drop(_times(h, block.down[...]), 1), kept
+
+
+def _times(x, weight):
+  """x [B, T, inputs...] times a weight [inputs..., outputs...] as a product of two matrices: as an einsum over three or
+  four axes, its backward pass copies activations on CPUs, which takes a fifth of a training step."""
+  B, T, *inputs = x.shape
+  outputs = weight.shape[len(inputs) :]
+  return (x.reshape(B * T, -1) @ weight.reshape(math.prod(inputs), -1)).reshape(B, T, *outputs)
 
 
 def embedded(model, tokens):
@@ -168,11 +176,20 @@ def hidden_states(model, tokens, positions, segments, remat="none", forks=None, 
 
   if remat != "none":
     layer = jax.checkpoint(layer, prevent_cse=False, policy=REMAT[remat])
-  if depth < c.depth:
-    first = model.blocks[:depth] if isinstance(model.blocks, tuple) else jax.tree.map(lambda x: x[:depth], model.blocks)
-    model = _with_blocks(model, first)
+  if isinstance(model.blocks, tuple):
+    model = _with_blocks(model, model.blocks[:depth])
+  elif remat == "none" and _unroll(depth, tokens.size * c.width):
+    model = _with_blocks(model, tuple(jax.tree.map(lambda x: x[i], model.blocks) for i in range(depth)))
+  elif depth < c.depth:
+    model = _with_blocks(model, jax.tree.map(lambda x: x[:depth], model.blocks))
   x, _ = _run_layers(model, layer, embedded(model, tokens), jnp.arange(depth))
   return rms_norm(x, model.norm, c.norm_eps)
+
+
+def _unroll(depth, size):
+  """Whether to write out the layers, hidden states having so many numbers: on CPUs a scan spends a tenth of the time on
+  putting together and taking apart what it keeps for the backward pass. Small ones had rather compile quickly."""
+  return jax.default_backend() == "cpu" and depth <= 8 and size >= 2**18
 
 
 def _forked(q, k, v, segments, forks):
