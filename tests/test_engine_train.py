@@ -420,9 +420,7 @@ def test_the_plan_is_the_quickest_that_fits_and_says_what_would_help():
   state = 3 * 4 * c.parameters
   assert state < plans[2].state < 1.3 * state + sum(x.nbytes for x in rows.values())
   assert [planned(memory=memory).remat for memory in (None, *sizes)] == ["none", "none", "products", "full"]
-  with pytest.raises(
-    TrainingError, match=r"remat='full' and 8 rows of 240 tokens in 1 pass over 1 .*passes=2.*bfloat"
-  ):
+  with pytest.raises(TrainingError, match=r"remat='full' and 8 rows of 240 tokens in 1 pass over 1 .*passes=2.*bfloat"):
     planned(memory=sizes[2] - 1)
   assert planned("none", passes=2).working < plans[0].working
   lean = planned("none", optimizer=dataclasses.replace(OPTIMIZER, moments="bfloat16"))
