@@ -124,9 +124,12 @@ def run_block(block, c, x, cos_sin, attend, drop=lambda x, site: x):
 
 
 def _times(x, weight):
-  """x [B, T, inputs...] times a weight [inputs..., outputs...] as a product of two matrices: as an einsum over three or
-  four axes, its backward pass copies activations on CPUs, which takes a fifth of a training step."""
+  """x [B, T, inputs...] times a weight [inputs..., outputs...]. On one device as a product of two matrices: with more
+  axes its backward pass copies activations on CPUs, which takes a fifth of a training step. Spread over devices the
+  axes stay as they are: two processes on CPUs waited for each other for ever with merged ones."""
   B, T, *inputs = x.shape
+  if not _on_one_device():
+    return jnp.tensordot(x, weight, len(inputs))
   outputs = weight.shape[len(inputs) :]
   return (x.reshape(B * T, -1) @ weight.reshape(math.prod(inputs), -1)).reshape(B, T, *outputs)
 
@@ -189,7 +192,12 @@ def hidden_states(model, tokens, positions, segments, remat="none", forks=None, 
 def _unroll(depth, size):
   """Whether to write out the layers, hidden states having so many numbers: on CPUs a scan spends a tenth of the time on
   putting together and taking apart what it keeps for the backward pass. Small ones had rather compile quickly."""
-  return jax.default_backend() == "cpu" and depth <= 8 and size >= 2**18
+  return jax.default_backend() == "cpu" and _on_one_device() and depth <= 8 and size >= 2**18
+
+
+def _on_one_device():
+  mesh = jax.sharding.get_abstract_mesh()
+  return mesh.empty or mesh.size == 1
 
 
 def _forked(q, k, v, segments, forks):
