@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 
 from alma_jax.engine import losses
 from alma_jax.llama import model as llama
@@ -170,7 +171,7 @@ def _programs(c, mesh, o, objective):
     updates, moments = tx.update(gradient, moments, model)
     rate = jnp.where(finite, rate, 0.0)
     model = jax.tree.map(lambda w, u: w - rate * u, model, updates)
-    return (model, moments), metrics | {"gradient_norm": norm, "stop": stops.max()}
+    return (model, moments), metrics | {"gradient_norm": norm}
 
   placed = jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), abstract, shardings)
   return start, step, placed
@@ -332,10 +333,9 @@ def fit(
   c, late = model.c, None
 
   def settle():
-    """Look at the metrics of the last step; whether someone wants to stop."""
+    """Look at the metrics of the last step."""
     step, rate, metrics = late
     metrics = {name: float(x) for name, x in metrics.items()}
-    stopping = metrics.pop("stop") > 0
     metrics["learning_rate"] = rate
     if not math.isfinite(metrics["loss"] + metrics["gradient_norm"]):
       more = failed(step, state[0]) if failed else ""
@@ -345,7 +345,6 @@ def fit(
       )
     if report:
       report(step, metrics)
-    return stopping
 
   with jax.set_mesh(mesh):
     state, first = start(model), 0
@@ -359,15 +358,17 @@ def fit(
       if objective.dropout:
         batch["key"] = global_array(np.array([seed, step], np.uint32), mesh)
       rate = learning_rate(optimizer, step, steps)
-      flags = np.full(mesh.size, stop(), np.int32)  # each host's own, on its own devices
+      flags = np.zeros(mesh.size, np.int32)
       stops = jax.make_array_from_callback(
         flags.shape, jax.NamedSharding(mesh, P(mesh.axis_names)), lambda index: flags[index]
       )
       state, metrics = plan.step(state, batch, global_array(np.float32(rate), mesh), stops)
-      stopping = stopping or (late is not None and settle())
+      if late is not None:
+        settle()
       late = step, rate, metrics
+      stopping = _agreed(stop(), step)
       if step + 1 < steps and save and (stopping or (step + 1) % every == 0):
-        stopping = settle() or stopping
+        settle()
         late = None
         save(step + 1, state)
         if stopping:
@@ -375,6 +376,13 @@ def fit(
     if late:
       settle()
   return state[0]
+
+
+def _agreed(flag, step):
+  """Whether any host says so; several hosts ask each other at every eighth step."""
+  if jax.process_count() == 1:
+    return flag
+  return step % 8 == 7 and bool(multihost_utils.process_allgather(np.int32(flag)).max())
 
 
 @functools.cache
