@@ -118,7 +118,12 @@ def join_hosts():
 
 
 def cache_compilations():
-  """Compiled programs are kept between starts, unless the user has said where already."""
+  """Compiled programs are kept between starts, where the user has not said where in a directory of our own. Not those
+  of several processes on CPUs: read back, XLA's CPU programs have lost the order of collectives that do not depend on
+  each other, and two processes then wait for ever, each in another one."""
+  if jax.process_count() > 1 and jax.default_backend() == "cpu":
+    jax.config.update("jax_enable_compilation_cache", False)
+    return
   if jax.config.jax_compilation_cache_dir is None:
     directory = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "alma_jax" / "jax"
     jax.config.update("jax_compilation_cache_dir", str(directory))

@@ -79,7 +79,9 @@ def both(tmp_path_factory):
     subprocess.Popen(
       [sys.executable, "-c", PROCESS, address, str(i), str(directory)], cwd=ROOT, text=True,
       stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-      env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"},
+      env=os.environ
+      | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+      | {"JAX_ENABLE_COMPILATION_CACHE": "false"},  # as start.cache_compilations has it
     )
     for i in range(2)
   ]  # fmt: skip

@@ -160,7 +160,7 @@ def _programs(c, mesh, o, objective):
     return model, tx.init(model)
 
   @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
-  def step(state, batch, rate, stops):
+  def step(state, batch, rate):
     model, moments = state
     (_, metrics), gradient = _gradient(llama.cast(model, objective.compute_dtype), batch, objective, how)
     norm = optax.tree.norm(jax.tree.map(lambda x: x.astype(jnp.float32), gradient))
@@ -285,9 +285,8 @@ def _plan(c, mesh, o, objective, shapes, passes):
   batch = jax.tree.map(abstract, _in_passes(batch, passes))
   if objective.dropout:
     batch["key"] = abstract(np.zeros(2, np.uint32))
-  stops = jax.ShapeDtypeStruct((mesh.size,), jnp.int32, sharding=jax.NamedSharding(mesh, P(mesh.axis_names)))
   with jax.set_mesh(mesh):
-    compiled = step.lower(state, batch, abstract(np.float32(0)), stops).compile()
+    compiled = step.lower(state, batch, abstract(np.float32(0))).compile()
   found = compiled.memory_analysis()
   kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
   return Plan(compiled, objective.remat, passes, kept, found.temp_size_in_bytes)
@@ -326,8 +325,8 @@ def fit(
 
   The caller's, for the loop touches no files: `restore(state like this) -> (state, step) or None`; `save(step, state)`
   after `every` so many steps; `report(step, metrics)`, a step late, so that the devices never wait for it;
-  `failed(step, model) -> text` when a loss was not finite; `stop()`, whether any host wants to end: then the state is
-  saved and Stopped raised.
+  `failed(step, model) -> text` when a loss was not finite; `stop()`, whether this host wants to end: once all have
+  heard of it the state is saved and Stopped raised.
   """
   start, _, _ = _programs(model.c, mesh, _unscheduled(optimizer), objective)
   c, late = model.c, None
@@ -350,7 +349,6 @@ def fit(
     state, first = start(model), 0
     if restore and (found := restore(state)):
       state, first = found
-    stopping = False
     for step in range(first, steps):
       batch = batches(step)
       plan = plan or planned(c, mesh, optimizer, objective, batch)
@@ -358,15 +356,11 @@ def fit(
       if objective.dropout:
         batch["key"] = global_array(np.array([seed, step], np.uint32), mesh)
       rate = learning_rate(optimizer, step, steps)
-      flags = np.zeros(mesh.size, np.int32)
-      stops = jax.make_array_from_callback(
-        flags.shape, jax.NamedSharding(mesh, P(mesh.axis_names)), lambda index: flags[index]
-      )
-      state, metrics = plan.step(state, batch, global_array(np.float32(rate), mesh), stops)
+      state, metrics = plan.step(state, batch, global_array(np.float32(rate), mesh))
       if late is not None:
         settle()
       late = step, rate, metrics
-      stopping = _agreed(stop(), step)
+      stopping = _agreed(stop(), step, metrics)
       if step + 1 < steps and save and (stopping or (step + 1) % every == 0):
         settle()
         late = None
@@ -378,11 +372,15 @@ def fit(
   return state[0]
 
 
-def _agreed(flag, step):
-  """Whether any host says so; several hosts ask each other at every eighth step."""
+def _agreed(flag, step, metrics):
+  """Whether any host says so; several hosts ask each other at every eighth step, when it has been made: on CPUs two
+  programs whose collectives run at once may wait for each other for ever."""
   if jax.process_count() == 1:
     return flag
-  return step % 8 == 7 and bool(multihost_utils.process_allgather(np.int32(flag)).max())
+  if step % 8 != 7:
+    return False
+  jax.block_until_ready(metrics)
+  return bool(multihost_utils.process_allgather(np.int32(flag)).max())
 
 
 @functools.cache

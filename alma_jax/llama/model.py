@@ -126,7 +126,7 @@ def run_block(block, c, x, cos_sin, attend, drop=lambda x, site: x):
 def _times(x, weight):
   """x [B, T, inputs...] times a weight [inputs..., outputs...]. On one device as a product of two matrices: with more
   axes its backward pass copies activations on CPUs, which takes a fifth of a training step. Spread over devices the
-  axes stay as they are: two processes on CPUs waited for each other for ever with merged ones."""
+  axes stay as they are, because they carry the shardings."""
   B, T, *inputs = x.shape
   if not _on_one_device():
     return jnp.tensordot(x, weight, len(inputs))
