@@ -43,7 +43,7 @@ FOLD = 8  # rows of a tile of scores that are compared in one go
 FAR = 3e38  # the score of centroids that only fill a tile
 NONE = np.iinfo(np.int32).max
 NEAR = 8  # rows no further apart are read as one slice
-CPU_TILE = 128, 1024  # points and centroids: their scores stay in the cache of a core
+CPU_TILE = 64, 1024  # points and centroids: their scores stay in the cache of a core
 TILE = 16384, 4096  # elsewhere: few kernel launches
 
 
