@@ -92,7 +92,10 @@ def rope_frequencies(c):
 def rope_angles(c, positions):
   """(cos, sin), each fp32 [B, T, 1, H/2]."""
   angle = positions[..., None, None].astype(jnp.float32) * rope_frequencies(c)
-  return jnp.cos(angle), jnp.sin(angle)
+  if jax.default_backend() != "cpu":
+    return jnp.cos(angle), jnp.sin(angle)
+  # In a loop, which XLA leaves alone: else it makes them again for every use in every layer, a tenth of a forward pass.
+  return tuple(jax.lax.map(lambda first: jnp.where(first, jnp.cos(angle), jnp.sin(angle)), jnp.array([True, False])))
 
 
 def rotate(x, cos_sin):

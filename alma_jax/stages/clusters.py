@@ -115,7 +115,7 @@ def _fields(session, c):
 def _embedded(session, prompts, c, projection, progress):
   longest = c.prompts.max_prompt_tokens
   rows = [chat.encode_prompt(session.tokenizer, session.chat, p.messages)[:longest] for p in prompts]
-  model, layers = session.model(session.base, "stacked"), c.embeddings.layers or None
+  model, layers = session.model(session.base, embed.layout()), c.embeddings.layers or None
   how = layers, c.embeddings.pooling, projection
   return embed.embeddings(model, rows, c.engine.rows, session.local_mesh, progress, *how)
 

@@ -294,7 +294,7 @@ def _embedded(flags, bench, checkpoint, total):
   paths = [directory / f"rows-{part:05d}.npy" for part in range(-(-total // PART))]
   missing = [part for part, path in enumerate(paths) if not path.exists()]
   if missing:
-    model = bench.model(checkpoint, "stacked")
+    model = bench.model(checkpoint, embed.layout())
     done = total - sum(min(PART, total - part * PART) for part in missing)
     bench.say(f"{bench.directory}: chat format {bench.chat.name if bench.chat else 'none'}; {total:,} prompts")
     with bench.bar("embedding", total, "prompts", done=done) as bar:
