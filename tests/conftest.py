@@ -12,5 +12,17 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("NPROC", "32")
 
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+from alma_jax.engine import train
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_one_module():
+  """Each compiled program is several mapped pieces of memory, and Linux gives a process 65,530 of them: holding those
+  of all tests, a process dies in the compiler."""
+  yield
+  jax.clear_caches()
+  train._plan.cache_clear()

@@ -145,7 +145,31 @@ def test_order_parts_slices_and_hosts_change_nothing(texts, whole, tmp_path, mon
   mine = [shuffled[a:b] for a, b in itertools.pairwise(cuts)]
   pool = Pool(tmp_path, (1,) * parts)
   assert facts(run(pool, mine, hosts, order=-1)) == facts(whole[1])
-  assert duplicates.pair_units(pool)[-1] == (31, slices - 1, slices)
+  assert duplicates.pair_units(pool)[-2:] == [(31, slices - 1, slices), (32, 0, 1)]
+
+
+def test_short_texts_are_found_by_what_they_share(tmp_path, monkeypatch):
+  """Of up to ten words, with one or two edited: signatures alone find too few of them."""
+  texts = planted(3000, 800, (3, 10))
+  true, ids = all_pairs(texts), [ident(text) for text in texts]
+  assert len(true) > 600
+
+  def found(name, parts=1, hosts=1):
+    pool = Pool(tmp_path / name, (1,) * parts)
+    removals = run(pool, [texts[part::parts] for part in range(parts)], hosts, order=-1)
+    assert min(x.similarity for x in removals) >= 0.7
+    return pool, removals
+
+  pool, removals = found("whole")
+  (path,) = pool.directory.glob("generation-1-*/edges-*.npy")
+  edges = set(zip(*(np.sort([np.load(path)[side] for side in ("later", "earlier")], axis=0).tolist())))
+  assert edges <= true and len(edges) > 0.99 * len(true)
+  assert {x.row for x in removals} == set(range(len(texts))) - survivors(dict(enumerate(ids)), edges)
+  monkeypatch.setattr(duplicates, "_SLICE", 10_000)
+  pool, others = found("divided", parts=4, hosts=3)
+  assert facts(others) == facts(removals) and duplicates.pair_units(pool)[-1][1] > 3
+  monkeypatch.setattr(duplicates, "SHORT", 2)
+  assert len(found("signatures alone")[1]) < 0.9 * len(removals)
 
 
 def test_one_call_gives_the_same(texts, whole, tmp_path):
@@ -216,7 +240,7 @@ def test_long_chains_and_dense_groups_end_as_a_plain_loop_says(tmp_path):
     kept = [(-similar[e], ranks[e[1]]) for e in edges if e[0] == x.row and e[1] not in removed]
     assert (-x.similarity, x.kept_id) == min(kept)
   # Here buckets have more texts than are compared, and still their order does not matter.
-  pairs = [np.load(path) for path in tmp_path.glob("generation-1-*/pairs-*.npy")]
+  pairs = [np.load(path) for path in tmp_path.glob("generation-1-*/pairs-[012]*.npy")]
   assert max(np.unique(column >> duplicates.ROW_BITS, return_counts=True)[1].max() for column in pairs) == 8
   shuffled = draw.sample(parts[0], len(parts[0]))
   again = run(Pool(tmp_path / "again", (1, 1)), [shuffled[:100], shuffled[100:]])
@@ -251,7 +275,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(texts, tmp_path, monkeypatch):
     assert {path: content for path, (content, _) in after.items()} == expected
     again = {path for path, written in before.items() if after.get(path) != written and not path.endswith(".tmp")}
     # Of a part that was not finished, the columns are written anew, with the same bytes.
-    assert all("/bands" not in path and path.startswith("texts") for path in again)
+    assert all("/bands" not in path and path.startswith("signed") for path in again)
 
 
 def test_a_later_generation_leaves_the_earlier_ones_as_they_are(texts, tmp_path):

@@ -12,7 +12,7 @@ A pool in parts on a shared file system, with the units of every step divided ov
       sign(pool, part, ids, texts)                       # step 1: words and signatures; the only one that sees texts
   barrier()
   for unit in pair_units(pool)[host::hosts]:
-    find_pairs(pool, unit)                               # step 2: pairs whose signatures agree in a band
+    find_pairs(pool, unit)                               # step 2: pairs that agree in a key
   barrier()
   for part in newest(pool)[host::hosts]:
     verify(pool, part)                                   # step 3: those of a ROUGE-L of at least the threshold
@@ -33,14 +33,16 @@ files of the earlier ones are used again and their decisions stand.
 
 What to expect: pairs are found by 128 MinHash values of the word bigrams, in 32 bands of 4. A pair that has the
 fraction J of its bigrams in common is found with probability 1 - (1 - J^4)^32. Of texts with two words edited that is
-0.99 at 15 words, 0.91 at 11, 0.68 at 8 and 0.39 at 5; with one word edited 0.98 at 8 and 0.74 at 5. A word alone has
-no near-duplicate. Of the texts that agree in a band, each is compared with the COMPARED first ones only, which keeps
-the cost of a template that thousands share linear. Later ones are then compared where they agree in a rarer band, as
-texts do that have more than the template in common.
+0.99 at 15 words and 0.91 at 11. Texts of up to SHORT words have too few bigrams for that: they are also found by what
+is left of them without one or two of their words, which two texts share that are one or two words apart. A word alone
+has no near-duplicate. Of the texts that agree in a band, each is compared with the COMPARED first ones only, which
+keeps the cost of a template that thousands share linear. Later ones are then compared where they agree in a rarer band,
+as texts do that have more than the template in common.
 
 Memory: one byte per text in step 4; else what a part needs in step 1 (about 0.5 KB per text) and a slice of keys or
-pairs later (some 100 MB). Files: 272 bytes per text and 8 per word, and 8 per pair. A file appears when it is complete
-and no unit is done again, so a killed run goes on at the first missing unit and gives the same bytes.
+pairs later (some 100 MB). Files: 272 bytes per text, up to 450 more for a short one, 8 per word, and 8 per pair. A file
+appears when it is complete and no unit is done again, so a killed run goes on at the first missing unit and gives the
+same bytes.
 """
 
 import contextlib
@@ -49,6 +51,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 import pathlib
 import re
@@ -61,6 +64,7 @@ from rapidfuzz.distance import LCSseq
 from alma_jax.text import words
 
 PERMUTATIONS, BANDS = 128, 32
+SHORT, LEFT_OUT = 10, 2  # texts of so many words are also found by what is left of them without so many
 COMPARED = 8  # texts of a bucket, the first ones, with which all others are compared
 ROW_BITS = 28  # of a text's number in the pool; the other 36 bits of an entry are the key of a band
 ROW_MASK = np.uint64((1 << ROW_BITS) - 1)
@@ -141,7 +145,7 @@ def signed(pool, part):
 
 
 def sign(pool, part, ids, texts):
-  """Step 1 for a part: its ids, its words and the sorted keys of its bands."""
+  """Step 1 for a part: its ids, its words, and its sorted keys: of every band, and of what short texts share."""
   numbers = _numbers(ids)
   if len(texts) != len(ids):
     raise ValueError(f"part {part} has {len(ids)} ids for {len(texts)} texts")
@@ -161,15 +165,18 @@ def sign(pool, part, ids, texts):
   keys &= ~ROW_MASK
   keys |= rows.astype(np.uint64)
   keys.sort(axis=1)
+  short = _shared_keys(hashes, offsets)
   # The bands come last: they say that the others are there.
-  for name, column in {"ids": numbers, "words": hashes, "offsets": offsets, "bands": keys}.items():
+  for name, column in {"ids": numbers, "words": hashes, "offsets": offsets, "short": short, "bands": keys}.items():
     _save(_path(pool, part, name), column)
 
 
 def pair_units(pool):
-  """The units of step 2, [(band, slice of the keys, number of slices)]: more texts, more slices."""
-  slices = max(1, -(-int(_starts(pool)[-1]) // _SLICE))
-  return [(band, at, slices) for band in range(BANDS) for at in range(slices)]
+  """The units of step 2, [(band, slice of the keys, number of slices)]: more keys, more slices. The keys of short texts
+  are one band more."""
+  sizes = [int(_starts(pool)[-1])] * BANDS + [sum(len(_keys(pool, p, BANDS)) for p in range(len(pool.generations)))]
+  slices = [max(1, -(-size // _SLICE)) for size in sizes]
+  return [(band, at, count) for band, count in enumerate(slices) for at in range(count)]
 
 
 def find_pairs(pool, unit):
@@ -199,8 +206,7 @@ def find_pairs(pool, unit):
     later = np.searchsorted(ends, wanted, side="right")
     earlier = first[later] + wanted - (ends - counts)[later]
     pairs[wanted] = rows[later] << ROW_BITS | rows[earlier]
-  pairs.sort()
-  _save(path, pairs)
+  _save(path, np.unique(pairs))
 
 
 def verify(pool, part):
@@ -314,6 +320,23 @@ def band_keys(signatures):
   return words.mixed(keys)
 
 
+def _shared_keys(hashes, offsets):
+  """uint64 [n], sorted: the entries (key, row) of what is left of every text of 3 to SHORT words without up to LEFT_OUT
+  of them, but more than half."""
+  lengths, found = np.diff(offsets), [np.empty(0, np.uint64)]
+  for length in range(3, SHORT + 1):
+    rows = np.flatnonzero(lengths == length)
+    for start in range(0, len(rows), _TEXTS):
+      mine = rows[start : start + _TEXTS]
+      word = hashes[offsets[mine][:, None] + np.arange(length)]
+      for left in range(max(length - LEFT_OUT, length // 2 + 1), length + 1):
+        keys = np.full((len(mine), math.comb(length, left)), left, np.uint64)
+        for place in zip(*itertools.combinations(range(length), left)):
+          keys = keys * _ODD[0] + word[:, place]
+        found.append((words.mixed(keys) & ~ROW_MASK | mine[:, None].astype(np.uint64)).ravel())
+  return np.unique(np.concatenate(found))
+
+
 @functools.cache
 def _permutations(seed):
   """uint32 [PERMUTATIONS, 1] factors and shifts: x -> factor * x + shift is a permutation, as the factor is odd."""
@@ -328,7 +351,7 @@ def _entries(pool, starts, unit):
   bounds = [np.uint64((i << 64 - ROW_BITS) // slices << ROW_BITS) for i in (at, at + 1) if i < slices]
   found = []
   for part, start in enumerate(starts[:-1]):
-    column = _column(pool, part, "bands")[band]
+    column = _keys(pool, part, band)
     low, high = [*np.searchsorted(column, bounds), len(column)][:2]
     found.append(column[low:high] + np.uint64(start))
   found = np.concatenate(found)
@@ -432,6 +455,10 @@ def _column(pool, part, name):
   return _load(_path(pool, part, name))
 
 
+def _keys(pool, part, band):
+  return _column(pool, part, "bands")[band] if band < BANDS else _column(pool, part, "short")
+
+
 def _removed(pool, part):
   path = _removed_path(pool, part)
   if not path.exists():
@@ -440,7 +467,7 @@ def _removed(pool, part):
 
 
 def _path(pool, part, name):
-  return pathlib.Path(pool.directory) / f"texts-{pool.seed}" / f"{name}-{part:05d}.npy"
+  return pathlib.Path(pool.directory) / f"signed-{pool.seed}" / f"{name}-{part:05d}.npy"
 
 
 def _pairs_path(pool, unit):
