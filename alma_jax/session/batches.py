@@ -17,13 +17,8 @@ from alma_jax.text import packing
 ROWS = 4  # the number of rows is rounded up to this, so that rounds of like size share a compilation
 
 
-@dataclasses.dataclass(frozen=True)
-class Examples:
-  """For SFT. `average`: "tokens" weighs every supervised token alike, "examples" every example."""
-
-  sequences: list
-  names: list
-  average: str = "tokens"
+class _Sequences:
+  """Items that are one sequence each."""
 
   def lengths(self, i):
     return [len(self.sequences[i][0])]
@@ -31,8 +26,20 @@ class Examples:
   def packings(self, members, row_length):
     return (packing.pack([len(self.sequences[i][0]) for i in members], row_length),)
 
+  def packed(self, members, packings, row_length, counts):
+    return packing.rows([self.sequences[i] for i in members], packings[0], row_length, counts[0], pad_id=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples(_Sequences):
+  """For SFT. `average`: "tokens" weighs every supervised token alike, "examples" every example."""
+
+  sequences: list
+  names: list
+  average: str = "tokens"
+
   def rows(self, members, packings, row_length, counts, batch):
-    made = packing.rows([self.sequences[i] for i in members], packings[0], row_length, counts[0], pad_id=0)
+    made = self.packed(members, packings, row_length, counts)
     if self.average == "examples":
       whole = np.array([np.sum(self.sequences[i][1][1:]) for i in members] + [1.0])  # the last one is padding's
       made["weights"] /= whole[made["example"]].astype(np.float32)
@@ -69,7 +76,7 @@ class Pairs:
 
 
 @dataclasses.dataclass(frozen=True)
-class Graded:
+class Graded(_Sequences):
   """For policy gradients: responses with their advantages, and the log-prob of each token under the model that wrote it
   and under the reference; old[i][t] is that of token t + 1 of sequence i, so that there is one less than tokens."""
 
@@ -79,14 +86,8 @@ class Graded:
   old: list
   reference: list
 
-  def lengths(self, i):
-    return [len(self.sequences[i][0])]
-
-  def packings(self, members, row_length):
-    return (packing.pack([len(self.sequences[i][0]) for i in members], row_length),)
-
   def rows(self, members, packings, row_length, counts, batch):
-    made = packing.rows([self.sequences[i] for i in members], packings[0], row_length, counts[0], pad_id=0)
+    made = self.packed(members, packings, row_length, counts)
     starts = np.cumsum([0, *(len(self.sequences[i][0]) for i in members)])
     # Behind everything stands a 0 for padding, whose example is -1.
     at = np.where(made["example"] < 0, starts[-1], starts[made["example"]] + made["positions"])
