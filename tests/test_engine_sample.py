@@ -311,10 +311,10 @@ def test_slots_are_counted_from_the_memory_that_is_free():
 
 @pytest.mark.parametrize("slots, samples", [(8, 1), (8, 3), (64, 9), (64, 100)])
 def test_a_call_holds_no_more_than_is_counted(slots, samples):
-  plan = engine.plan_for(slots, 32, samples)
-  state = jax.eval_shape(lambda: engine._empty(unrolled(), plan, WARM, None))
+  model, plan = unrolled(), engine.plan_for(slots, 32, samples)
+  state = jax.eval_shape(lambda: engine._empty(model, plan, WARM, None))
   held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-  assert held <= engine._bytes(unrolled(), WARM, plan, None)
+  assert held <= engine._bytes(model, WARM, plan, None)
 
 
 def test_progress_hears_of_every_request_and_token(warm):
