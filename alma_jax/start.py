@@ -6,6 +6,7 @@ import os
 import pathlib
 import signal
 import sys
+import threading
 import time
 
 import absl.logging
@@ -63,6 +64,7 @@ def status(work, memory, more=None):
   """The exit status of `work()`. What the user can mend is printed as one message without a traceback: `memory` says
   what helps where a device has too little, `more(error)` gives a line to print after another error, or None."""
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that what is written is whole and unlocked
+  sys.unraisablehook = _not_dropped
   try:
     work()
     return 0
@@ -79,6 +81,14 @@ def status(work, memory, more=None):
       raise
     print(f"error: a device is out of memory: {str(error).splitlines()[0]}\n{memory}", file=sys.stderr)
     return 1
+
+
+def _not_dropped(found):
+  """Inside a callback, of the garbage collector say, Python drops what a SIGTERM raised: then it comes once more."""
+  if found.exc_type is SystemExit:
+    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+  else:
+    sys.__unraisablehook__(found)
 
 
 MEMORY = """In sampling, scoring and embedding: lower config.engine.slots or config.engine.rows, or share a model

@@ -349,6 +349,27 @@ def test_interrupted_run_leaves_no_lock(data, tmp_path):
   assert not (tmp_path / "run" / ".lock").exists()
 
 
+def test_a_signal_while_garbage_is_collected_is_not_lost():
+  work = (
+    "import gc, os, signal, sys, time\n"
+    "from alma_jax import start\n"
+    "def collected(phase, info):\n"
+    "  gc.callbacks.remove(collected)\n"
+    "  os.kill(os.getpid(), signal.SIGTERM)\n"
+    "  for _ in range(1000): pass\n"
+    "def work():\n"
+    "  gc.callbacks.append(collected)\n"
+    "  gc.collect()\n"
+    "  print('collected', flush=True)\n"
+    "  time.sleep(60)\n"
+    "sys.exit(start.status(work, ''))\n"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", work], cwd=small_run.ROOT, env=small_run.environment(), timeout=50, capture_output=True
+  )
+  assert (done.returncode, done.stdout) == (143, b"collected\n"), done.stderr[-2000:]
+
+
 def test_arrays_and_shards_open_with_public_tools(run):
   import pyarrow.parquet as pq
 
