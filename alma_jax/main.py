@@ -22,13 +22,13 @@ def parse(argv):
   try:
     return app.parse_flags_with_usage(argv)
   except (AttributeError, KeyError) as error:
-    from alma_jax import config
+    from alma_jax import options as configs
 
     file = next((arg.partition("=")[2] for arg in argv if arg.startswith("--config=")), None)
     value = file and flags.FLAGS["config"].parser.parse(file)
     for path in (match[1] for arg in argv if (match := re.match(r"--config\.([^=]+)", arg))):
-      if value and path not in config.leaves(value.to_dict()):
-        sys.exit(f"error: --config.{path}: {config.nearest(value, path)}")
+      if value and path not in configs.leaves(value.to_dict()):
+        sys.exit(f"error: --config.{path}: {configs.nearest(value, path)}")
     sys.exit(f"error: the config cannot be read: {error}")
 
 

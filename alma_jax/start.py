@@ -13,30 +13,11 @@ import absl.logging
 import jax
 from jax.experimental import multihost_utils
 
-from alma_jax import config as configs
-from alma_jax.engine.choose import DecodingError
-from alma_jax.engine.sample import SlotsError
-from alma_jax.engine.train import TrainingError
+from alma_jax.errors import UserError
 from alma_jax.llama import sharding
-from alma_jax.llama.config import ModelError
 from alma_jax.report import page
-from alma_jax.session.session import Session
-from alma_jax.store.runs import Run, RunError
-from alma_jax.store.seeds import DataError
-from alma_jax.text.tokenizer import TextError
-
-# What the user can mend: printed as one message, without a traceback.
-MENDABLE = (
-  configs.ConfigError,
-  DataError,
-  DecodingError,
-  ModelError,
-  RunError,
-  SlotsError,
-  TextError,
-  TrainingError,
-  sharding.MeshError,
-)
+from alma_jax.runtime.session import Session
+from alma_jax.store.runs import Run
 
 
 def run(recipe, config, workdir):
@@ -68,7 +49,7 @@ def status(work, memory, more=None):
   try:
     work()
     return 0
-  except MENDABLE as error:
+  except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     if line := more and more(error):
       print(line, file=sys.stderr)

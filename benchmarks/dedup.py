@@ -38,8 +38,8 @@ import numpy as np
 from rapidfuzz import process
 from rapidfuzz.distance import Indel
 
-from alma_jax.store.records import normalised
-from alma_jax.text import duplicates
+from alma_jax.corpus import duplicates
+from alma_jax.corpus.normalise import normalised
 
 BLOCK = 10_000  # prompts whose duplicates are among themselves
 PART = 50_000

@@ -16,7 +16,7 @@ import time
 
 import numpy as np
 
-from alma_jax.engine import draw
+from alma_jax.corpus import draw
 
 CHUNK = 2**22
 

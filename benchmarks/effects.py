@@ -99,10 +99,10 @@ def measure(directory, seed, parts):
   if path.exists():
     return json.loads(path.read_text())
   from alma_jax import start
-  from alma_jax.session.scoring import Judge
-  from alma_jax.session.training import Checkpoint
+  from alma_jax.judges.own import Judge
+  from alma_jax.runtime.host import Checkpoint
+  from alma_jax.stages import data as seed_stage
   from alma_jax.stages import judge, policy
-  from alma_jax.stages import seeds as seed_stage
   from configs.alma import get_config
 
   config = get_config("mini")
@@ -148,9 +148,9 @@ def sampled(session, checkpoints, conversations, each, temperature, seed):
 
   import tqdm
 
+  from alma_jax.keys import key_of
   from alma_jax.mini import world
-  from alma_jax.session.sampling import drafts
-  from alma_jax.session.session import key_of
+  from alma_jax.runtime.sampling import drafts
   from alma_jax.text import chat
 
   options = copy.deepcopy(session.config.responses)
@@ -175,9 +175,9 @@ def answered_by_base(session, data, seed):
 
   import tqdm
 
+  from alma_jax.keys import key_of
   from alma_jax.mini import world
-  from alma_jax.session.sampling import drafts
-  from alma_jax.session.session import key_of
+  from alma_jax.runtime.sampling import drafts
   from alma_jax.text import chat, fewshot
 
   options, tok = copy.deepcopy(session.config.eval), session.tokenizer
@@ -198,7 +198,7 @@ def accuracy(session, judge_, prompts):
   """Share of pairs of different worth that the judge orders rightly; ties wrong ("strict") and ties half."""
   import itertools
 
-  from alma_jax.session.scoring import verdicts
+  from alma_jax.judges.own import verdicts
 
   pairs = [(m, a, b) for m, answers in prompts for a, b in itertools.combinations(answers, 2)]
   pairs = [(m, a, b) for m, a, b in pairs if a[2] != b[2] and a[0] and b[0]]
@@ -215,7 +215,7 @@ def accuracy(session, judge_, prompts):
 
 def best_of_n(session, judge_, prompts):
   """n -> mean ground truth of the judge's choice among n samples (disjoint groups of n), and of the truly best."""
-  from alma_jax.session.scoring import verdicts
+  from alma_jax.judges.own import verdicts
 
   size = len(prompts[0][1])
   order = np.random.default_rng(0).permutation(size)  # mixes the checkpoints

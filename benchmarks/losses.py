@@ -7,8 +7,8 @@ the targets' log-probabilities and its gradients for the head and the hidden sta
 and one thread; everyone takes turns, and the best process time of each counts:
 
   materialised    all logits, then what differentiation makes of log-softmax
-  per token       losses.token_logprobs, as preferences use it: every tile is made again in the backward pass
-  summed          losses.weighted_logprobs, as SFT uses it: the gradients are made on the way
+  per token       crossentropy.token_logprobs, as preferences use it: every tile is made again in the backward pass
+  summed          crossentropy.weighted_logprobs, as SFT uses it: the gradients are made on the way
 
 with all places supervised, and with the last third of every row alone, as in packed rows of prompts and responses.
 
@@ -36,7 +36,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alma_jax.engine import losses
+from alma_jax.engine import crossentropy
 
 MEMORY, TIME = 1 / 4, 1.05  # of what materialised logits take
 DENSE, PER_TOKEN, SUMMED = "materialised", "per token", "summed"
@@ -82,11 +82,11 @@ def materialised(head, hidden, targets, weights):
 
 
 def per_token(head, hidden, targets, weights):
-  return (losses.token_logprobs(model(head), hidden, targets, weights > 0) * weights).sum()
+  return (crossentropy.token_logprobs(model(head), hidden, targets, weights > 0) * weights).sum()
 
 
 def summed(head, hidden, targets, weights):
-  return losses.weighted_logprobs(model(head), hidden, targets, weights)
+  return crossentropy.weighted_logprobs(model(head), hidden, targets, weights)
 
 
 def measured(case, repeats):
@@ -118,7 +118,7 @@ def bfloat16_error(case, places=256):
   """The largest error of the core's log-probs of bfloat16 inputs against a computation in float64 on the same."""
   head, hidden, targets = (x if x.ndim == 2 and x.dtype.kind == "f" else x[:1, :places] for x in case[:3])
   head, hidden = jnp.asarray(head, jnp.bfloat16), jnp.asarray(hidden, jnp.bfloat16)
-  found = np.asarray(jax.jit(lambda h, x: losses.token_logprobs(model(h), x, targets))(head, hidden))[0]
+  found = np.asarray(jax.jit(lambda h, x: crossentropy.token_logprobs(model(h), x, targets))(head, hidden))[0]
   z = np.asarray(hidden[0], np.float64) @ np.asarray(head, np.float64)
   most = z.max(axis=-1)
   wanted = z[np.arange(len(z)), targets[0]] - most - np.log(np.exp(z - most[:, None]).sum(axis=-1))

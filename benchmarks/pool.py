@@ -42,15 +42,16 @@ import numpy as np
 import tqdm
 from rapidfuzz.distance import Indel
 
-from alma_jax.engine import draw as drawing
+from alma_jax.corpus import draw as drawing
+from alma_jax.corpus import duplicates
+from alma_jax.corpus.normalise import normalised, prompt_id
 from alma_jax.engine import embed, kmeans
-from alma_jax.stages import clusters, prompts
-from alma_jax.stages.seeds import Seeds
+from alma_jax.stages import clusters, draw, prompts
+from alma_jax.stages.data import Seeds
 from alma_jax.store import shards
-from alma_jax.store.records import Prompt, normalised, prompt_id
+from alma_jax.store.data import SeedRow
+from alma_jax.store.records import Prompt
 from alma_jax.store.runs import Run
-from alma_jax.store.seeds import SeedRow
-from alma_jax.text import duplicates
 from benchmarks import dedup
 from configs import alma
 
@@ -140,14 +141,14 @@ def lines(directory, flags):
       world = written(session, flags.prompts, c)
     with measured(meter, world, 2 * flags.dims):
       with meter("prompts: files"):
-        pool = prompts.build(session, world.data, c)
+        pool = prompts.build(session, world.data, world.drafts, c)
       yield entered(pool, world)
       with meter("clusters: files"):
         clustered = clusters.build(session, pool, c)
       yield near_their_centroids(clustered)
       for round in range(flags.rounds):
         with meter("draws: files"):
-          drawn.append(clusters.draw(session, round, [clustered], drawn, c))
+          drawn.append(draw.build(session, round, [clustered], drawn, c))
     yield each_once(clustered, drawn, flags.draw)
     yield from table(meter, pool.manifest["rows"], flags)
 
@@ -214,7 +215,7 @@ def measured(meter, world, width):
       x = (x - projection.mean) @ projection.matrix
       return x / np.linalg.norm(x, axis=1, keepdims=True)
 
-  changes = {(prompts, "_draws"): lambda *_: world.drafts, (clusters, "_embedded"): embedded}
+  changes = {(clusters, "_embedded"): embedded}
   for name, (module, function, _) in PARTS.items():
     changes[module, function] = timed(meter, name, getattr(module, function))
   before = {(module, name): getattr(module, name) for module, name in changes}

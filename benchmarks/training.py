@@ -171,7 +171,7 @@ def one_device():
 
 
 def in_order(data, batch, row_length):
-  from alma_jax.session.batches import Batches
+  from alma_jax.runtime.batches import Batches
 
   return Batches(data, types.SimpleNamespace(batch=batch, row_length=row_length), seed=None, unit=1)
 
@@ -207,7 +207,7 @@ def check(what, found, peer, start, most):
 
 def equal_rows(directory, vocab, rows, length, steps, repeats):
   from alma_jax.engine import train
-  from alma_jax.session.batches import Examples
+  from alma_jax.runtime.batches import Examples
 
   ids, first = np.random.default_rng(0).integers(2, vocab, (rows, length)).tolist(), 2 * length // 5
   examples = [sequence(row[:first], row[first:]) for row in ids]
@@ -254,7 +254,7 @@ def steps_of_transformers(directory, examples, steps):
 
 def ragged(directory, vocab, n, batch, repeats, longest=LONGEST):
   from alma_jax.engine import train
-  from alma_jax.session.batches import Examples
+  from alma_jax.runtime.batches import Examples
 
   examples = [sequence(*parts) for parts in drawn(n, vocab, 1, longest)]
   batches = in_order(Examples(examples, range(n)), batch, longest)
@@ -281,7 +281,7 @@ def ragged(directory, vocab, n, batch, repeats, longest=LONGEST):
 
 def preferences(directory, vocab, n, batch, repeats, longest=LONGEST):
   from alma_jax.engine import losses, train
-  from alma_jax.session.batches import Examples, Pairs
+  from alma_jax.runtime.batches import Examples, Pairs
 
   parts = drawn(n, vocab, 2, longest)
   sides = [(sequence(prompt, chosen), sequence(prompt, rejected)) for prompt, chosen, rejected in parts]
@@ -381,7 +381,7 @@ def tokenizer(vocab):
 
 def same_packed_loss(directory, packed, loss, longest):
   """The first step of TRL's packing, four rows, has the loss that we find for its examples."""
-  from alma_jax.session.batches import Examples
+  from alma_jax.runtime.batches import Examples
 
   examples = []
   for row in packed.select(range(min(4, len(packed)))):

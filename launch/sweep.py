@@ -36,8 +36,8 @@ import sys
 from absl import app, flags
 from ml_collections import ConfigDict
 
-from alma_jax import config as configs
 from alma_jax import main as door  # defines --config and --workdir
+from alma_jax import options as configs
 
 SBATCH = pathlib.Path(__file__).with_name("slurm.sbatch")
 FLAGS = flags.FLAGS

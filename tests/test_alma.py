@@ -15,6 +15,7 @@ import pytest
 import safetensors.numpy
 import small_run
 
+from alma_jax.corpus.normalise import prompt_id
 from alma_jax.store import records, shards
 from alma_jax.store.runs import load_manifest, read_stage
 from alma_jax.tools import export
@@ -48,7 +49,7 @@ def test_pool_holds_no_seed_annotation_or_evaluation_prompt(run):
   human = set()
   for name in ("sft", "judge", "eval"):
     rows = [json.loads(line) for line in (run / "seeds" / f"{name}.jsonl").open()]
-    human |= {records.prompt_id(row["messages"]) for row in rows}
+    human |= {prompt_id(row["messages"]) for row in rows}
   assert len(pool) > 50
   assert len({p.id for p in pool}) == len(pool)
   assert not human & {p.id for p in pool}

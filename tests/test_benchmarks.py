@@ -244,12 +244,11 @@ def test_a_small_pool_is_rehearsed_and_what_is_wrong_is_noticed(own_environment,
   monkeypatch.setattr(pool, "PART", 700)
   monkeypatch.setattr(pool, "ORACLE", 1200)
   flags = argparse.Namespace(prompts=2000, dims=8, k=20, iterations=2, rounds=3, draw=90)
-  clusters = pool.clusters
   lines = list(pool.lines(tmp_path / "right", flags))
   assert "drafts in 3 parts: 200 spellings, all recognised" in lines[0] and lines[2].startswith("3 rounds of 90: 270 ")
   told = {line[:22].strip(): line.split() for line in lines[4:-2]}
   assert set(told) == set(pool.PARTS) | set(pool.OTHERS)
-  assert not hasattr(clusters.draw, "__wrapped__") and not hasattr(pool.drawing.draw, "__wrapped__")
+  assert not hasattr(pool.draw.build, "__wrapped__") and not hasattr(pool.drawing.draw, "__wrapped__")
 
   def fails(match, module, name, wrong):
     with monkeypatch.context() as patch, pytest.raises(AssertionError, match=match):

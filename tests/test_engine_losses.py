@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from engine_models import CONFIG, logprobs, on_mesh, stacked
 
-from alma_jax.config import WORDS
-from alma_jax.engine import losses
+from alma_jax.engine import crossentropy, losses
 from alma_jax.engine.losses import Preference, preference_of
 from alma_jax.llama import model as llama
 from alma_jax.llama import sharding
+from alma_jax.options import WORDS
 from alma_jax.text import packing
 
 ROW = 24
@@ -91,12 +91,12 @@ def exact(model, hidden, targets, weights):
 
 
 def per_token(model, hidden, targets, weights):
-  out = losses.token_logprobs(model, hidden, targets, weights > 0)
+  out = crossentropy.token_logprobs(model, hidden, targets, weights > 0)
   return (weights * out).sum(), out
 
 
 def summed(model, hidden, targets, weights):
-  return losses.weighted_logprobs(model, hidden, targets, weights), None
+  return crossentropy.weighted_logprobs(model, hidden, targets, weights), None
 
 
 def with_gradients(loss, model, hidden, targets, weights):
@@ -108,9 +108,9 @@ def with_gradients(loss, model, hidden, targets, weights):
 
 def tiles_of(monkeypatch, places):
   """Tiles of so many places; the returned list fills with the shapes of all logits that are made by tiles."""
-  monkeypatch.setattr(losses, "_tile", lambda model, targets: places)
-  logits, seen = losses._logits, []
-  monkeypatch.setattr(losses, "_logits", lambda *x: seen.append(x[2].shape) or logits(*x))
+  monkeypatch.setattr(crossentropy, "_tile", lambda model, targets: places)
+  logits, seen = crossentropy._logits, []
+  monkeypatch.setattr(crossentropy, "_logits", lambda *x: seen.append(x[2].shape) or logits(*x))
   return seen
 
 
@@ -160,7 +160,7 @@ def test_only_tiles_with_something_supervised_are_made(monkeypatch):
 
     return wrapper
 
-  monkeypatch.setattr(losses, "_logits", counted(losses._logits))
+  monkeypatch.setattr(crossentropy, "_logits", counted(crossentropy._logits))
   supervised = int((weights > 0).sum())
   assert 5 < supervised < 40
   for loss, passes in ((per_token, 2), (summed, 1)):
@@ -237,7 +237,7 @@ def test_large_logits_are_never_made_at_once(monkeypatch):
   model = jax.eval_shape(lambda: llama.init(c, 0))
   shape = jax.ShapeDtypeStruct
   case = shape((rows, time, width), jnp.float32), shape((rows, time), jnp.int32), shape((rows, time), jnp.float32)
-  assert losses._tile(model, case[1]) == 512
+  assert crossentropy._tile(model, case[1]) == 512
 
   def temporaries(loss):
     f = jax.jit(
@@ -246,17 +246,17 @@ def test_large_logits_are_never_made_at_once(monkeypatch):
     return f.lower(model, *case).compile().memory_analysis().temp_size_in_bytes
 
   tiled = [temporaries(loss) for loss in (per_token, summed)]
-  monkeypatch.setattr(losses, "DENSE_BYTES", math.inf)
+  monkeypatch.setattr(crossentropy, "DENSE_BYTES", math.inf)
   whole = 4 * rows * time * vocab
   assert max(tiled) < whole / 3 < whole < temporaries(per_token) / 2
 
 
 def test_small_logits_are_made_at_once_and_tiles_follow_the_devices():
   model, _, targets, _ = core_case()
-  assert losses._tile(model, targets) == 0
+  assert crossentropy._tile(model, targets) == 0
   large = lambda vocab: dataclasses.replace(model.c, vocab=vocab)
-  of = lambda vocab, shape: losses._tile(type("Model", (), {"c": large(vocab)}), np.zeros(shape))
-  tile = losses.TILE_BYTES["cpu"] // 4 // 2**17
+  of = lambda vocab, shape: crossentropy._tile(type("Model", (), {"c": large(vocab)}), np.zeros(shape))
+  tile = crossentropy.TILE_BYTES["cpu"] // 4 // 2**17
   assert of(2**17, (64, 256)) == tile
   assert of(2**17, (1, 40)) == 40
   with jax.set_mesh(sharding.make_mesh(2, 2, 2)):

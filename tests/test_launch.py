@@ -296,7 +296,7 @@ def test_sweep_queues_on_slurm_once(project):
 
 
 def test_the_table_reads_columns_that_evaluations_write():
-  from alma_jax.stages.evals import summarised
+  from alma_jax.stages.evaluation import summarised
 
   sums = dict(
     n=4, graded=4, score=4.0, score_squared=6.0, judge_score=4.0, judge_score_squared=6.0, finished=4, tokens=9

@@ -9,9 +9,9 @@ import sys
 import numpy as np
 import pytest
 
+from alma_jax.corpus.normalise import prompt_id
 from alma_jax.llama.weights import load
 from alma_jax.mini import pretrain, seeds, world
-from alma_jax.store.records import prompt_id
 from alma_jax.text.tokenizer import load_tokenizer
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from alma_jax.stages import clusters, judge, prompts, trainset
-from alma_jax.stages.evals import summarised
+from alma_jax.corpus.normalise import prompt_id
+from alma_jax.errors import RunError
+from alma_jax.stages import drafts, draw, judge, trainset
+from alma_jax.stages.evaluation import summarised
 from alma_jax.stages.responses import _samples
-from alma_jax.store.records import Prompt, Response, prompt_id
-from alma_jax.store.runs import RunError
+from alma_jax.store.records import Prompt, Response
 
 
 def prompt(n, cluster=0):
@@ -97,7 +98,7 @@ def drawn(labels, used, k, round=2, seed=0, method="diverse", ids=None):
   labels = np.asarray(labels, np.int32)
   ids = np.arange(len(labels), dtype=np.uint64) * np.uint64(7) if ids is None else ids
   options = ConfigDict(dict(prompts=k, method=method, coverage="round"))
-  return clusters.drawn(labels, ids, np.array(sorted(used), np.int64), options, seed, round).tolist()
+  return draw.drawn(labels, ids, np.array(sorted(used), np.int64), options, seed, round).tolist()
 
 
 @given(pools, st.data())
@@ -221,7 +222,7 @@ def test_ordered_share_counts_pairs_as_brute_force_does():
 
 def test_shots_are_drawn_evenly_without_repeats_and_more_draws_change_none():
   draws, seeds = 30_000, 7
-  shots = prompts._shots(np.random.default_rng(0), draws, seeds, (3, 5))
+  shots = drafts._shots(np.random.default_rng(0), draws, seeds, (3, 5))
   sizes = (shots >= 0).sum(axis=1)
   assert scipy.stats.chisquare(np.bincount(sizes)[3:]).pvalue > 1e-3 and set(sizes) == {3, 4, 5}
   assert (np.diff((shots >= 0).astype(int), axis=1) <= 0).all()  # -1 only at the end
@@ -232,9 +233,9 @@ def test_shots_are_drawn_evenly_without_repeats_and_more_draws_change_none():
   assert not np.diag(pairs).any()
   assert scipy.stats.chisquare(pairs[~np.eye(seeds, dtype=bool)]).pvalue > 1e-3
   assert scipy.stats.chisquare(np.bincount(shots[sizes == 5, 4])).pvalue > 1e-3
-  np.testing.assert_array_equal(prompts._shots(np.random.default_rng(0), 100, seeds, (3, 5)), shots[:100])
+  np.testing.assert_array_equal(drafts._shots(np.random.default_rng(0), 100, seeds, (3, 5)), shots[:100])
 
 
 def test_few_seeds_are_shown_as_far_as_they_go():
-  shots = prompts._shots(np.random.default_rng(0), 50, 2, (3, 5))
+  shots = drafts._shots(np.random.default_rng(0), 50, 2, (3, 5))
   assert shots.shape == (50, 2) and (np.sort(shots, axis=1) == [0, 1]).all()

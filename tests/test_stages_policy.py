@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 
 from alma_jax import start
-from alma_jax.config import ConfigError
+from alma_jax.errors import RunError
 from alma_jax.llama import sharding
-from alma_jax.session import training
-from alma_jax.session.session import Session
+from alma_jax.options import ConfigError
+from alma_jax.runtime import training
+from alma_jax.runtime.session import Session
 from alma_jax.stages import policy
 from alma_jax.store import records
 from alma_jax.store.records import Pair
-from alma_jax.store.runs import Run, RunError
+from alma_jax.store.runs import Run
 from alma_jax.text import chat
 from configs import alma, common
 

@@ -13,17 +13,21 @@ import pytest
 from engine_models import hidden_states
 from rapidfuzz.distance import Indel
 
+from alma_jax.corpus import duplicates
+from alma_jax.corpus.normalise import normalised, prompt_id
+from alma_jax.errors import RunError
+from alma_jax.keys import key_of
 from alma_jax.llama import sharding
-from alma_jax.session.sampling import Draft
-from alma_jax.session.session import Session, key_of
-from alma_jax.session.workbench import MINI_CHECKPOINT
-from alma_jax.stages import clusters, prompts
-from alma_jax.stages.seeds import Seeds
+from alma_jax.runtime.host import MINI_CHECKPOINT
+from alma_jax.runtime.sampling import Draft
+from alma_jax.runtime.session import Session
+from alma_jax.stages import clusters, drafts, draw, prompts
+from alma_jax.stages.data import Seeds
 from alma_jax.store import shards
-from alma_jax.store.records import Prompt, normalised, prompt_id
-from alma_jax.store.runs import Run, RunError
-from alma_jax.store.seeds import SeedRow
-from alma_jax.text import chat, duplicates
+from alma_jax.store.data import SeedRow
+from alma_jax.store.records import Prompt
+from alma_jax.store.runs import Run
+from alma_jax.text import chat
 from alma_jax.text.tokenizer import load_tokenizer
 from configs import alma
 
@@ -103,7 +107,7 @@ def planted(world, asked, monkeypatch):
     asked.extend(mine)
     return [Draft(world.written[draw] or "", (1,), world.written[draw] is not None, (-1.0,)) for draw in mine]
 
-  monkeypatch.setattr(prompts, "drafts", written)
+  monkeypatch.setattr(drafts, "drafts", written)
   return asked
 
 
@@ -118,6 +122,10 @@ def config():
   return c
 
 
+def _pool_in(session, data, c):
+  return prompts.build(session, data, drafts.build(session, data, c), c)
+
+
 def session_in(directory, config, **hosts):
   return Session(Run(directory, **hosts), config, sharding.make_mesh(2, 2, 2), sharding.make_mesh())
 
@@ -130,7 +138,7 @@ def session(tmp_path_factory, config):
 @pytest.fixture
 def pool(session, world, config):
   """The finished stage; made by the first test that asks for it."""
-  return prompts.build(session, world.seeds, config)
+  return _pool_in(session, world.seeds, config)
 
 
 @pytest.fixture
@@ -143,7 +151,7 @@ def later(session, world, config, pool):
   """(the finished stage of what was added, the config of its round)."""
   c = config.copy_and_resolve_references()
   c.prompts.draws = DRAWS + MORE
-  return prompts.build(session, world.seeds, c, "pool_03", DRAWS, [pool]), c
+  return prompts.build(session, world.seeds, drafts.build(session, world.seeds, c, "pool_03", DRAWS), c, [pool]), c
 
 
 def artefacts(directory):
@@ -237,7 +245,7 @@ def test_the_report_has_examples_of_what_was_removed_and_of_what_evaluation_prom
 def test_without_a_similarity_only_equal_ones_are_left_out(world, config, tmp_path):
   c = config.copy_and_resolve_references()
   c.prompts.similarity = 0.0
-  stage = prompts.build(session_in(tmp_path, c), world.seeds, c)
+  stage = _pool_in(session_in(tmp_path, c), world.seeds, c)
   texts = {prompt_id(turn(x)) for x in usable(world.written, range(DRAWS))}
   assert {p.id for p in stage.read(Prompt)} == texts - {prompt_id(turn(x)) for x in world.everyone}
   assert not any("near_" in name for name in stage.manifest["counts"])
@@ -258,7 +266,7 @@ def test_two_hosts_and_any_kill_give_the_same_bytes(session, clustered, world, c
     with turns:
       try:
         one = session_in(tmp_path / "two", config, host=host, hosts=2, barrier=barrier)
-        clusters.build(one, prompts.build(one, world.seeds, config), config)
+        clusters.build(one, _pool_in(one, world.seeds, config), config)
       except BaseException as error:
         failures.append(error)
         meeting.abort()
@@ -290,7 +298,7 @@ def test_two_hosts_and_any_kill_give_the_same_bytes(session, clustered, world, c
   one = session_in(tmp_path / "killed", config)
   for _ in range(200):
     try:
-      clusters.build(one, prompts.build(one, world.seeds, config), config)
+      clusters.build(one, _pool_in(one, world.seeds, config), config)
       break
     except Crash:
       shards.remove_temporaries(one.run.dir)
@@ -355,7 +363,7 @@ def test_what_is_added_is_new(clustered, world, asked, later):
 def test_added_prompts_go_to_the_nearest_old_cluster_and_draws_never_repeat(session, clustered, later, config):
   c = config
   before = artefacts(session.run.dir)
-  second = clusters.draw(session, 2, [clustered], [], c)
+  second = draw.build(session, 2, [clustered], [], c)
   more = clusters.added(session, later[0], clustered, c)
   assert artefacts(session.run.dir) == before and not (more.clusters.dir / "centroids.npy").exists()
   points = np.concatenate([np.load(path) for path in sorted((session.run.dir / "pool_03/embeddings").glob("*.npy"))])
@@ -373,7 +381,7 @@ def test_added_prompts_go_to_the_nearest_old_cluster_and_draws_never_repeat(sess
     c.draw.prompts = min(19, left)
     if not left:
       break
-    drawn.append(clusters.draw(session, round, pools, drawn, c))
+    drawn.append(draw.build(session, round, pools, drawn, c))
     assert drawn[-1].manifest["counts"]["used_before"] == len(both) - left
   rows = [np.load(stage.dir / "rows.npy").tolist() for stage in drawn]
   assert sorted(itertools.chain(*rows)) == list(range(len(both)))  # the ledger: each once, and in the end all
@@ -385,7 +393,7 @@ def test_added_prompts_go_to_the_nearest_old_cluster_and_draws_never_repeat(sess
   assert drawn[0].manifest["counts"]["clusters_drawn"] == 8
   c.draw.prompts = 1
   with pytest.raises(RunError, match=f"round {round} draws 1 prompts, but of the pool's {len(both)} only 0 are unused"):
-    clusters.draw(session, round, pools, drawn, c)
+    draw.build(session, round, pools, drawn, c)
 
 
 def test_few_prompts_or_none_are_added(session, clustered, config):

@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 
+from alma_jax.store import lock as lock_lib
 from alma_jax.store import records, runs, shards
 
 N = 3
@@ -443,7 +444,7 @@ def test_an_old_lock_of_another_machine_is_taken_over_with_a_warning(tmp_path, c
 
 def test_a_fresh_lock_of_another_machine_is_watched(tmp_path, monkeypatch, caplog):
   """A preempted job restarts by itself; one that still runs elsewhere touches its lock and keeps it."""
-  monkeypatch.setattr(runs, "SILENCE", 0.5)
+  monkeypatch.setattr(lock_lib, "SILENCE", 0.5)
   put_lock(tmp_path, host="elsewhere", pid=7)
   runs.Run(tmp_path).close()
   assert "no sign of life" in caplog.text
@@ -457,7 +458,7 @@ def test_a_fresh_lock_of_another_machine_is_watched(tmp_path, monkeypatch, caplo
 
 
 def test_the_holder_shows_life(tmp_path, monkeypatch):
-  monkeypatch.setattr(runs, "BEAT", 0.05)
+  monkeypatch.setattr(lock_lib, "BEAT", 0.05)
   with runs.Run(tmp_path):
     os.utime(tmp_path / ".lock", (1, 1))
     end = time.monotonic() + 5

@@ -19,15 +19,15 @@ import text_tokenizers
 import tqdm
 from ml_collections import ConfigDict
 
-from alma_jax import config as configs
+from alma_jax import options as configs
+from alma_jax.corpus.normalise import prompt_id
+from alma_jax.judges.own import Judge, Verdict, template_by_name, verdicts
+from alma_jax.keys import key_of
 from alma_jax.llama import model as llama
 from alma_jax.llama import sharding, weights
 from alma_jax.llama.config import LlamaConfig
-from alma_jax.session import workbench
-from alma_jax.session.sampling import drafts
-from alma_jax.session.scoring import Judge, Verdict, template_by_name, verdicts
-from alma_jax.session.session import key_of
-from alma_jax.store import records
+from alma_jax.runtime import host as hosts
+from alma_jax.runtime.sampling import drafts
 from alma_jax.store.runs import Run
 from alma_jax.text import chat
 from alma_jax.text.tokenizer import load_tokenizer
@@ -71,13 +71,13 @@ def made(tool, tmp_path, rows, *flags, **more):
 
 def bench_of(directory="mini", fmt="mini", slots=8, rows=8):
   config = {"model": {"path": str(directory), "chat": fmt, "dtype": "auto"}, "engine": {"slots": slots, "rows": rows}}
-  bench = workbench.Workbench(ConfigDict(config), sharding.make_mesh(devices=jax.devices()[:1]))
-  return bench, workbench.Checkpoint("it", bench.directory, workbench.content_of(bench.directory))
+  host = hosts.Host(ConfigDict(config), sharding.make_mesh(devices=jax.devices()[:1]))
+  return host, hosts.Checkpoint("it", host.directory, hosts.content_of(host.directory))
 
 
 def save_mini(directory, scale=1.0, more_stops=()):
   """The embedded base model as a chat model in Hugging Face format, its logits scaled."""
-  model, tokenizer = weights.load(workbench.MINI_CHECKPOINT), load_tokenizer(workbench.MINI_CHECKPOINT)
+  model, tokenizer = weights.load(hosts.MINI_CHECKPOINT), load_tokenizer(hosts.MINI_CHECKPOINT)
   model.head = model.head.replace(model.head[...] * scale)
   weights.save(
     directory, model, tokenizer=tokenizer, chat_template=chat.jinja(chat.MINI), bos_id=tokenizer.bos_id,
@@ -92,16 +92,16 @@ def save_mini(directory, scale=1.0, more_stops=()):
 def test_output_is_what_drafts_gives_for_keys_of_seed_id_and_sample(tmp_path):
   rows = [{"prompt": PROMPTS[0]}, {"messages": list(user(PROMPTS[1])), "id": "a b", "note": 1}, {"prompt": "ü ?"}]
   lines = made(sample, tmp_path, rows, *SMALL, "--temperature=1.5", "--top_k=40", "--top_p=0.9")
-  ids = [records.prompt_id(user(PROMPTS[0])), "a b", records.prompt_id(user("ü ?"))]
+  ids = [prompt_id(user(PROMPTS[0])), "a b", prompt_id(user("ü ?"))]
   assert [line["id"] for line in lines] == ids
   assert [set(line) for line in lines] == [{"id", k, "responses"} for k in ("prompt", "messages", "prompt")]
-  bench, checkpoint = bench_of()
+  host, checkpoint = bench_of()
   texts = [PROMPTS[0], PROMPTS[1], "ü ?"]
-  prompts = [chat.encode_prompt(bench.tokenizer, bench.chat, user(t)) for t in texts for _ in range(2)]
+  prompts = [chat.encode_prompt(host.tokenizer, host.chat, user(t)) for t in texts for _ in range(2)]
   keys = [key_of(3, "sample", i, s) for i in ids for s in range(2)]
   options = ConfigDict(dict(temperature=1.5, top_k=40, top_p=0.9, max_new_tokens=8, max_prompt_tokens=16))
-  stops = chat.stop_ids(bench.tokenizer, bench.chat)
-  expected = drafts(bench, checkpoint, prompts, keys, stops, options, tqdm.tqdm(disable=True))
+  stops = chat.stop_ids(host.tokenizer, host.chat)
+  expected = drafts(host, checkpoint, prompts, keys, stops, options, tqdm.tqdm(disable=True))
   found = [(r["sample_id"], r["text"], tuple(r["tokens"]), r["finished"]) for x in lines for r in x["responses"]]
   assert found == [(i % 2, d.text, d.tokens, d.finished) for i, d in enumerate(expected)]
   assert len(set(found)) > 3
@@ -159,10 +159,10 @@ def test_raw_text_stands_behind_the_bos_token_and_needs_no_chat_format(tmp_path)
   flags = ("--n=1", "--temperature=0", "--max_new_tokens=8", "--slots=8", "--raw")
   text = "Q: country of paris \n A:"
   [line] = made(sample, tmp_path, [{"prompt": text}], *flags, model=model)
-  bench, checkpoint = bench_of()
+  host, checkpoint = bench_of()
   options = ConfigDict(dict(temperature=0.0, max_new_tokens=8, max_prompt_tokens=16))
-  ids = [bench.tokenizer.bos_id, *bench.tokenizer.encode(text)]
-  [expected] = drafts(bench, checkpoint, [ids], [(0, 0)], [bench.tokenizer.eos_id], options, tqdm.tqdm(disable=True))
+  ids = [host.tokenizer.bos_id, *host.tokenizer.encode(text)]
+  [expected] = drafts(host, checkpoint, [ids], [(0, 0)], [host.tokenizer.eos_id], options, tqdm.tqdm(disable=True))
   assert line["responses"][0]["tokens"] == list(expected.tokens)
   assert started(sample, tmp_path, [{"prompt": text}], *flags[:-1], model=model, output="chat") == 1
 
@@ -180,9 +180,9 @@ def test_sampling_stops_where_the_models_own_files_say(tmp_path):
     eos_token="<|eot_id|>", stop_ids=stops, bos_id=tokenizer.bos_id,
   )  # fmt: skip
   assert command.model_of(tmp_path / "model", None).chat == "llama3"
-  bench, _ = bench_of(tmp_path / "model", "llama3")
-  assert len(chat.stop_ids(bench.tokenizer, bench.chat)) < len(stops) == 2
-  assert set(sample.stop_ids(bench)) == set(stops)
+  host, _ = bench_of(tmp_path / "model", "llama3")
+  assert len(chat.stop_ids(host.tokenizer, host.chat)) < len(stops) == 2
+  assert set(sample.stop_ids(host)) == set(stops)
 
 
 # Killed and resumed
@@ -257,8 +257,8 @@ def test_a_start_with_another_value_is_refused_by_the_name_of_the_value(change, 
   flags |= dict(flag[2:].split("=") for flag in SMALL)
   written = lambda flags: [f"--{k}" if v is None else f"--{k}={v}" for k, v in flags.items()]
   parsed = sample._flags().values(written(flags))
-  _, bench, checkpoint = command.opened(parsed, None)
-  fields, names = sample.decides(parsed, bench, checkpoint)
+  _, host, checkpoint = command.opened(parsed, None)
+  fields, names = sample.decides(parsed, host, checkpoint)
   with jsonl.Output(out, fields, names, 10) as output:
     output.write([{"id": 1}])
   before = out.read_bytes()
@@ -276,7 +276,7 @@ def test_a_start_with_another_value_is_refused_by_the_name_of_the_value(change, 
 def test_slots_devices_and_paths_do_not_decide(tmp_path):
   rows = [{"prompt": prompt} for prompt in PROMPTS[:2]]
   before = made(sample, tmp_path, rows, *SMALL)
-  shutil.copytree(workbench.MINI_CHECKPOINT, tmp_path / "copy")
+  shutil.copytree(hosts.MINI_CHECKPOINT, tmp_path / "copy")
   assert made(sample, tmp_path, rows, *SMALL, "--slots=5", "--chat=mini", model=tmp_path / "copy") == before
 
 
@@ -317,9 +317,9 @@ PAIRS = [{"prompt": p, "response": r, "id": f"{p}/{r}"} for p in PROMPTS[:3] for
 def test_scores_equal_verdicts_and_modes_read_the_same_probabilities(tmp_path):
   runs = {mode: made(score, tmp_path, PAIRS, "--rows=8", f"--mode={mode}", output=mode) for mode in
           ("expected", "argmax", "sampled")}  # fmt: skip
-  bench, checkpoint = bench_of()
+  host, checkpoint = bench_of()
   judge = Judge(checkpoint, template_by_name("mini"), "expected")
-  expected = verdicts(bench, judge, [(user(row["prompt"]), row["response"]) for row in PAIRS])
+  expected = verdicts(host, judge, [(user(row["prompt"]), row["response"]) for row in PAIRS])
   lines = runs["expected"]
   assert [line["id"] for line in lines] == [row["id"] for row in PAIRS]
   assert all(set(line) == {"id", "score", "probs", "mass"} and len(line["probs"]) == 11 for line in lines)
@@ -347,7 +347,7 @@ def test_rows_of_the_sampler_messages_and_pairs_are_scored_alike(tmp_path):
   ended = [{"messages": [*user(p), {"role": "assistant", "content": a}]} for p in PROMPTS[:3] for a in answers]
   found = [made(score, tmp_path, rows, "--rows=8", output=str(i)) for i, rows in enumerate((sampled, pairs, ended))]
   assert [(x["id"], x["sample_id"]) for x in found[0]] == [(p, 7 + i) for p in PROMPTS[:3] for i in range(2)]
-  assert [x["id"] for x in found[1]] == [records.prompt_id(user(p)) for p in PROMPTS[:3] for _ in answers]
+  assert [x["id"] for x in found[1]] == [prompt_id(user(p)) for p in PROMPTS[:3] for _ in answers]
   assert found[1] == found[2]
   for name in ("score", "probs", "mass"):
     assert [x[name] for x in found[0]] == [x[name] for x in found[1]]

@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 from ml_collections import ConfigDict
 
+from alma_jax.corpus.normalise import prompt_id
 from alma_jax.engine import embed, kmeans
 from alma_jax.llama import sharding
-from alma_jax.session import workbench
-from alma_jax.store.records import prompt_id
+from alma_jax.runtime import host as hosts
 from alma_jax.text import chat
 from alma_jax.tools import cluster
 
@@ -126,10 +126,10 @@ def test_any_slice_of_shards_is_that_of_the_whole(points):
 def embedded(rows, most=None):
   """(the embeddings of the rows, whose tokens after the first `most` are left out; their lengths before)."""
   config = {"model": {"path": "mini", "chat": "mini", "dtype": "auto"}, "engine": {"rows": 32}}
-  bench = workbench.Workbench(ConfigDict(config), sharding.make_mesh(devices=jax.devices()[:1]))
-  checkpoint = workbench.Checkpoint("it", bench.directory, workbench.content_of(bench.directory))
-  encoded = [chat.encode_prompt(bench.tokenizer, bench.chat, [{"role": "user", "content": r["prompt"]}]) for r in rows]
-  found = embed.embeddings(bench.model(checkpoint, "stacked"), [ids[:most] for ids in encoded], 32)
+  host = hosts.Host(ConfigDict(config), sharding.make_mesh(devices=jax.devices()[:1]))
+  checkpoint = hosts.Checkpoint("it", host.directory, hosts.content_of(host.directory))
+  encoded = [chat.encode_prompt(host.tokenizer, host.chat, [{"role": "user", "content": r["prompt"]}]) for r in rows]
+  found = embed.embeddings(host.model(checkpoint, "stacked"), [ids[:most] for ids in encoded], 32)
   return found, list(map(len, encoded))
 
 

@@ -12,8 +12,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from alma_jax.errors import UserError
 
-class DecodingError(ValueError):
+
+class DecodingError(UserError):
   """A way of drawing tokens that there is not; the message names the value."""
 
 

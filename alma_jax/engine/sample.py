@@ -21,8 +21,9 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from alma_jax.engine import buckets, heads
+from alma_jax.engine import buckets, prefixes
 from alma_jax.engine.choose import Decoding, choose
+from alma_jax.errors import UserError
 from alma_jax.llama import model as llama
 from alma_jax.llama.sharding import BATCH, REPLICA, WHOLE, per_replica, replicas
 
@@ -373,7 +374,7 @@ def _chunks(requests, size):
   for i, request in enumerate(requests):
     of[request.prompt].append(i)
   prompts = list(of)
-  for length, members in heads.plan(prompts):
+  for length, members in prefixes.plan(prompts):
     for prompt in (prompts[i] for i in members):
       for start in range(0, len(of[prompt]), size):
         yield _Chunk(prompt, prompt[:length], of[prompt][start : start + size])
@@ -388,7 +389,7 @@ def _padded(rows, room):
 # Memory
 
 
-class SlotsError(Exception):
+class SlotsError(UserError):
   """The devices have no room for what is asked; the message says what would fit."""
 
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from alma_jax.engine import buckets, losses
+from alma_jax.engine import buckets, crossentropy
 from alma_jax.llama import model as llama
 from alma_jax.llama.sharding import BATCH, WHOLE, per_replica, replicas
 from alma_jax.llama.sharding import REPLICA as ROWS
@@ -118,7 +118,7 @@ def _exact_logits(model, hidden):
 def _score(model, prefix, tokens, lengths, mesh):
   def score(model, prefix, tokens, lengths):
     hidden, _ = llama.prefill(model, tokens, lengths, prefix)
-    return losses.token_logprobs(model, hidden, jnp.roll(tokens, -1, axis=1))
+    return crossentropy.token_logprobs(model, hidden, jnp.roll(tokens, -1, axis=1))
 
   return per_replica(score, mesh, (WHOLE, PREFIX, ROWS, ROWS), ROWS)(model, prefix, tokens, lengths)
 

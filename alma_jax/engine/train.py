@@ -21,6 +21,7 @@ import optax
 from jax.experimental import multihost_utils
 
 from alma_jax.engine import losses
+from alma_jax.errors import UserError
 from alma_jax.llama import model as llama
 from alma_jax.llama import sharding
 from alma_jax.llama.sharding import BATCH
@@ -28,7 +29,7 @@ from alma_jax.llama.sharding import BATCH
 P = jax.sharding.PartitionSpec
 
 
-class TrainingError(Exception):
+class TrainingError(UserError):
   """Training that cannot begin or go on; the message says why and what helps."""
 
 

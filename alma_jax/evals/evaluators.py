@@ -4,7 +4,7 @@ An evaluator is a function (messages, response text, finished) -> score 0..10. `
 only one; `mini` is the ground truth of the miniature world.
 """
 
-from alma_jax.config import ConfigError
+from alma_jax.options import ConfigError
 
 
 def evaluator_by_name(name):

@@ -8,8 +8,10 @@ import dataclasses
 import json
 import pathlib
 
+from alma_jax.errors import UserError
 
-class ModelError(Exception):
+
+class ModelError(UserError):
   """A model directory that cannot be used; the message says what, where and how to mend it."""
 
 

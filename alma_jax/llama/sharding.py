@@ -10,6 +10,8 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from alma_jax.errors import UserError
+
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # a batch's rows are spread over both
 WHOLE, REPLICA = P(), P(BATCH)
@@ -18,7 +20,7 @@ TRAIN = {"vocab": "tensor", "embed": "fsdp", "heads": "tensor", "kv_heads": "ten
 DECODE = {"vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "ffn": "tensor"}
 
 
-class MeshError(Exception):
+class MeshError(UserError):
   """A mesh that the devices cannot form; the message gives both sizes."""
 
 

@@ -15,8 +15,8 @@ import json
 import pathlib
 import random
 
+from alma_jax.corpus.normalise import prompt_id
 from alma_jax.mini import world
-from alma_jax.store.records import prompt_id
 
 SFT, ANNOTATED, EVAL_PER_CITY, TEST_PAIRS = 96, 128, 9, 600
 

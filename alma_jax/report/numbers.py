@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from alma_jax.store import runs
+from alma_jax.store import lock as lock_file
 
 ROWS = 400_000  # responses of a round that are read, about
 BATCH = 16384
@@ -434,6 +434,6 @@ def _number(text):
 def _is_held(lock):
   """Whether somebody keeps touching the run's lock."""
   try:
-    return time.time() - lock.stat().st_mtime < runs.SILENCE
+    return time.time() - lock.stat().st_mtime < lock_file.SILENCE
   except FileNotFoundError:
     return False

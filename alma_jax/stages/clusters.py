@@ -1,9 +1,8 @@
-"""Diversity: the pool's clusters, and each round's draw of prompts that no round has used before.
+"""Diversity: the pool's clusters, from which every round draws (stages/draw.py).
 
 The pool is embedded with the base model's hidden states and clustered once; prompts that are added later go to the
-nearest of the same clusters. A round draws K clusters and from each one prompt that is still unused (engine/draw.py).
-The ledger of what is used is nothing but the earlier rounds' own files. At a hundred million prompts there are texts in
-parts, embeddings in memory-mapped 16-bit shards, and the 12 bytes of a prompt that a draw reads.
+nearest of the same clusters. At a hundred million prompts there are texts in parts, embeddings in memory-mapped 16-bit
+shards, and the 12 bytes of a prompt that a draw reads.
 """
 
 import dataclasses
@@ -11,12 +10,13 @@ import time
 
 import numpy as np
 
-from alma_jax.engine import draw as engine
+from alma_jax.corpus import draw as engine
 from alma_jax.engine import embed, kmeans
-from alma_jax.session.session import key_of
+from alma_jax.errors import RunError
+from alma_jax.keys import key_of
 from alma_jax.store import shards
 from alma_jax.store.records import Prompt
-from alma_jax.store.runs import RunError, Stage
+from alma_jax.store.runs import Stage, rows_of
 from alma_jax.text import chat
 
 EVERY = 60.0  # seconds between two checkpoints of k-means
@@ -73,7 +73,7 @@ def _projection(session, prompts, c):
     n = prompts.manifest["rows"]
     rows = np.sort(np.argsort(engine.hashed(c.seed, engine.SAMPLE, np.arange(n)), kind="stable")[: options.sample])
     with session.bar("pool: sample of embeddings", len(rows), "prompts") as bar:
-      states = _embedded(session, _prompts_at(prompts, rows), c, None, bar.update)
+      states = _embedded(session, rows_of(prompts, Prompt, rows), c, None, bar.update)
     found, kept = embed.projection(states, options.dims)
     shards.save_array(stage.dir / "mean.npy", found.mean)
     shards.save_array(stage.dir / "matrix.npy", found.matrix)
@@ -170,78 +170,3 @@ def _finish(session, stage, prompts, labels, clustering=None):
     (stage.dir / "iteration.npz").unlink(missing_ok=True)
   facts = {name: x for name, x in clustering.report.items() if not isinstance(x, list)} if clustering else {}
   stage.finish(facts, ["labels.npy", "ids.npy", *(["centroids.npy", "report.json"] if clustering else [])])
-
-
-# The draw
-
-
-def draw(session, round, pools, earlier, c):
-  """The finished stage `round_RR/prompts`; `earlier` are the prompt stages of the rounds before."""
-  fields = {"config": {"seed": c.seed, "draw": c.draw.to_dict()}, "round": round}
-  inputs = {stage.name: stage for pool in pools for stage in (pool.prompts, pool.clusters)}
-  stage = session.run.stage(f"round_{round:02d}/prompts", fields, inputs | {stage.name: stage for stage in earlier})
-  if stage.done:
-    return stage
-  if stage.mine(1):
-    stored = lambda x: _joined([shards.load_array(pool.clusters.dir / f"{x}.npy") for pool in pools])
-    labels, ids = stored("labels"), stored("ids")
-    used = _joined([shards.load_array(stage.dir / "rows.npy") for stage in earlier] or [np.zeros(0, np.int64)])
-    rows = drawn(labels, ids, used, c.draw, c.seed, round)
-    chosen = [
-      dataclasses.replace(prompt, cluster=int(labels[row]))
-      for prompt, row in zip(_prompts_of(pools, rows), rows.tolist())
-    ]
-    shards.save_array(stage.dir / "rows.npy", rows)
-    counts = {"used_before": len(used), "clusters_drawn": len({p.cluster for p in chosen})}
-    stage.write_part(0, 1, chosen, Prompt, counts)
-  stage.finish(files=["rows.npy"])
-  return stage
-
-
-def drawn(labels, ids, used, options, seed, round):
-  """The row numbers of the round's prompts: none of the `used` ones; engine/draw.py says which."""
-  k = options.prompts
-  try:
-    return engine.draw(engine.build(labels, ids, seed), used, k, seed, round, options.method, options.coverage)
-  except engine.Exhausted as error:
-    knob, more = "judge.distil.prompts", "a larger prompts.draws in a new --workdir"
-    if round > 1:
-      override = f"{{{round}: {{'prompts': {{'draws': NUMBER}}}}}}"
-      knob, more = (
-        "draw.prompts",
-        f'more prompts from this round on: --config.rounds="{override}", in all rounds together',
-      )
-    raise RunError(
-      f"round {round} draws {k} prompts, but of the pool's {len(labels)} only {error.left} are unused. What helps: a"
-      f" smaller {knob}, or {more} (pool/drafts/manifest.json and pool/prompts/manifest.json say how many draws make"
-      " how many prompts)"
-    ) from None
-
-
-def _joined(arrays):
-  return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-
-
-def _prompts_of(pools, rows):
-  """The prompts at these rows of all pools together, in their order."""
-  ends = np.cumsum([pool.prompts.manifest["rows"] for pool in pools])
-  found = [None] * len(rows)
-  for pool, end in zip(pools, ends):
-    at = np.flatnonzero((rows < end) & (rows >= end - pool.prompts.manifest["rows"]))
-    for place, prompt in zip(at, _prompts_at(pool.prompts, rows[at] - end + pool.prompts.manifest["rows"])):
-      found[place] = prompt
-  return found
-
-
-def _prompts_at(stage, rows):
-  """The prompts at these rows of a stage, in their order; its files are read one by one."""
-  sizes = np.array([part["rows"] for part in stage.manifest["parts"]])
-  ends = np.cumsum(sizes)
-  parts = np.searchsorted(ends, rows, side="right")
-  found = [None] * len(rows)
-  for part in np.unique(parts).tolist():
-    at = np.flatnonzero(parts == part)
-    path = stage.part_path(part, stage.parts)
-    for place, prompt in zip(at, shards.read_rows(path, rows[at] - ends[part] + sizes[part], Prompt)):
-      found[place] = prompt
-  return found

@@ -11,12 +11,14 @@ import math
 
 import numpy as np
 
-from alma_jax.session import training
-from alma_jax.session.batches import Examples
-from alma_jax.session.scoring import Judge, template_by_name, verdicts
-from alma_jax.session.session import Checkpoint, key_of
-from alma_jax.store.records import Judgment, Prompt, Response, prompt_id
-from alma_jax.store.runs import RunError
+from alma_jax.corpus.normalise import prompt_id
+from alma_jax.errors import RunError
+from alma_jax.judges.own import Judge, template_by_name, verdicts
+from alma_jax.keys import key_of
+from alma_jax.runtime import training
+from alma_jax.runtime.batches import Examples
+from alma_jax.runtime.host import Checkpoint
+from alma_jax.store.records import Judgment, Prompt, Response
 from alma_jax.text.judge import judge_example
 
 

@@ -1,6 +1,6 @@
 """Judgments: the judge's score of every response of a round."""
 
-from alma_jax.session.scoring import verdicts
+from alma_jax.judges.own import verdicts
 from alma_jax.store.records import Judgment, Prompt, Response
 
 

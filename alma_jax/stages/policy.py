@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from alma_jax.session import training
-from alma_jax.session.batches import Examples, Graded, Pairs
+from alma_jax.errors import RunError
+from alma_jax.runtime import training
+from alma_jax.runtime.batches import Examples, Graded, Pairs
 from alma_jax.store import records, shards
 from alma_jax.store.records import Example, Pair
-from alma_jax.store.runs import RunError
 from alma_jax.text import chat, packing
 
 

@@ -2,7 +2,7 @@
 
 Every draw shows 3 to 5 seed prompts as a list and lets the base model write the next item. What ended properly and is
 short enough enters the pool, unless it is a seed, an annotated or an evaluation prompt, or is there already: equal but
-for spelling, or nearly (text/duplicates.py). The pool has as many parts as the drafts; nothing here needs all of it in
+for spelling, or nearly (corpus/duplicates.py). The pool has as many parts as the drafts; nothing here needs all of it in
 memory. report.json holds examples of what was removed, and what the evaluation prompts share with pool and seeds.
 
 A pool can be added to in a later round: a larger `prompts.draws` there makes more drafts, numbered on, and a pool of
@@ -15,28 +15,19 @@ import shutil
 
 import numpy as np
 
-from alma_jax.session.sampling import drafts
-from alma_jax.session.session import key_of, random_numbers
+from alma_jax.corpus import contamination, duplicates
+from alma_jax.corpus.normalise import normalised, prompt_id
 from alma_jax.store import shards
-from alma_jax.store.records import Prompt, normalised, prompt_id
-from alma_jax.text import contamination, duplicates, fewshot
+from alma_jax.store.records import Prompt
 
 TOGETHER = 2**25  # ids that are sorted at once
 SHOWN = 20  # removed near-duplicates in the report
 
 
-def build(session, data, c, name="pool", first=0, earlier=()):
-  """The finished stage `NAME/prompts` of the draws from `first` on. The demonstrations' first user turns are shown;
-  nothing of the human data, nor of the `earlier` pools' prompts, enters."""
-  template = fewshot.few_shot_by_name(fewshot.LISTS, c.prompts.template)
-  shown = list(dict.fromkeys(fewshot.first_user_turn(messages) for messages in (row.messages for row in data.sft)))
-  fields = {
-    "config": {"seed": c.seed, "first": first, "prompts": _without(c.prompts.to_dict(), "similarity", "ngram")},
-    "text": {"few_shot": dataclasses.asdict(template), **session.describe_text()},
-    "data": {"sft": data.digests["sft"]},
-    "base": session.base.content,
-  }
-  draws = _draws(session, f"{name}/drafts", template, shown, fields, first, c)
+def build(session, data, draws, c, earlier=()):
+  """The finished stage `NAME/prompts` of the drafts in `NAME/drafts` that enter; nothing of the human data, nor of the
+  `earlier` pools' prompts, does."""
+  name = draws.name.partition("/")[0]
   fields = {"config": {"similarity": c.prompts.similarity, "ngram": c.prompts.ngram}, "data": data.digests}
   inputs = {"drafts": draws, **{stage.name: stage for stage in earlier}}
   stage = session.run.stage(f"{name}/prompts", fields, inputs)
@@ -45,66 +36,6 @@ def build(session, data, c, name="pool", first=0, earlier=()):
   if session.run.host == 0:  # also after a start that was killed just here
     shutil.rmtree(stage.dir / "near", ignore_errors=True)
   return stage
-
-
-def _without(section, *names):
-  return {name: value for name, value in section.items() if name not in names}
-
-
-def _draws(session, name, template, shown, fields, first, c):
-  """Stage `NAME/drafts`: what the model wrote, as it wrote it, a part per share of the draws."""
-  p = c.prompts
-  stage = session.run.stage(name, fields)
-  missing = stage.mine(c.shards)
-  if stage.done:
-    return stage
-  tok = session.tokenizer
-  eos = () if tok.eos_id is None else (tok.eos_id,)
-  shots = _shots(random_numbers(c.seed, "shots"), p.draws, len(shown), p.shots)
-  # Neighbours in this order begin with the same shots, which the sampler then reads once.
-  parts = np.array_split(first + np.lexsort(shots[first:].T[::-1]), c.shards)
-  with session.bar("pool: prompts", sum(len(parts[i]) for i in missing), "prompts") as bar:
-    for part in missing:
-      contexts, keys = [], []
-      for draw in parts[part].tolist():
-        show = [{"prompt": shown[i]} for i in shots[draw] if i >= 0]
-        contexts.append(fewshot.few_shot_ids(tok, template, show))
-        keys.append(key_of(c.seed, 0, "prompts", draw))
-      fit = [i for i, ids in enumerate(contexts) if len(ids) <= p.max_prompt_tokens]
-      asked = [contexts[i] for i in fit], [keys[i] for i in fit]
-      written = drafts(session, session.base, *asked, eos, p, bar, stop_strings=(template.stop,))
-      records, counts = [], collections.Counter(context_too_long=len(contexts) - len(fit))
-      for draft in written:
-        text, reason = draft.text, None if draft.finished else "cut_off"
-        reason = reason or ("empty" if not text else "too_long" if len(text) > p.max_characters else None)
-        counts[reason or "usable"] += 1
-        if not reason:
-          records.append(Prompt(prompt_id(_user(text)), _user(text), "synthetic"))
-      stage.write_part(part, c.shards, records, Prompt, {"draws": len(contexts), **counts})
-  stage.finish()
-  return stage
-
-
-def _shots(random, draws, seeds, sizes):
-  """[draws, most] seeds that each draw shows, different ones in random order, then -1: a size between the two of
-  `sizes` for every draw. More draws leave the first ones as they are."""
-  least, most = (min(size, seeds) for size in sizes)
-  numbers = random.random((draws, most + 1))
-  shots = np.empty((draws, most), np.int64)
-  for place in range(most):
-    # One of those not shown yet, by its rank among them: every smaller one that is shown moves it up.
-    shots[:, place] = numbers[:, place] * (seeds - place)
-    for shown in np.sort(shots[:, :place], axis=1).T:
-      shots[:, place] += shots[:, place] >= shown
-  size = least + (numbers[:, most] * (most - least + 1)).astype(int)
-  return np.where(np.arange(most) < size[:, None], shots, -1)
-
-
-def _user(text):
-  return ({"role": "user", "content": text},)
-
-
-# What of the drafts enters
 
 
 def _select(session, stage, draws, data, earlier, c):

@@ -4,8 +4,8 @@ Parts come checkpoint by checkpoint, so that each model is loaded once; a part h
 share of the prompts. A prompt's remainder of N goes to a checkpoint that rotates with the prompt's id.
 """
 
-from alma_jax.session.sampling import drafts
-from alma_jax.session.session import key_of
+from alma_jax.keys import key_of
+from alma_jax.runtime.sampling import drafts
 from alma_jax.store.records import Prompt, Response
 from alma_jax.text import chat
 

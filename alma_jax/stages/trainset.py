@@ -7,7 +7,7 @@ equal scores go to the shorter response, then to the lower sample id. Whatever i
 import collections
 
 from alma_jax.engine import losses
-from alma_jax.session.session import key_of
+from alma_jax.keys import key_of
 from alma_jax.store.records import Example, Graded, Judgment, Pair, Prompt, Response
 
 KINDS = {"best_of_n": Example, "random": Example, "dpo": Pair, "grpo": Graded}

@@ -2,13 +2,10 @@
 
 A record is a plain frozen dataclass. `store.shards.schema` turns its annotations into a Parquet schema, so
 every artefact opens with pandas, duckdb or anything else that reads Parquet. A float may be None: it was
-not measured. `prompt_id` is the identity of a prompt everywhere: a hash of its normalised text, so the same
-request typed twice is one prompt.
+not measured. A prompt's `id` is `corpus.normalise.prompt_id` of its messages.
 """
 
 import dataclasses
-import hashlib
-import unicodedata
 
 FORMAT = 1  # goes up when a field changes meaning; part of every stage's fingerprint
 
@@ -84,29 +81,3 @@ class Evaluation:
   finished: bool
   judge_score: float
   score: float  # of the evaluator; None where the judge is the only one
-
-
-class _Blanks(dict):
-  """For str.translate: quotes, sentence marks and control characters become blanks. Learnt as characters come up."""
-
-  def __missing__(self, code):
-    ch = chr(code)
-    dropped = ch in ".,;:!?\"'`()[]{}…" or unicodedata.category(ch) in ("Pi", "Pf", "Cc", "Cf")
-    return self.setdefault(code, " " if dropped else ch)
-
-
-_BLANKS = _Blanks()
-
-
-def normalised(text):
-  """NFKC, case-folded, quotes and sentence marks dropped, white space collapsed: texts with equal results are one
-  prompt. Signs that carry meaning ("C#", "6*7", "6/7") stay."""
-  text = unicodedata.normalize("NFKC", text).casefold()
-  words = " ".join(text.translate(_BLANKS).split())
-  return words or " ".join(text.split())  # a prompt of nothing but punctuation keeps it
-
-
-def prompt_id(messages):
-  """16 hex digits of the hash of the normalised conversation."""
-  text = "\n".join(f"{m['role']}: {normalised(m['content'])}" for m in messages)
-  return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -19,11 +19,13 @@ import os
 import pathlib
 from typing import Any
 
+from alma_jax.errors import UserError
+
 FILES = ("tokenizer.json", "tokenizer.model")
 IDENTITY = (*FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
-class TextError(ValueError):
+class TextError(UserError):
   """Text, template or tokenizer that cannot be used; the message says which and how to mend it."""
 
 

@@ -36,13 +36,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tqdm
 
+from alma_jax.corpus.normalise import prompt_id
 from alma_jax.engine import embed, kmeans
+from alma_jax.errors import RunError
+from alma_jax.keys import key_of, random_numbers
 from alma_jax.llama.config import read_config
-from alma_jax.session.session import key_of, random_numbers
-from alma_jax.store import seeds, shards
-from alma_jax.store.records import prompt_id
-from alma_jax.store.runs import RunError
-from alma_jax.store.seeds import DataError
+from alma_jax.store import data, shards
+from alma_jax.store.data import DataError
 from alma_jax.tools import command, jsonl, sample
 
 FORMAT = 1  # goes up when the files of an output change meaning
@@ -88,19 +88,19 @@ def _flags():
 
 def run(flags):
   output = pathlib.Path(flags.output)
-  _, bench, checkpoint = (None, None, None) if flags.vectors else command.opened(flags, _base_of, raw=flags.raw)
-  fields, names = _decides(flags, bench, checkpoint)
+  _, host, checkpoint = (None, None, None) if flags.vectors else command.opened(flags, _base_of, raw=flags.raw)
+  fields, names = _decides(flags, host, checkpoint)
   _agree(output, fields, names)
   if (output / "report.json").exists():
     return print(_told(flags, ", all there before"))
   vectors = _vectors(flags) if flags.vectors else None
-  facts = {"rows": len(vectors)} if flags.vectors else _survey(flags, bench)
+  facts = {"rows": len(vectors)} if flags.vectors else _survey(flags, host)
   _check_k(flags, facts["rows"])
   with _held(output, fields, names):
     if flags.vectors:
       _check_finite(flags, vectors)
     else:
-      vectors = _embedded(flags, bench, checkpoint, facts["rows"])
+      vectors = _embedded(flags, host, checkpoint, facts["rows"])
     found = _fitted(flags, vectors)
     distances = _distances(vectors, found)
     examples = [] if flags.vectors else _examples(flags, found.labels, distances)
@@ -123,14 +123,14 @@ def _base_of(run):
   )
 
 
-def _decides(flags, bench, checkpoint):
+def _decides(flags, host, checkpoint):
   """(what decides the output, what to call those that are digests)."""
   if flags.vectors:
     digests = [(path.name, shards.digest(path)) for path in _files(flags.input)]
     fields, names = {"tool": "cluster", "input": jsonl.short_digest(digests)}, {"input": flags.input}
   else:
     next(jsonl.read(flags.input), None)  # the clearest error first
-    fields, names = command.decides("cluster", flags, bench, checkpoint)
+    fields, names = command.decides("cluster", flags, host, checkpoint)
     fields["max_tokens"] = flags.max_tokens
   chosen = {name: getattr(flags, name) for name in ("k", "iterations", "spherical", "seed")}
   return fields | chosen | {"format": FORMAT}, names
@@ -274,37 +274,37 @@ def _check_finite(flags, vectors):
 # Prompts
 
 
-def _survey(flags, bench):
+def _survey(flags, host):
   """How many rows the input holds and how many are too long; all is checked before the first one is embedded."""
   rows = cut = 0
-  for row in sample.asked(flags, bench):
-    rows, cut = rows + 1, cut + (len(row.ids) > _longest(flags, bench))
+  for row in sample.asked(flags, host):
+    rows, cut = rows + 1, cut + (len(row.ids) > _longest(flags, host))
   if not rows:
     raise DataError(f"{flags.input}: the file holds no rows")
   return {"rows": rows, "cut": cut}
 
 
-def _longest(flags, bench):
-  return min(flags.max_tokens, read_config(bench.directory).max_positions)
+def _longest(flags, host):
+  return min(flags.max_tokens, read_config(host.directory).max_positions)
 
 
-def _embedded(flags, bench, checkpoint, total):
+def _embedded(flags, host, checkpoint, total):
   """The embed.Rows of the input's prompts, whose embeddings are on disk part by part."""
   directory = pathlib.Path(flags.output) / "embeddings"
   paths = [directory / f"rows-{part:05d}.npy" for part in range(-(-total // PART))]
   missing = [part for part, path in enumerate(paths) if not path.exists()]
   if missing:
-    model = bench.model(checkpoint, embed.layout())
+    model = host.model(checkpoint, embed.layout())
     done = total - sum(min(PART, total - part * PART) for part in missing)
-    bench.say(f"{bench.directory}: chat format {bench.chat.name if bench.chat else 'none'}; {total:,} prompts")
-    with bench.bar("embedding", total, "prompts", done=done) as bar:
-      for part, rows in enumerate(jsonl.chunks(sample.asked(flags, bench), PART)):
+    host.say(f"{host.directory}: chat format {host.chat.name if host.chat else 'none'}; {total:,} prompts")
+    with host.bar("embedding", total, "prompts", done=done) as bar:
+      for part, rows in enumerate(jsonl.chunks(sample.asked(flags, host), PART)):
         if part in missing:
-          ids = [row.ids[: _longest(flags, bench)] for row in rows]
-          found = embed.embeddings(model, ids, flags.rows, bench.local_mesh, bar.update)
+          ids = [row.ids[: _longest(flags, host)] for row in rows]
+          found = embed.embeddings(model, ids, flags.rows, host.local_mesh, bar.update)
           shards.save_array(paths[part], _halved(flags, rows, found))
     del model
-  bench.free()
+  host.free()
   vectors = embed.Rows(tuple(map(_array, paths)))
   if not (directory / WHITENING).exists():
     shards.save_array(directory / WHITENING, _whitening(vectors))
@@ -426,7 +426,7 @@ def _rows(flags):
   """(id, what the user said last) of every prompt."""
   for line, item in jsonl.read(flags.input):
     where = f"{flags.input}, line {line}"
-    messages = seeds.row_of(item, (), line, where).messages
+    messages = data.row_of(item, (), line, where).messages
     given = jsonl.id_of(item, where)
     yield prompt_id(messages) if given is None else given, messages[-1]["content"]
 

@@ -17,11 +17,12 @@ from ml_collections import ConfigDict
 
 from alma_jax import start
 from alma_jax.engine.sample import SlotsError
+from alma_jax.errors import RunError
 from alma_jax.llama import sharding
 from alma_jax.llama.config import ModelError, read_config
-from alma_jax.session.workbench import MINI_CHECKPOINT, Checkpoint, Workbench, content_of
+from alma_jax.runtime.host import MINI_CHECKPOINT, Checkpoint, Host, content_of
 from alma_jax.store import shards
-from alma_jax.store.runs import RunError, load_manifest
+from alma_jax.store.runs import load_manifest
 from alma_jax.text import chat
 from alma_jax.text.tokenizer import TextError, load_tokenizer
 from alma_jax.tools import jsonl
@@ -185,7 +186,7 @@ def json_of(path):
 
 
 def opened(flags, stage_of, raw=False):
-  """(Model, Workbench, Checkpoint) of the flags model, chat, tensor, slots or rows; `raw`: without a chat format."""
+  """(Model, Host, Checkpoint) of the flags model, chat, tensor, slots or rows; `raw`: without a chat format."""
   model = model_of(flags.model, stage_of)
   name = flags.chat or model.chat
   if not raw and name is None:
@@ -193,19 +194,19 @@ def opened(flags, stage_of, raw=False):
   engine = {"slots": getattr(flags, "slots", None), "rows": getattr(flags, "rows", None), "tensor": flags.tensor}
   config = {"path": str(model.directory), "chat": "" if raw else name, "dtype": model.dtype}
   mesh = sharding.make_mesh(data=-1, tensor=flags.tensor, devices=jax.local_devices())
-  bench = Workbench(ConfigDict({"model": config, "engine": engine}), mesh)
-  return model, bench, Checkpoint(flags.model, bench.directory, content_of(bench.directory))
+  host = Host(ConfigDict({"model": config, "engine": engine}), mesh)
+  return model, host, Checkpoint(flags.model, host.directory, content_of(host.directory))
 
 
-def decides(tool, flags, bench, checkpoint):
+def decides(tool, flags, host, checkpoint):
   """What decides the output of every command, for `jsonl.Output`: (fields, what to call those that are digests)."""
   fields = {
     "tool": tool,
     "model": checkpoint.content[:16],
     "input": shards.digest(flags.input)[:16],
-    "dtype": bench.dtype,
-    "chat": bench.chat.name if bench.chat else None,
-    "chat text": jsonl.short_digest(dataclasses.asdict(bench.chat)) if bench.chat else None,
+    "dtype": host.dtype,
+    "chat": host.chat.name if host.chat else None,
+    "chat text": jsonl.short_digest(dataclasses.asdict(host.chat)) if host.chat else None,
   }
   return fields, {"model": str(checkpoint.directory), "input": flags.input}
 

@@ -13,10 +13,10 @@ import sys
 import jax
 from ml_collections import ConfigDict
 
+from alma_jax.errors import RunError
 from alma_jax.llama import sharding
-from alma_jax.session import training
-from alma_jax.session.workbench import Workbench
-from alma_jax.store.runs import RunError
+from alma_jax.runtime import training
+from alma_jax.runtime.host import Host
 from alma_jax.tools import command
 
 
@@ -48,10 +48,10 @@ def run(flags):
   if not flags.output or (output.exists() and any(output.iterdir())):
     raise RunError(f"--output: {'give a new directory' if not flags.output else f'{output} is not empty'}")
   config = command.run_of(stage)
-  bench = Workbench(ConfigDict({"model": config["model"], "engine": {}}), sharding.make_mesh())
+  host = Host(ConfigDict({"model": config["model"], "engine": {}}), sharding.make_mesh())
   mesh = sharding.make_mesh(data=1, fsdp=-1, devices=jax.local_devices())
-  training.export(bench, training.checkpoint_model(bench, stage / "checkpoints", flags.step, mesh), output)
-  print(f"{output}: {stage.name} of {stage.parent} after step {flags.step:,}, {bench.config.model.save_dtype}")
+  training.export(host, training.checkpoint_model(host, stage / "checkpoints", flags.step, mesh), output)
+  print(f"{output}: {stage.name} of {stage.parent} after step {flags.step:,}, {host.config.model.save_dtype}")
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ import json
 import os
 import pathlib
 
-from alma_jax.store import seeds, shards
-from alma_jax.store.runs import RunError
-from alma_jax.store.seeds import DataError
+from alma_jax.errors import RunError
+from alma_jax.store import data, shards
+from alma_jax.store.data import DataError
 
 FORMAT = 1  # goes up when the lines of an output change meaning
 
@@ -40,7 +40,7 @@ def id_of(item, where):
   """The row's own id, or None."""
   value, field = item.get("id"), f"{where}, field id"
   if value is None or isinstance(value, str):
-    return value if value is None else seeds.text_of(value, field)
+    return value if value is None else data.text_of(value, field)
   if isinstance(value, int) and not isinstance(value, bool):
     return value
   raise DataError(f"{field}: expected a string or a whole number, found {json.dumps(value)[:40]}")

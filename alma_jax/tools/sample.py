@@ -27,13 +27,13 @@ import time
 import numpy as np
 from ml_collections import ConfigDict
 
+from alma_jax.corpus.normalise import prompt_id
 from alma_jax.engine.sample import MOST_SLOTS
+from alma_jax.keys import key_of
 from alma_jax.llama.config import read_config
-from alma_jax.session.sampling import drafts
-from alma_jax.session.session import key_of
-from alma_jax.store import seeds
-from alma_jax.store.records import prompt_id
-from alma_jax.store.seeds import DataError
+from alma_jax.runtime.sampling import drafts
+from alma_jax.store import data
+from alma_jax.store.data import DataError
 from alma_jax.text import chat
 from alma_jax.text.tokenizer import TextError
 from alma_jax.tools import command, jsonl
@@ -82,20 +82,20 @@ def _flags():
 
 
 def run(flags):
-  model, bench, checkpoint = command.opened(flags, command.newest_policy, raw=flags.raw)
-  prompts, longest = _survey(flags, bench)
-  fields, names = decides(flags, bench, checkpoint)
+  model, host, checkpoint = command.opened(flags, command.newest_policy, raw=flags.raw)
+  prompts, longest = _survey(flags, host)
+  fields, names = decides(flags, host, checkpoint)
   options = ConfigDict(_options(flags) | {"max_prompt_tokens": longest})
-  slots = flags.slots or (MOST_SLOTS if bench.free_bytes else 64)  # where nothing tells what fits, it is 64
-  per_chunk = max(1, FILLINGS * slots * bench.local_ways // flags.n)
+  slots = flags.slots or (MOST_SLOTS if host.free_bytes else 64)  # where nothing tells what fits, it is 64
+  per_chunk = max(1, FILLINGS * slots * host.local_ways // flags.n)
   began, samples, tokens, finished = time.monotonic(), 0, 0, 0
   with jsonl.Output(flags.output, fields, names, prompts) as out:
-    bench.say(f"{model.directory}: chat format {bench.chat.name if bench.chat else 'none'}; {prompts:,} prompts")
-    with bench.bar("sampling", prompts * flags.n, "samples", done=out.done * flags.n) as bar:
-      for rows in jsonl.chunks(asked(flags, bench), per_chunk):
+    host.say(f"{model.directory}: chat format {host.chat.name if host.chat else 'none'}; {prompts:,} prompts")
+    with host.bar("sampling", prompts * flags.n, "samples", done=out.done * flags.n) as bar:
+      for rows in jsonl.chunks(asked(flags, host), per_chunk):
         if out.has(len(rows)):
           continue
-        written = _sampled(flags, bench, checkpoint, rows, options, bar)
+        written = _sampled(flags, host, checkpoint, rows, options, bar)
         out.write(_line(row, found) for row, found in written)
         made = [draft for _, found in written for draft in found]
         samples, finished = samples + len(made), finished + sum(d.finished for d in made)
@@ -107,12 +107,12 @@ def run(flags):
     print(f"{now}; {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s")
 
 
-def stop_ids(bench):
+def stop_ids(host):
   """Ids at which a response ends: those of the chat format, or the tokenizer's EOS, and those that the model's own
   generation_config.json names (an exported checkpoint may stop at more than its chat format tells)."""
-  tok = bench.tokenizer
-  ids = list(chat.stop_ids(tok, bench.chat)) if bench.chat else [i for i in (tok.eos_id,) if i is not None]
-  named = command.json_of(bench.directory / "generation_config.json").get("eos_token_id")
+  tok = host.tokenizer
+  ids = list(chat.stop_ids(tok, host.chat)) if host.chat else [i for i in (tok.eos_id,) if i is not None]
+  named = command.json_of(host.directory / "generation_config.json").get("eos_token_id")
   ids += named if isinstance(named, list) else [] if named is None else [named]
   return tuple(dict.fromkeys(ids))
 
@@ -125,28 +125,28 @@ class Asked:
   ids: tuple
 
 
-def asked(flags, bench):
+def asked(flags, host):
   """The rows of the input as Asked; a DataError names line and field of what cannot be one."""
   for line, item in jsonl.read(flags.input):
     where = f"{flags.input}, line {line}"
-    row = seeds.row_of(item, (), line, where)
+    row = data.row_of(item, (), line, where)
     turns = item.get("messages")
     if isinstance(turns, list) and turns[-1]["role"] == "assistant":
       raise DataError(f"{where}, field messages: the last turn must be the user's, found role 'assistant'; remove it")
     said = {"prompt": row.messages[0]["content"]} if turns is None else {"messages": list(row.messages)}
     given = jsonl.id_of(item, where)
-    yield Asked(line, prompt_id(row.messages) if given is None else given, said, _ids(flags, bench, row, said, where))
+    yield Asked(line, prompt_id(row.messages) if given is None else given, said, _ids(flags, host, row, said, where))
 
 
-def _ids(flags, bench, row, said, where):
-  tok = bench.tokenizer
+def _ids(flags, host, row, said, where):
+  tok = host.tokenizer
   if flags.raw and "messages" in said:
     raise DataError(f"{where}: --raw takes a text, the field `prompt`; `messages` need a chat format")
   try:
     if flags.raw:
       ids = ([] if tok.bos_id is None else [tok.bos_id]) + tok.encode(said["prompt"])
     else:
-      ids = chat.encode_prompt(tok, bench.chat, row.messages)
+      ids = chat.encode_prompt(tok, host.chat, row.messages)
   except TextError as error:
     raise DataError(f"{where}: {error}") from None
   text = row.messages[-1]["content"]
@@ -155,16 +155,16 @@ def _ids(flags, bench, row, said, where):
   return tuple(ids)
 
 
-def _survey(flags, bench):
+def _survey(flags, host):
   """(rows, tokens of the longest prompt) of the input, all of which is checked before the first token is sampled."""
-  positions = read_config(bench.directory).max_positions
+  positions = read_config(host.directory).max_positions
   room = positions - flags.max_new_tokens
   if room < 1:
     raise DataError(
       f"--max_new_tokens={flags.max_new_tokens}: ask for less, the model has {positions} positions in all"
     )
   hashes, lines, longest = array.array("Q"), array.array("Q"), 0
-  for row in asked(flags, bench):
+  for row in asked(flags, host):
     if len(row.ids) > room:
       raise DataError(
         f"{flags.input}, line {row.line}: a prompt of {len(row.ids)} tokens; the model's {positions} positions less"
@@ -179,7 +179,7 @@ def _survey(flags, bench):
   same = np.flatnonzero(np.diff(np.asarray(hashes)[order]) == 0)
   if len(same):
     first, second = sorted(lines[i] for i in order[same[0] : same[0] + 2])
-    name = next(row.id for row in asked(flags, bench) if row.line == second)
+    name = next(row.id for row in asked(flags, host) if row.line == second)
     raise DataError(
       f"{flags.input}, lines {first} and {second}: both have the id {name!r} and would get the same samples; remove"
       " one, or give each an `id` of its own"
@@ -187,10 +187,10 @@ def _survey(flags, bench):
   return len(lines), longest
 
 
-def decides(flags, bench, checkpoint):
+def decides(flags, host, checkpoint):
   """See `command.decides`."""
-  fields, names = command.decides("sample", flags, bench, checkpoint)
-  drawn = {"seed": flags.seed, "n": flags.n, "stop": flags.stop, "stop_ids": stop_ids(bench)}
+  fields, names = command.decides("sample", flags, host, checkpoint)
+  drawn = {"seed": flags.seed, "n": flags.n, "stop": flags.stop, "stop_ids": stop_ids(host)}
   return fields | drawn | _options(flags), names
 
 
@@ -206,11 +206,11 @@ def _options(flags):
   }
 
 
-def _sampled(flags, bench, checkpoint, rows, options, bar):
+def _sampled(flags, host, checkpoint, rows, options, bar):
   """[(row, its Drafts)] of a chunk."""
   prompts = [row.ids for row in rows for _ in range(flags.n)]
   keys = [key_of(flags.seed, "sample", row.id, sample) for row in rows for sample in range(flags.n)]
-  found = drafts(bench, checkpoint, prompts, keys, stop_ids(bench), options, bar, stop_strings=tuple(flags.stop))
+  found = drafts(host, checkpoint, prompts, keys, stop_ids(host), options, bar, stop_strings=tuple(flags.stop))
   return [(row, found[at * flags.n : (at + 1) * flags.n]) for at, row in enumerate(rows)]
 
 

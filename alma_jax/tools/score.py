@@ -23,12 +23,12 @@ import time
 
 import numpy as np
 
+from alma_jax.corpus.normalise import prompt_id
+from alma_jax.judges.own import TEMPLATES, Judge, template_by_name, verdicts
+from alma_jax.keys import random_numbers
 from alma_jax.llama.config import read_config
-from alma_jax.session.scoring import TEMPLATES, Judge, template_by_name, verdicts
-from alma_jax.session.session import random_numbers
-from alma_jax.store import seeds
-from alma_jax.store.records import prompt_id
-from alma_jax.store.seeds import DataError
+from alma_jax.store import data
+from alma_jax.store.data import DataError
 from alma_jax.text import judge as text
 from alma_jax.tools import command, jsonl
 
@@ -61,27 +61,27 @@ def _flags():
 
 
 def run(flags):
-  model, bench, checkpoint = command.opened(flags, command.judge_of)
+  model, host, checkpoint = command.opened(flags, command.judge_of)
   judge = Judge(checkpoint, template_by_name(flags.template or model.template or "a2"), "expected")
-  total = _survey(flags, bench, judge.template)
-  fields, names = command.decides("score", flags, bench, checkpoint)
+  total = _survey(flags, host, judge.template)
+  fields, names = command.decides("score", flags, host, checkpoint)
   fields |= {"mode": flags.mode, "seed": flags.seed if flags.mode == "sampled" else None}
   fields |= {"template": judge.template.name, "template text": jsonl.short_digest(dataclasses.asdict(judge.template))}
-  per_chunk, answers = FILLINGS * flags.rows * bench.local_ways, lambda row: len(row.answers)
+  per_chunk, answers = FILLINGS * flags.rows * host.local_ways, lambda row: len(row.answers)
   began, scored, scores, masses, warned = time.monotonic(), 0, 0.0, 0.0, False
   with jsonl.Output(flags.output, fields, names, total) as out:
-    bench.say(f"{model.directory}: template {judge.template.name}, {flags.mode} score of {total:,} responses")
-    with bench.bar("scoring", total, "responses", done=out.done) as bar:
+    host.say(f"{model.directory}: template {judge.template.name}, {flags.mode} score of {total:,} responses")
+    with host.bar("scoring", total, "responses", done=out.done) as bar:
       for rows in jsonl.chunks(asked(flags), per_chunk, answers):
         if out.has(sum(map(answers, rows))):
           continue
-        lines = _scored(flags, bench, judge, rows, bar)
+        lines = _scored(flags, host, judge, rows, bar)
         out.write(lines)
         scored, scores = scored + len(lines), scores + sum(line["score"] for line in lines)
         masses += sum(line["mass"] for line in lines)
         if masses < MASS * scored and not warned:
           warned = True
-          bench.say(_warning(judge.template.name, masses / scored))
+          host.say(_warning(judge.template.name, masses / scored))
   seconds = time.monotonic() - began
   print(f"{flags.output}: {total:,} responses" + ("" if scored else ", all there before"))
   if scored:
@@ -104,7 +104,7 @@ def asked(flags):
     many = item.get("responses") is not None
     if many and item.get("response") is not None:
       raise DataError(f"{where}: both `response` and `responses`; remove one")
-    row = seeds.row_of(item, () if many else ("response",), line, where)
+    row = data.row_of(item, () if many else ("response",), line, where)
     answers = _answers(item["responses"], f"{where}, field responses") if many else ((None, row.response),)
     given = jsonl.id_of(item, where)
     yield Asked(line, prompt_id(row.messages) if given is None else given, row.messages, answers)
@@ -120,13 +120,13 @@ def _answers(value, where):
     sample = answer.get("sample_id", at)
     if isinstance(sample, bool) or not isinstance(sample, str | int):
       raise DataError(f"{where}[{at}].sample_id: expected a whole number or a string, found {str(sample)[:40]}")
-    found.append((sample, seeds.text_of(answer["text"], f"{where}[{at}].text")))
+    found.append((sample, data.text_of(answer["text"], f"{where}[{at}].text")))
   return tuple(found)
 
 
-def _survey(flags, bench, template):
+def _survey(flags, host, template):
   """How many responses the input holds; all of it is checked before the first one is scored."""
-  positions, tok = read_config(bench.directory).max_positions, bench.tokenizer
+  positions, tok = read_config(host.directory).max_positions, host.tokenizer
   forced = len(text.score_paths(tok, template).inner)
   around = len(f"{template.instruction}{template.item}{template.answer_open}".encode()) + 64
   total = rows = 0
@@ -137,8 +137,8 @@ def _survey(flags, bench, template):
     for _, answer in row.answers:
       if prompt + len(answer.encode()) <= positions:  # a token is a byte at least: no need to count
         continue
-      length = len(text.judge_prefix(tok, bench.chat, template, row.messages)) + forced
-      length += len(text.judge_suffix(tok, bench.chat, template, answer))
+      length = len(text.judge_prefix(tok, host.chat, template, row.messages)) + forced
+      length += len(text.judge_suffix(tok, host.chat, template, answer))
       if length > positions:
         raise DataError(
           f"{flags.input}, line {row.line}: prompt and response are {length} tokens in template {template.name};"
@@ -149,10 +149,10 @@ def _survey(flags, bench, template):
   return total
 
 
-def _scored(flags, bench, judge, rows, bar):
+def _scored(flags, host, judge, rows, bar):
   """The output lines of a chunk."""
   places = [(row, sample, answer) for row in rows for sample, answer in row.answers]
-  found = verdicts(bench, judge, [(row.messages, answer) for row, _, answer in places], bar)
+  found = verdicts(host, judge, [(row.messages, answer) for row, _, answer in places], bar)
   lines = []
   for (row, sample, answer), verdict in zip(places, found):
     score = _score(flags.mode, verdict, (flags.seed, "score", row.id, sample, answer))

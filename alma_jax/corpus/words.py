@@ -3,7 +3,7 @@
   split("a man a plan")                        # ["a", "man", "a", "plan"]
   found, offsets = hashes(texts)               # text i holds found[offsets[i] : offsets[i + 1]]
 
-What to expect: texts come normalised (`store.records.normalised`), and words stand between blanks. A character of a
+What to expect: texts come normalised (`corpus.normalise.normalised`), and words stand between blanks. A character of a
 script that is written without them (Thai, Lao, Burmese, Khmer, Han, kana) is a word. Words of equal hashes (64 bits)
 are equal but for one pair in 10^19. NumPy hashes a text of 17 words in about one microsecond.
 """

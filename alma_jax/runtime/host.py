@@ -1,9 +1,9 @@
 """What sampling and scoring need, with or without a run directory: a model's tokenizer and chat format, models on this
 host's devices, progress bars.
 
-  bench = Workbench(config, local_mesh)  # config.model: path, chat, dtype; config.engine: slots, rows
-  checkpoint = Checkpoint("policy", bench.directory, content_of(bench.directory))
-  model = bench.model(checkpoint, "unrolled")
+  host = Host(config, local_mesh)  # config.model: path, chat, dtype; config.engine: slots, rows
+  checkpoint = Checkpoint("policy", host.directory, content_of(host.directory))
+  model = host.model(checkpoint, "unrolled")
 
 `Session` adds what a run has. Everything here lives on `local_mesh`, this host's devices, so that no host waits for
 another inside a stage.
@@ -41,7 +41,7 @@ def model_directory(path):
   return MINI_CHECKPOINT if str(path) == "mini" else pathlib.Path(path).expanduser()
 
 
-class Workbench:
+class Host:
   def __init__(self, config, local_mesh, speaks=True):
     """`speaks`: whether this process shows bars and lines."""
     self.config, self.local_mesh, self._speaks = config, local_mesh, speaks

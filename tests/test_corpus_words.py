@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alma_jax.text import words
+from alma_jax.corpus import words
 
 TEXT = st.text(st.sampled_from("ab \n\té漢字กาかa𠀀🙂") | st.characters(), max_size=12)
 

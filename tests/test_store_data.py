@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from alma_jax.store import seeds
+from alma_jax.store import data
 
 USER, REPLY = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 SYSTEM = {"role": "system", "content": "Be kind"}
@@ -20,8 +20,8 @@ def write(path, rows):
 
 
 def mistake(path, need=("response", "score")):
-  with pytest.raises(seeds.DataError) as error:
-    seeds.load_examples(path, need)
+  with pytest.raises(data.DataError) as error:
+    data.load_examples(path, need)
   return str(error.value)
 
 
@@ -43,10 +43,10 @@ def test_all_containers_and_both_shapes_give_the_same_rows(suffix, tmp_path):
       path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
     else:
       path.write_text("\r\n\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8-sig")
-    found, report = seeds.load_examples(path, need=("response", "score"))
+    found, report = data.load_examples(path, need=("response", "score"))
     step = 2 if suffix == "jsonl" else 1  # every other line is empty there
     assert found == [
-      seeds.SeedRow(({"role": "user", "content": r["prompt"]},), r["response"], r["score"], 1 + i * step)
+      data.SeedRow(({"role": "user", "content": r["prompt"]},), r["response"], r["score"], 1 + i * step)
       for i, r in enumerate(flat)
     ]
     assert report == {
@@ -68,8 +68,8 @@ def test_all_containers_and_both_shapes_give_the_same_rows(suffix, tmp_path):
   ],
 )
 def test_the_answer_of_a_conversation(row, tmp_path):
-  rows, _ = seeds.load_examples(write(tmp_path / "a.jsonl", [row]))
-  assert rows == [seeds.SeedRow((SYSTEM, USER), "Hello", None, 1)]
+  rows, _ = data.load_examples(write(tmp_path / "a.jsonl", [row]))
+  assert rows == [data.SeedRow((SYSTEM, USER), "Hello", None, 1)]
 
 
 @pytest.mark.parametrize(
@@ -82,13 +82,13 @@ def test_the_answer_of_a_conversation(row, tmp_path):
   ],
 )
 def test_prompts_alone(row, tmp_path):
-  rows, _ = seeds.load_examples(write(tmp_path / "a.jsonl", [row]), need=())
-  assert rows == [seeds.SeedRow((USER,), None, None, 1)]
+  rows, _ = data.load_examples(write(tmp_path / "a.jsonl", [row]), need=())
+  assert rows == [data.SeedRow((USER,), None, None, 1)]
 
 
 def test_the_turn_before_the_last_answer_is_the_prompt(tmp_path):
   path = write(tmp_path / "a.jsonl", [{"messages": [USER, REPLY, {"role": "user", "content": "More"}, REPLY]}])
-  rows, _ = seeds.load_examples(path)
+  rows, _ = data.load_examples(path)
   assert [m["content"] for m in rows[0].messages] == ["Hi", "Hello", "More"]
 
 
@@ -104,13 +104,13 @@ def test_empty_rows_and_exact_duplicates_are_counted(tmp_path):
     *[GOOD] * 20,
   ]
   path = write(tmp_path / "a.jsonl", rows)
-  found, report = seeds.load_examples(path, need=("response", "score"))
+  found, report = data.load_examples(path, need=("response", "score"))
   assert [(r.line, r.score) for r in found] == [(1, 7.0), (4, 8.0)]
   assert report["rows"] == 27
   assert report["kept"] + report["empty"] + report["duplicate"] == 27
   assert report["examples"] == {"empty": [2, 5, 6], "duplicate": [3, 7, 8, 9, 10, 11, 12, 13, 14, 15]}
   assert report["ignored_fields"] == ["id"]
-  found, _ = seeds.load_examples(path)  # without scores both annotators say the same
+  found, _ = data.load_examples(path)  # without scores both annotators say the same
   assert [r.line for r in found] == [1]
 
 
@@ -213,8 +213,8 @@ def test_our_own_trainsets_can_be_read_as_seeds(tmp_path):
 
   example = records.Example("0" * 16, (SYSTEM, USER), "Hello", 2, "round_02", 8.5)
   shards.write_records(tmp_path / "part.parquet", [example], records.Example)
-  rows, report = seeds.load_examples(tmp_path / "part.parquet", need=("response", "score"))
-  assert rows == [seeds.SeedRow((SYSTEM, USER), "Hello", 8.5, 1)]
+  rows, report = data.load_examples(tmp_path / "part.parquet", need=("response", "score"))
+  assert rows == [data.SeedRow((SYSTEM, USER), "Hello", 8.5, 1)]
   assert report["ignored_fields"] == ["prompt_id", "round", "source"]
 
 
@@ -264,15 +264,15 @@ def tfds_at_home(tfds_home, monkeypatch):
 
 
 def test_tfds_data_sets_are_read(tfds_at_home):
-  rows, _ = seeds.load_examples("tfds:flat_seeds:train", need=("response", "score"))
+  rows, _ = data.load_examples("tfds:flat_seeds:train", need=("response", "score"))
   assert sorted((r.messages[0]["content"], r.response, r.score) for r in rows) == [
     (f"p{i} \u00e9", f"r{i}", float(i)) for i in range(3)
   ]
   assert [r.line for r in rows] == [1, 2, 3]
-  rows, _ = seeds.load_examples("tfds:flat_seeds:1.0.0:train[:2]")
+  rows, _ = data.load_examples("tfds:flat_seeds:1.0.0:train[:2]")
   assert len(rows) == 2
-  rows, _ = seeds.load_examples("tfds:chat_seeds:train")
-  assert rows == [seeds.SeedRow((SYSTEM, USER), "Hello", None, 1)]
+  rows, _ = data.load_examples("tfds:chat_seeds:train")
+  assert rows == [data.SeedRow((SYSTEM, USER), "Hello", None, 1)]
 
 
 def test_tfds_mistakes_are_named(tfds_at_home):
@@ -289,5 +289,5 @@ def test_tfds_is_not_imported_without_need():
   import subprocess
   import sys
 
-  code = "import sys; import alma_jax.store.seeds; sys.exit(any('tensorflow' in m for m in sys.modules))"
+  code = "import sys; import alma_jax.store.data; sys.exit(any('tensorflow' in m for m in sys.modules))"
   assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}).returncode == 0

@@ -4,7 +4,7 @@
   overlaps = shared(index, ids, texts)                              # of any part of the texts, on any host
   counts = summary(index, all_overlaps)                             # plain numbers and a few examples, for a manifest
 
-Prompts and texts are given normalised (`store.records.normalised`); words are those of `text.words`. A prompt of
+Prompts and texts are given normalised (`corpus.normalise.normalised`); words are those of `corpus.words`. A prompt of
 fewer than n words is found only where a text equals it: everyone uses runs that short.
 
 What to expect: every overlap and no other, as words are compared wherever the hashes of two runs are equal. One pass
@@ -16,7 +16,7 @@ import dataclasses
 
 import numpy as np
 
-from alma_jax.text import words
+from alma_jax.corpus import words
 
 _TEXTS = 4096  # texts whose runs are looked up together
 _FACTOR = np.uint64(0x9FB21C651E98DF25)

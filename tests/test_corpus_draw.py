@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alma_jax.engine import draw
-from alma_jax.engine.draw import Exhausted
+from alma_jax.corpus import draw
+from alma_jax.corpus.draw import Exhausted
 
 MASK = 2**64 - 1
 WAYS = (("diverse", "round"), ("diverse", "fresh"), ("random", "round"), ("proportional", "round"))

@@ -9,7 +9,7 @@ import sys
 import pytest
 from ml_collections import ConfigDict
 
-from alma_jax import config as configs
+from alma_jax import options as configs
 from configs import alma, common, forkme
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -4,11 +4,12 @@ evaluator that the pipeline never sees. One row of progress.csv per round."""
 import dataclasses
 import math
 
+from alma_jax.corpus.normalise import prompt_id
 from alma_jax.evals.evaluators import evaluator_by_name
-from alma_jax.session.sampling import drafts
-from alma_jax.session.scoring import verdicts
-from alma_jax.session.session import key_of
-from alma_jax.store.records import Evaluation, prompt_id
+from alma_jax.judges.own import verdicts
+from alma_jax.keys import key_of
+from alma_jax.runtime.sampling import drafts
+from alma_jax.store.records import Evaluation
 from alma_jax.text import chat, fewshot
 
 

@@ -5,20 +5,18 @@ One `Session` per process. Training uses `mesh`, which spans all hosts; sampling
 """
 
 import dataclasses
-import hashlib
 import json
 
-import numpy as np
 from ml_collections import ConfigDict
 
-from alma_jax import config as configs
+from alma_jax import options as configs
 from alma_jax.engine.choose import DecodingError
-from alma_jax.session import sampling, training
-from alma_jax.session.workbench import Checkpoint, Workbench, content_of
+from alma_jax.runtime import sampling, training
+from alma_jax.runtime.host import Checkpoint, Host, content_of
 from alma_jax.store import shards
 
 
-class Session(Workbench):
+class Session(Host):
   def __init__(self, run, config, mesh, local_mesh):
     configs.check(config, 1 + config.feedback_rounds)
     if not config.model.path:
@@ -71,15 +69,3 @@ def _check_training(section, where, dtype):
   for name, value in section.items():
     if isinstance(value, ConfigDict):
       _check_training(value, f"{where}.{name}", dtype)
-
-
-def key_of(*words):
-  """Two 32-bit words that follow from the given words alone, e.g. (seed, round, stage, prompt id, sample id): the
-  source of everything random, so that a sample or a draw is the same on every host and after every restart."""
-  digest = hashlib.blake2b("\x1f".join(map(str, words)).encode(), digest_size=8).digest()
-  return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
-
-
-def random_numbers(*words):
-  """A NumPy generator that follows from the words alone."""
-  return np.random.default_rng(key_of(*words))

@@ -10,12 +10,14 @@ import text_tokenizers
 from ml_collections import ConfigDict
 
 from alma_jax import start
-from alma_jax.config import ConfigError
+from alma_jax.corpus.normalise import prompt_id
+from alma_jax.judges.own import Judge, template_by_name, verdicts
 from alma_jax.llama import model as llama
 from alma_jax.llama import weights
 from alma_jax.llama.config import LlamaConfig, ModelError
-from alma_jax.session.scoring import Judge, template_by_name, verdicts
-from alma_jax.stages import policy, responses, seeds
+from alma_jax.options import ConfigError
+from alma_jax.stages import data as data_stage
+from alma_jax.stages import policy, responses
 from alma_jax.store import records
 from alma_jax.text import chat
 from alma_jax.text.tokenizer import TextError, load_tokenizer
@@ -63,13 +65,13 @@ def test_sft_sampling_and_judging_with_added_and_untrained_tokens(kind, tmp_path
   with start.open_session(config, tmp_path / "run") as session:
     assert session.tokenizer.size == plain.size + added
     c = session.config
-    data = seeds.build(session, c)
+    data = data_stage.build(session, c)
     trained = policy.sft(session, "sft_1", session.base, data, [], c.sft, 1)
     counts = json.loads((tmp_path / "run" / "sft_1" / "manifest.json").read_text())["counts"]
     assert counts["untrained_tokens_reset"] == (3 if kind == "llama3" else 0)
     asked = session.run.stage("round_02/prompts", {})
     prompt = [{"role": "user", "content": "Say something"}]
-    asked.write_part(0, 1, [records.Prompt(records.prompt_id(prompt), tuple(prompt), "test")], records.Prompt)
+    asked.write_part(0, 1, [records.Prompt(prompt_id(prompt), tuple(prompt), "test")], records.Prompt)
     asked.finish()
     sampled = responses.build(session, 2, asked, [session.base, trained], c).read(records.Response)
     assert len(sampled) == 2 and all(len(r.tokens) <= 8 for r in sampled)

@@ -17,13 +17,15 @@ import re
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from alma_jax.errors import UserError
+
 ROLES = ("system", "user", "assistant")
 FIELDS = ("messages", "prompt", "response", "score")
 _TFDS = re.compile(r"tfds:(?P<name>[^:]+(:\d+\.\d+\.\d+)?):(?P<split>.+)")
 _SHOWN = 10  # first lines of each kind that the report lists
 
 
-class DataError(Exception):
+class DataError(UserError):
   """What the user has to mend in a data file; its text is the whole message."""
 
 

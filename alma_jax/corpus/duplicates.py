@@ -22,8 +22,8 @@ A pool in parts on a shared file system, with the units of every step divided ov
   barrier()
   keep, removals = decisions(pool, part)                 # for each part of newest(pool)
 
-Texts are given normalised (`store.records.normalised`), ids are 16 hex digits of a hash, and of texts with equal ids
-all but one are removed before. Words are those of `text.words`.
+Texts are given normalised (`corpus.normalise.normalised`), ids are 16 hex digits of a hash, and of texts with equal ids
+all but one are removed before. Words are those of `corpus.words`.
 
 Who survives: x is removed if and only if a kept text y before it was found to have a ROUGE-L F1 of at least the
 threshold with x. "Before" means a lower generation or, in the same one, a lower id. So every removal has a kept and
@@ -61,7 +61,7 @@ import numpy as np
 from rapidfuzz import process
 from rapidfuzz.distance import LCSseq
 
-from alma_jax.text import words
+from alma_jax.corpus import words
 
 PERMUTATIONS, BANDS = 128, 32
 SHORT, LEFT_OUT = 10, 2  # texts of so many words are also found by what is left of them without so many

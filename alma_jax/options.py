@@ -9,8 +9,10 @@ import difflib
 
 from ml_collections import ConfigDict
 
+from alma_jax.errors import UserError
 
-class ConfigError(Exception):
+
+class ConfigError(UserError):
   """A config that cannot be meant; the message names the field."""
 
 

@@ -25,8 +25,8 @@ from alma_jax.engine import losses
 from alma_jax.engine import train as engine
 from alma_jax.llama import config as llama_config
 from alma_jax.llama import sharding, weights
-from alma_jax.session.batches import Batches, Examples, Graded, Pairs
-from alma_jax.session.workbench import Checkpoint
+from alma_jax.runtime.batches import Batches, Examples, Graded, Pairs
+from alma_jax.runtime.host import Checkpoint
 from alma_jax.store import shards
 from alma_jax.text import chat
 
@@ -214,11 +214,11 @@ def trained(stage):
   return Checkpoint(stage.name, stage.dir / "model", stage.manifest["content"])
 
 
-def checkpoint_model(bench, directory, step, mesh):
+def checkpoint_model(host, directory, step, mesh):
   """The fp32 model of a checkpoint that a training left in `directory`, on any mesh."""
   with ocp.training.Checkpointer(directory.absolute()) as checkpoints:
     kept = {str(leaf.dtype) for leaf in jax.tree.leaves(checkpoints.metadata(step).metadata)}
-    abstract = engine.abstract_state(_config(bench), mesh, "bfloat16" if "bfloat16" in kept else "float32")
+    abstract = engine.abstract_state(_config(host), mesh, "bfloat16" if "bfloat16" in kept else "float32")
     return _with_leaves(abstract, checkpoints.load(step, _leaves(abstract)))[0]
 
 

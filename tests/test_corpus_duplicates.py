@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from rapidfuzz import process
 from rapidfuzz.distance import Indel
 
-from alma_jax.text import duplicates, words
-from alma_jax.text.duplicates import Pool, near_duplicates, rouge_l
+from alma_jax.corpus import duplicates, words
+from alma_jax.corpus.duplicates import Pool, near_duplicates, rouge_l
 
 
 def ident(text):

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alma_jax.text import contamination, words
-from alma_jax.text.contamination import Index, shared, summary
+from alma_jax.corpus import contamination, words
+from alma_jax.corpus.contamination import Index, shared, summary
 
 PROSE = st.lists(st.sampled_from(["a", "b", "cc", "漢字"]), max_size=9).map(" ".join)
 

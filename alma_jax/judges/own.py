@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 
 from alma_jax.engine import score as engine
-from alma_jax.session.workbench import Checkpoint
+from alma_jax.runtime.host import Checkpoint
 from alma_jax.text import judge as text
 
 
@@ -47,13 +47,13 @@ def template_by_name(name):
   return TEMPLATES[name]
 
 
-def verdicts(bench, judge, pairs, bar=None):
+def verdicts(host, judge, pairs, bar=None):
   """list[Verdict] for (messages, response text) pairs. Equal pairs are scored once, and what stands before the
   responses is computed once per conversation."""
-  trie = text.score_paths(bench.tokenizer, judge.template)
+  trie = text.score_paths(host.tokenizer, judge.template)
   columns = sorted({i for path in trie.paths for i in path})
   narrow = dataclasses.replace(trie, paths=tuple(tuple(columns.index(i) for i in path) for path in trie.paths))
-  prefix_of, suffix_of = _encoders(bench, judge)
+  prefix_of, suffix_of = _encoders(host, judge)
   prefixes, rows = {}, []
   for messages, response in pairs:
     asked = text.conversation_text(messages)
@@ -61,21 +61,21 @@ def verdicts(bench, judge, pairs, bar=None):
       prefixes[asked] = tuple(prefix_of(messages))
     rows.append((prefixes[asked], (*suffix_of(response), *trie.inner)))
   logprobs = engine.next_logprobs(
-    bench.model(judge.checkpoint, "stacked"),
+    host.model(judge.checkpoint, "stacked"),
     rows,
     columns,
     reads=len(trie.inner) + 1,
-    batch=bench.config.engine.rows,
+    batch=host.config.engine.rows,
     common=_opening(prefix_of),
-    mesh=bench.local_mesh,
+    mesh=host.local_mesh,
     progress=None if bar is None else _progress(bar),
   )
   return [_verdict(narrow, x, judge.mode) for x in logprobs]
 
 
-def _encoders(bench, judge):
+def _encoders(host, judge):
   """(messages -> ids up to where the response begins, response -> ids up to the score)."""
-  tok, fmt, template, shots = bench.tokenizer, bench.chat, judge.template, judge.shots
+  tok, fmt, template, shots = host.tokenizer, host.chat, judge.template, judge.shots
   if shots:
     return lambda m: text.few_shot_prefix(tok, template, shots, m), lambda r: text.few_shot_suffix(tok, template, r)
   return lambda m: text.judge_prefix(tok, fmt, template, m), lambda r: text.judge_suffix(tok, fmt, template, r)

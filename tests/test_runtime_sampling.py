@@ -5,7 +5,7 @@ import text_tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from alma_jax.session import sampling
+from alma_jax.runtime import sampling
 
 TOKENIZERS = {
   "bytes": text_tokenizers.byte_bpe(),

@@ -8,11 +8,11 @@ import dataclasses
 import json
 import pathlib
 
-from alma_jax.config import ConfigError
-from alma_jax.session.session import key_of
+from alma_jax.corpus.normalise import prompt_id
+from alma_jax.keys import key_of
+from alma_jax.options import ConfigError
 from alma_jax.store import shards
-from alma_jax.store.records import prompt_id
-from alma_jax.store.seeds import load_examples
+from alma_jax.store.data import load_examples
 
 FILES = {"sft": ("response",), "judge": ("response", "score"), "eval": ()}  # name -> what a row must have
 

@@ -26,14 +26,14 @@ def decoding_of(options, stop_ids=()):
   return engine.Decoding(**{"stop_ids": tuple(stop_ids)} | {name: options[name] for name in names})
 
 
-def drafts(bench, checkpoint, prompts, keys, stop_ids, options, bar, stop_strings=()):
+def drafts(host, checkpoint, prompts, keys, stop_ids, options, bar, stop_strings=()):
   """list[Draft]: one per (prompt ids, key). `options` has max_new_tokens, max_prompt_tokens (the room for prompts, into
   which every prompt must fit) and how tokens are drawn, see `engine.choose.Decoding`."""
   decoding = decoding_of(options, stop_ids)
   requests = [engine.Request(tuple(prompt), key) for prompt, key in zip(prompts, keys)]
-  model, decode = bench.model(checkpoint, "unrolled"), bench.tokenizer.decode
+  model, decode = host.model(checkpoint, "unrolled"), host.tokenizer.decode
   share = len(requests) / max(1, len({r.prompt for r in requests}))
-  longest, mesh, wanted = options.max_prompt_tokens, bench.local_mesh, bench.config.engine.slots
+  longest, mesh, wanted = options.max_prompt_tokens, host.local_mesh, host.config.engine.slots
 
   def progress(finished, tokens):
     bar.update(finished)
@@ -44,7 +44,7 @@ def drafts(bench, checkpoint, prompts, keys, stop_ids, options, bar, stop_string
     model,
     requests,
     decoding,
-    engine.slots_that_fit(model, decoding, longest, share, bench.free_bytes, mesh, wanted),
+    engine.slots_that_fit(model, decoding, longest, share, host.free_bytes, mesh, wanted),
     longest,
     mesh,
     progress=progress,
@@ -54,7 +54,7 @@ def drafts(bench, checkpoint, prompts, keys, stop_ids, options, bar, stop_string
   for s in sampled:
     text = _before(decode(s.tokens), stop_strings)
     # What continues a raw text may begin with a space; a chat's turn has none around it.
-    found.append(Draft(text.strip() if bench.chat else text, s.tokens, s.finished, s.logprobs))
+    found.append(Draft(text.strip() if host.chat else text, s.tokens, s.finished, s.logprobs))
   return found
 
 

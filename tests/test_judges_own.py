@@ -8,9 +8,9 @@ import pytest
 import tqdm
 from engine_models import logprobs
 
+from alma_jax.judges.own import Judge, _opening, template_by_name, verdicts
 from alma_jax.llama import sharding, weights
-from alma_jax.session.scoring import Judge, _opening, template_by_name, verdicts
-from alma_jax.session.workbench import Checkpoint, Workbench
+from alma_jax.runtime.host import Checkpoint, Host
 from alma_jax.text import judge as text
 from configs.alma import get_config
 
@@ -29,27 +29,27 @@ SHOTS = tuple((asked(f"country : {city}"), f"{city} {land} .", score) for city, 
 
 
 @pytest.fixture(scope="module")
-def bench():
+def host():
   config = get_config("mini")
   config.engine.rows = 4
-  return Workbench(config, sharding.make_mesh(devices=jax.local_devices()[:2]))
+  return Host(config, sharding.make_mesh(devices=jax.local_devices()[:2]))
 
 
 @pytest.mark.parametrize("shots", [(), SHOTS], ids=["tuned", "few-shot"])
-def test_verdicts_equal_full_forwards_in_the_order_of_the_pairs(bench, shots):
-  tok, template = bench.tokenizer, template_by_name("mini")
-  judge = Judge(Checkpoint("base", bench.directory, "base"), template, "expected", shots)
-  model, trie = weights.load(bench.directory), text.score_paths(tok, template)
+def test_verdicts_equal_full_forwards_in_the_order_of_the_pairs(host, shots):
+  tok, template = host.tokenizer, template_by_name("mini")
+  judge = Judge(Checkpoint("base", host.directory, "base"), template, "expected", shots)
+  model, trie = weights.load(host.directory), text.score_paths(tok, template)
   with tqdm.tqdm(total=len(PAIRS), disable=True) as bar:
-    found = verdicts(bench, judge, PAIRS, bar)
-  likeliest = verdicts(bench, dataclasses.replace(judge, mode="integer"), PAIRS)
+    found = verdicts(host, judge, PAIRS, bar)
+  likeliest = verdicts(host, dataclasses.replace(judge, mode="integer"), PAIRS)
   assert len(found) == len(likeliest) == len(PAIRS)
   for (messages, response), verdict, integer in zip(PAIRS, found, likeliest):
     if shots:
       ids = text.few_shot_prefix(tok, template, shots, messages) + text.few_shot_suffix(tok, template, response)
     else:
-      ids = text.judge_prefix(tok, bench.chat, template, messages)
-      ids += text.judge_suffix(tok, bench.chat, template, response)
+      ids = text.judge_prefix(tok, host.chat, template, messages)
+      ids += text.judge_suffix(tok, host.chat, template, response)
     mean, probs, mass = text.expected_score(trie, logprobs(model, ids, room=128)[len(ids) - 1 : len(ids)])
     assert verdict.score == pytest.approx(mean, abs=1e-5) and verdict.mass == pytest.approx(mass, abs=1e-5)
     np.testing.assert_allclose(verdict.probs, probs, atol=1e-5)
@@ -57,8 +57,8 @@ def test_verdicts_equal_full_forwards_in_the_order_of_the_pairs(bench, shots):
   assert found[0] == found[3] and found[1] == found[-1]
 
 
-def test_worked_examples_are_what_all_prefixes_begin_with(bench):
-  tok, template = bench.tokenizer, template_by_name("mini")
+def test_worked_examples_are_what_all_prefixes_begin_with(host):
+  tok, template = host.tokenizer, template_by_name("mini")
   prefix_of = lambda messages: text.few_shot_prefix(tok, template, SHOTS, messages)
   opening = _opening(prefix_of)
   assert tok.decode(opening).endswith("rate prompt:")

@@ -14,9 +14,9 @@ from tensorboardX.proto import event_pb2
 
 from alma_jax.engine import train as engine
 from alma_jax.llama import sharding
-from alma_jax.session import training
-from alma_jax.session.batches import Batches, Examples, Graded, Pairs
-from alma_jax.session.session import Session
+from alma_jax.runtime import training
+from alma_jax.runtime.batches import Batches, Examples, Graded, Pairs
+from alma_jax.runtime.session import Session
 from alma_jax.store.runs import Run
 from alma_jax.text import chat
 from alma_jax.text.judge import MINI_JUDGE, judge_example

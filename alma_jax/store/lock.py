@@ -1,0 +1,141 @@
+"""`.lock`: one process at a time writes in a run directory."""
+
+import atexit
+import contextlib
+import datetime
+import json
+import logging
+import os
+import pathlib
+import socket
+import threading
+import time
+
+from alma_jax.errors import RunError
+
+BEAT = 15.0  # seconds between two signs of life of the lock's holder
+SILENCE = 120.0  # how long a lock from another machine is watched before it counts as abandoned
+ABANDONED = 600.0  # a lock from another machine this old is abandoned without watching
+_logger = logging.getLogger(__name__)
+
+
+class Lock:
+  """`.lock`, who writes in this run directory. A thread touches it, so other machines see that we live."""
+
+  def __init__(self, directory):
+    self.path = directory / ".lock"
+    mine = {"pid": os.getpid(), "host": socket.gethostname(), "process": _process_mark(os.getpid())}
+    self.text = json.dumps(mine | {"since": _now()})
+    while not self._create():
+      self._settle_with_holder()
+    self._stop = threading.Event()
+    threading.Thread(target=self._keep_alive, daemon=True).start()
+    atexit.register(self.release)
+
+  def check(self):
+    if self._read() != self.text:
+      raise RunError(f"another process has taken over the run directory {self.path.parent}; this one stops.")
+
+  def release(self):
+    atexit.unregister(self.release)
+    # A forked child inherits the object, not the right to the lock.
+    if not self._stop.is_set() and json.loads(self.text)["pid"] == os.getpid():
+      self._stop.set()
+      if self._read() == self.text:
+        self.path.unlink(missing_ok=True)
+
+  def _create(self):
+    try:
+      handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    except FileExistsError:
+      return False
+    except OSError as e:
+      raise RunError(f"cannot write in the run directory {self.path.parent}: {e.strerror}.") from None
+    with os.fdopen(handle, "w") as file:
+      file.write(self.text)
+    return True
+
+  def _read(self):
+    try:
+      return self.path.read_text()
+    except FileNotFoundError:
+      return None
+
+  def _settle_with_holder(self):
+    """Removes the lock of a holder that is gone; raises RunError for one that lives."""
+    text = self._read()
+    if text is None:
+      return
+    try:
+      holder = json.loads(text)
+    except json.JSONDecodeError:
+      holder = {"pid": "unknown", "host": "an unknown machine"}  # being written, or cut short
+    where = f"{self.path.parent} (pid {holder['pid']} on {holder['host']})"
+    if holder["host"] == socket.gethostname():
+      if not _is_alive(holder["pid"]) or _process_mark(holder["pid"]) != holder["process"]:
+        return self._remove(text)
+      raise RunError(
+        f"another process (pid {holder['pid']}) is using this run directory: {self.path.parent}.\n"
+        "Wait for it, stop it, or start in another --workdir."
+      )
+    if self._shows_life():
+      raise RunError(
+        f"another process is using this run directory: {where}.\n"
+        f"Wait for it or start in another --workdir. If you know that it is gone, remove {self.path}."
+      )
+    _logger.warning("taking over the run directory %s: its last holder has shown no sign of life", where)
+    self._remove(text)
+
+  def _remove(self, text):
+    if self._read() == text:  # not one that a third process has just written
+      self.path.unlink(missing_ok=True)
+
+  def _shows_life(self):
+    """Watches a lock of another machine: its time stamps are compared with each other, never with our clock,
+    except to spare the wait for very old ones."""
+    first = self._stamp()
+    if first is None or time.time() - first > ABANDONED:
+      return False
+    _logger.warning("%s belongs to another machine; watching it for up to %.0f s", self.path, SILENCE)
+    end = time.monotonic() + SILENCE
+    while time.monotonic() < end:
+      time.sleep(min(1.0, SILENCE / 10))
+      now = self._stamp()
+      if now != first:
+        return now is not None  # None: the holder has just released it
+    return False
+
+  def _stamp(self):
+    try:
+      return self.path.stat().st_mtime
+    except FileNotFoundError:
+      return None
+
+  def _keep_alive(self):
+    while not self._stop.wait(BEAT):
+      with contextlib.suppress(OSError):
+        if self._read() == self.text:
+          os.utime(self.path)
+
+
+def _is_alive(pid):
+  try:
+    os.kill(pid, 0)
+  except ProcessLookupError:
+    return False
+  except PermissionError:
+    pass  # somebody else's
+  return True
+
+
+def _process_mark(pid):
+  """Start time of a process, to tell it from a later one with the same pid; None without /proc."""
+  try:
+    stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
+  except OSError:
+    return None
+  return stat.rpartition(")")[2].split()[19]
+
+
+def _now():
+  return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
