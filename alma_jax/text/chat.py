@@ -20,9 +20,11 @@ import difflib
 import functools
 import json
 import re
+from collections.abc import Mapping, Sequence
 
 from alma_jax.text.tokenizer import TextError, add_token
 
+Messages = Sequence[Mapping[str, str]]  # a conversation: {"role", "content"} for each turn
 BOS, EOS = "{bos}", "{eos}"  # in a format's strings: the tokenizer's own tokens
 
 
