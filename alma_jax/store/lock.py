@@ -12,6 +12,7 @@ import threading
 import time
 
 from alma_jax.errors import RunError
+from alma_jax.store import layout
 
 BEAT = 15.0  # seconds between two signs of life of the lock's holder
 SILENCE = 120.0  # how long a lock from another machine is watched before it counts as abandoned
@@ -23,7 +24,7 @@ class Lock:
   """`.lock`, who writes in this run directory. A thread touches it, so other machines see that we live."""
 
   def __init__(self, directory):
-    self.path = directory / ".lock"
+    self.path = directory / layout.LOCK
     mine = {"pid": os.getpid(), "host": socket.gethostname(), "process": _process_mark(os.getpid())}
     self.text = json.dumps(mine | {"since": _now()})
     while not self._create():

@@ -30,8 +30,9 @@ import time
 import numpy as np
 
 from alma_jax.errors import RunError
+from alma_jax.store import layout, shards
 from alma_jax.store import records as records_lib
-from alma_jax.store import shards
+from alma_jax.store.layout import load_manifest, read_json
 from alma_jax.store.lock import Lock
 
 PATIENCE = 60.0  # network file systems may show another host's file this much later
@@ -72,13 +73,13 @@ class Run:
     if self.host == 0:
       self.check()
       row = {"time": _now(), "event": event, **fields}
-      with open(self.dir / "log.jsonl", "a", encoding="utf-8") as file:
+      with open(self.dir / layout.LOG, "a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
 
   def save_config(self, config):
     """Writes config.json, again when it changed: the fingerprints guard the artefacts."""
-    path = self.dir / "config.json"
-    if self.host == 0 and not (path.exists() and _read_json(path) == json.loads(json.dumps(config))):
+    path = self.dir / layout.CONFIG
+    if self.host == 0 and not (path.exists() and read_json(path) == json.loads(json.dumps(config))):
       self.check()
       shards.write_json(path, config)
 
@@ -87,10 +88,7 @@ class Run:
     if self.host != 0:
       return
     self.check()
-    path, rows = self.dir / "progress.csv", []
-    if path.exists():
-      with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    path, rows = self.dir / layout.PROGRESS, layout.progress(self.dir)
     columns = list(dict.fromkeys(column for r in [*rows, row] for column in r))
     places = [i for i, old in enumerate(rows) if old.get("round") == str(row["round"])]
     if places:
@@ -117,9 +115,9 @@ class Stage:
     self.run, self.name, self.dir = run, name, run.dir / name
     self.fingerprint, self.manifest, self.parts = fingerprint, None, None
     # Listed before the fingerprint is read: another host may be writing both just now, in the opposite order.
-    begun = self.dir.exists() and any(p.name != "fingerprint.json" for p in self.dir.glob("[!.]*"))
-    path = self.dir / "fingerprint.json"
-    if (self.dir / "manifest.json").exists():
+    begun = self.dir.exists() and any(p.name != layout.FINGERPRINT for p in self.dir.glob("[!.]*"))
+    path = self.dir / layout.FINGERPRINT
+    if (self.dir / layout.MANIFEST).exists():
       manifest = load_manifest(self.dir)
       self._compare(manifest["fingerprint"], done=True)
       _check_files(self.dir, manifest)
@@ -128,8 +126,8 @@ class Stage:
         (self.dir / "seconds.json").unlink(missing_ok=True)  # killed right after writing the manifest
       return
     if path.exists() and begun:
-      self._compare(_read_json(path), done=False)
-    elif run.host == 0 and not (path.exists() and _read_json(path) == fingerprint):
+      self._compare(read_json(path), done=False)
+    elif run.host == 0 and not (path.exists() and read_json(path) == fingerprint):
       run.check()
       shards.write_json(path, fingerprint)
     self._begin = time.monotonic() - self._seconds_before()
@@ -178,7 +176,7 @@ class Stage:
     if self.run.host == 0:
       self._write_manifest(counts or {}, files, extra)
     self.run.barrier(f"{self.name}: finished")
-    _wait_for(self.dir / "manifest.json", self.run.hosts)
+    _wait_for(self.dir / layout.MANIFEST, self.run.hosts)
     self.manifest = load_manifest(self.dir)
     self.parts = len(self.manifest["parts"])
     return self.manifest
@@ -226,7 +224,7 @@ class Stage:
     if clash:
       raise RuntimeError(f"stage {self.name} is finished with extra fields that the manifest has: {clash}")
     shards.remove_temporaries(self.dir)
-    shards.write_json(self.dir / "manifest.json", manifest | extra)
+    shards.write_json(self.dir / layout.MANIFEST, manifest | extra)
     (self.dir / "seconds.json").unlink(missing_ok=True)
 
   def _sidecar(self, i):
@@ -264,15 +262,7 @@ class Stage:
 
   def _seconds_before(self):
     path = self.dir / "seconds.json"
-    return _read_json(path)["seconds"] if path.exists() else 0.0
-
-
-def load_manifest(directory):
-  """The manifest of a finished stage; RunError when there is none."""
-  path = pathlib.Path(directory) / "manifest.json"
-  if not path.exists():
-    raise RunError(f"{directory} holds no finished stage: there is no manifest.json in it.")
-  return _read_json(path)
+    return read_json(path)["seconds"] if path.exists() else 0.0
 
 
 def read_stage(directory, kind, part=None):
@@ -347,13 +337,6 @@ def _wait_for(path, hosts):
   end = time.monotonic() + PATIENCE
   while hosts > 1 and not path.exists() and time.monotonic() < end:
     time.sleep(0.2)
-
-
-def _read_json(path):
-  try:
-    return json.loads(path.read_text(encoding="utf-8"))
-  except json.JSONDecodeError as e:
-    raise RunError(f"{path} is damaged (line {e.lineno}: {e.msg}); restore or delete it.") from None
 
 
 def _now():

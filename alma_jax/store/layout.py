@@ -1,0 +1,216 @@
+"""The names in a run directory. No other module spells them.
+
+runs/alma/
+  config.json  log.jsonl  progress.csv  report.html  .lock
+  seeds  sft_1  sft_2  judge  judge_distilled          stages made once
+  pool/drafts ...  pool_03/drafts ...                  the pool, and the prompts added before round 3
+  round_02/config.json
+  round_02/prompts ...  round_02/policy  round_02/eval
+
+stage_name(2, RESPONSES)                               "round_02/responses"
+run / stage_name(2, POLICY) / MODEL                    where the weights of that policy are
+[found.name for found in stages(run) if found.manifest]
+"""
+
+import csv
+import dataclasses
+import json
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from alma_jax.errors import RunError
+
+# Stages made once, and the directory of the pool
+SEEDS, POOL, JUDGE, DISTILLED = "seeds", "pool", "judge", "judge_distilled"
+# Stages of a pool
+DRAFTS, PROMPTS, PROJECTION, EMBEDDINGS, CLUSTERS = "drafts", "prompts", "projection", "embeddings", "clusters"
+# Stages of a round, which has PROMPTS too
+RESPONSES, JUDGMENTS, TRAINSET, POLICY, EVALUATION = "responses", "judgments", "trainset", "policy", "eval"
+# Files of a run
+CONFIG, LOG, PROGRESS, PAGE, LOCK = "config.json", "log.jsonl", "progress.csv", "report.html", ".lock"
+# Files of a stage
+MANIFEST, FINGERPRINT, REPORT, METRICS = "manifest.json", "fingerprint.json", "report.json", "metrics.jsonl"
+# Directories of a stage that trains
+MODEL, CHECKPOINTS = "model", "checkpoints"
+
+_ROUND = re.compile(r"round_(\d+)(/|$)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+  """A stage in a run directory; `manifest` is None until the stage is finished."""
+
+  name: str
+  dir: pathlib.Path
+  manifest: dict[str, Any] | None
+
+
+# Names
+
+
+def round_name(round: int) -> str:
+  return f"round_{round:02d}"
+
+
+def stage_name(round: int, artefact: str) -> str:
+  return f"{round_name(round)}/{artefact}"
+
+
+def sft_name(i: int) -> str:
+  """The name of the initial SFT with the i-th seed, from 1."""
+  return f"sft_{i}"
+
+
+def pool_name(round: int = 0) -> str:
+  """The directory of the pool, or of the prompts that are added before this round."""
+  return f"{POOL}_{round:02d}" if round else POOL
+
+
+def pool_stage(round: int, artefact: str) -> str:
+  return f"{pool_name(round)}/{artefact}"
+
+
+def parent_of(name: str) -> str:
+  """The directory of a stage's pool or round: "pool_03" for "pool_03/drafts", "" for "judge"."""
+  return name.rpartition("/")[0]
+
+
+def beside(name: str, artefact: str) -> str:
+  """Another stage of the same pool or round: "pool_03/prompts" for ("pool_03/drafts", PROMPTS)."""
+  return f"{parent_of(name)}/{artefact}"
+
+
+def round_of(name: str) -> int | None:
+  """The round of a stage: 2 for "round_02/responses" and for "round_02", None for "sft_1" and "pool_03/drafts"."""
+  match = _ROUND.match(name)
+  return int(match[1]) if match else None
+
+
+def kind_of(name: str) -> str:
+  """What a stage makes, without its round or number: "policy" for "round_03/policy", "sft" for "sft_1"."""
+  return name.rpartition("/")[2].rstrip("0123456789").rstrip("_")
+
+
+# What a run directory holds
+
+
+def rounds(run: pathlib.Path) -> list[int]:
+  """The numbers of the rounds that have a directory."""
+  return _numbers(run, "round")
+
+
+def pools(run: pathlib.Path) -> dict[int, str]:
+  """The pool directories by the round they were added before: {0: "pool", 3: "pool_03"}."""
+  return {round: pool_name(round) for round in (0, *_numbers(run, POOL))}
+
+
+def stages(run: pathlib.Path) -> list[Found]:
+  """Every stage, the finished ones first in the order they ended."""
+  found = []
+  for path in [*run.glob(f"*/{FINGERPRINT}"), *run.glob(f"*/*/{FINGERPRINT}")]:
+    name = path.parent.relative_to(run).as_posix()
+    found.append(Found(name, path.parent, manifest_of(run, name)))
+  return sorted(found, key=lambda s: (s.manifest is None, (s.manifest or {}).get("finished_at", ""), s.name))
+
+
+def manifest_of(run: pathlib.Path, name: str) -> dict[str, Any] | None:
+  """The manifest of a stage, None until it is finished."""
+  path = run / name / MANIFEST
+  return read_json(path) if path.exists() else None
+
+
+def load_manifest(directory: str | pathlib.Path) -> dict[str, Any]:
+  """The manifest of a finished stage; RunError when there is none."""
+  path = pathlib.Path(directory) / MANIFEST
+  if not path.exists():
+    raise RunError(f"{directory} holds no finished stage: there is no {MANIFEST} in it.")
+  return read_json(path)
+
+
+def parts_of(directory: pathlib.Path) -> list[pathlib.Path] | None:
+  """The Parquet files of a finished stage in their order, None until it is finished."""
+  if not (directory / MANIFEST).exists():
+    return None
+  return [directory / part["name"] for part in load_manifest(directory)["parts"]]
+
+
+def newest_policy(run: pathlib.Path) -> pathlib.Path:
+  """The finished policy of the last round, else the first initial SFT model."""
+  names = [sft_name(1), *(stage_name(round, POLICY) for round in rounds(run))]
+  done = [name for name in names if (run / name / MANIFEST).exists()]
+  if not done:
+    raise RunError(
+      f"{run}: the run has no finished policy yet; wait for its stage {sft_name(1)}, or give another --model"
+    )
+  return run / done[-1]
+
+
+def judge_of(run: pathlib.Path) -> pathlib.Path:
+  """The distilled judge if it was accepted, else the fine-tuned one."""
+  if not (run / JUDGE / MANIFEST).exists():
+    raise RunError(f"{run}: the run has no finished judge; wait for its stage {JUDGE}, or give another --model")
+  distilled = manifest_of(run, DISTILLED)
+  return run / (DISTILLED if distilled and distilled["accepted"] else JUDGE)
+
+
+def config_in(directory: pathlib.Path) -> dict[str, Any] | None:
+  """The config if this is the directory of a run or of a round, else None: a model's config.json is another thing."""
+  path = directory / CONFIG
+  config = read_json(path) if path.is_file() else None
+  return config if isinstance(config, dict) and "recipe" in config else None
+
+
+def config_of(path: pathlib.Path) -> dict[str, Any]:
+  """The config of the run, or of the round, that a stage's directory lies in."""
+  config = next((found for above in path.absolute().parents if (found := config_in(above)) is not None), None)
+  if config is None:
+    raise RunError(f"{path}: no {CONFIG} of a run lies above this stage; give its model directory itself")
+  return config
+
+
+def is_round(config: Mapping[str, Any]) -> bool:
+  """True for the config of one round: the overrides per round are resolved in it."""
+  return "rounds" not in config
+
+
+def finished(run: pathlib.Path) -> bool:
+  """True if the last event in the log is the end of the run."""
+  rows = json_lines(run / LOG)
+  return bool(rows) and rows[-1].get("event") == "end"
+
+
+def progress(run: pathlib.Path) -> list[dict[str, str]]:
+  """The rows of progress.csv as text, [] before there are any."""
+  path = run / PROGRESS
+  if not path.exists():
+    return []
+  with open(path, newline="", encoding="utf-8") as file:
+    return list(csv.DictReader(file))
+
+
+def read_json(path: pathlib.Path) -> Any:
+  try:
+    return json.loads(path.read_text(encoding="utf-8"))
+  except ValueError as e:
+    why = f"line {e.lineno}: {e.msg}" if isinstance(e, json.JSONDecodeError) else e
+    raise RunError(f"{path} is damaged ({why}); restore or delete it.") from None
+
+
+def json_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The rows of a JSONL file that may be written just now: a broken line is left out."""
+  rows = []
+  if path.exists():
+    with open(path, encoding="utf-8") as file:
+      for line in file:
+        try:
+          rows.append(json.loads(line))
+        except json.JSONDecodeError:
+          continue
+  return rows
+
+
+def _numbers(run: pathlib.Path, kind: str) -> list[int]:
+  names = (path.name.removeprefix(f"{kind}_") for path in run.glob(f"{kind}_*") if path.is_dir())
+  return sorted(int(name) for name in names if name.isdigit())
