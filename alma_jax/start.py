@@ -33,9 +33,9 @@ def run(recipe, config, workdir):
         session.run.log("failed", error=f"{type(error).__name__}: {error}"[:2000])
         raise
       finally:
-        if session.run.host == 0:
+        if session.run.process == 0:
           page.write(session.run.dir)
-      if session.run.host == 0:
+      if session.run.process == 0:
         print(page.summary(session.run.dir))
 
   return status(work, MEMORY)

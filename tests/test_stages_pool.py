@@ -126,8 +126,8 @@ def _pool_in(session, data, c):
   return prompts.build(session, data, drafts.build(session, data, c), c)
 
 
-def session_in(directory, config, **hosts):
-  return Session(Run(directory, **hosts), config, sharding.make_mesh(2, 2, 2), sharding.make_mesh())
+def session_in(directory, config, **processes):
+  return Session(Run(directory, **processes), config, sharding.make_mesh(2, 2, 2), sharding.make_mesh())
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +265,7 @@ def test_two_hosts_and_any_kill_give_the_same_bytes(session, clustered, world, c
   def work(host):
     with turns:
       try:
-        one = session_in(tmp_path / "two", config, host=host, hosts=2, barrier=barrier)
+        one = session_in(tmp_path / "two", config, process=host, processes=2, barrier=barrier)
         clusters.build(one, _pool_in(one, world.seeds, config), config)
       except BaseException as error:
         failures.append(error)

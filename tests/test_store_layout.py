@@ -19,10 +19,6 @@ def test_names():
   assert [layout.round_of(name) for name in names] == [2, 12, None, None, None, None]
   names = ("sft_1", "round_03/policy", "pool_03/drafts")
   assert [layout.kind_of(name) for name in names] == ["sft", "policy", "drafts"]
-    "sft",
-    "policy",
-    "drafts",
-  ]
 
 
 def test_what_is_finished_and_what_is_newest(tmp_path):

@@ -316,7 +316,7 @@ def test_seconds_add_up_over_restarts(tmp_path):
 
 
 def test_hosts_share_the_parts_and_host_0_writes_the_manifest(tmp_path):
-  """Three threads stand for three hosts, each with its own Run on the shared directory."""
+  """Three threads stand for three processes, each with its own Run on the shared directory."""
   alone = tmp_path / "alone"
   with runs.Run(alone) as run:
     expected = do_responses(run).manifest["content"]
@@ -327,7 +327,7 @@ def test_hosts_share_the_parts_and_host_0_writes_the_manifest(tmp_path):
       names.append((h, name))
       barrier.wait(timeout=20)
 
-    with runs.Run(tmp_path / "shared", host=h, hosts=3, barrier=wait) as run:
+    with runs.Run(tmp_path / "shared", process=h, processes=3, barrier=wait) as run:
       stage = run.stage("round_02/responses", FIELDS)
       wrote[h] = stage.mine(N)
       if h == 0:
@@ -356,9 +356,9 @@ def test_hosts_share_the_parts_and_host_0_writes_the_manifest(tmp_path):
 def test_another_number_of_hosts_takes_over_the_missing_parts(tmp_path):
   with runs.Run(tmp_path) as run:
     run.stage("s", FIELDS).write_part(1, 5, rows(1), records.Judgment)
-  shares = [runs.Run(tmp_path, host=h, hosts=3).stage("s", FIELDS).mine(5) for h in (1, 2)]
+  shares = [runs.Run(tmp_path, process=h, processes=3).stage("s", FIELDS).mine(5) for h in (1, 2)]
   assert shares == [[4], [2]]
-  with runs.Run(tmp_path, hosts=3) as run:
+  with runs.Run(tmp_path, processes=3) as run:
     assert run.stage("s", FIELDS).mine(5) == [0, 3]
 
 
@@ -406,7 +406,7 @@ def test_a_live_process_keeps_its_directory(tmp_path):
     text = rf"another process \(pid {os.getpid()}\) is using this run directory"
     with pytest.raises(runs.RunError, match=text):
       runs.Run(tmp_path)
-    runs.Run(tmp_path, host=1, hosts=2)  # other hosts of one run take no lock
+    runs.Run(tmp_path, process=1, processes=2)  # other processes of one run take no lock
   runs.Run(tmp_path).close()
 
 

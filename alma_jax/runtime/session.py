@@ -21,7 +21,7 @@ class Session(Host):
     configs.check(config, 1 + config.feedback_rounds)
     if not config.model.path:
       raise configs.ConfigError("config.model.path is empty: give the directory of a base model in Hugging Face format")
-    super().__init__(config, local_mesh, speaks=run.host == 0)
+    super().__init__(config, local_mesh, speaks=run.process == 0)
     self.run, self.mesh = run, mesh
     for round in (0, *self.feedback_rounds()):
       resolved = configs.for_round(config, round)
@@ -36,7 +36,7 @@ class Session(Host):
   def config_for(self, round):
     """The config with the round's overrides; also written to the run directory."""
     resolved = configs.for_round(self.config, round)
-    if self.run.host == 0:
+    if self.run.process == 0:
       directory = self.run.dir / f"round_{round:02d}"
       directory.mkdir(exist_ok=True)
       shards.write_json(directory / "config.json", json.loads(json.dumps(resolved.to_dict(), default=str)))

@@ -199,7 +199,7 @@ def finish(session, stage, counts, options, **extra):
   """Close a training stage: register the model's files, then drop the checkpoints that are not to stay."""
   names = [str(p.relative_to(stage.dir)) for p in sorted((stage.dir / "model").rglob("*")) if p.is_file()]
   stage.finish(counts=counts, files=[*names, "metrics.jsonl"], **extra)
-  if session.run.host == 0:
+  if session.run.process == 0:
     stays = lambda name: options.checkpoint_keep and name.isdigit() and int(name) % options.checkpoint_keep == 0
     for path in (stage.dir / "checkpoints").glob("*"):
       if not stays(path.name):
@@ -258,7 +258,7 @@ def _failure(session, stage, model, data, members, step, options):
     for i, of, pair in zip(members, logprobs.reshape(len(members), -1), sides)
   ]
   rows.sort(key=lambda row: (np.isfinite(row["logprobs"]).all(), min(row["logprobs"])))
-  if session.run.host == 0:
+  if session.run.process == 0:
     shards.write_json(stage.dir / "failure.json", {"step": step + 1, "examples": rows})
   bad = [row["id"] for row in rows if not np.isfinite(row["logprobs"]).all()]
   which = f"; not finite for {', '.join(map(repr, bad[:3]))}{' ...' * (len(bad) > 3)}" if bad else ""
@@ -270,7 +270,7 @@ class _Log:
   the metrics are the same for the same training; TensorBoard has both."""
 
   def __init__(self, session, stage, batches):
-    self.path, self.active, self.first = stage.dir / "metrics.jsonl", session.run.host == 0, True
+    self.path, self.active, self.first = stage.dir / "metrics.jsonl", session.run.process == 0, True
     self.batches, self.began, self.steps = batches, None, 0
     self.c, device = _config(session), session.mesh.devices.flat[0]
     self.peak = (engine.peak(device) or 0) * session.mesh.size

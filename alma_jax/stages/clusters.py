@@ -91,7 +91,7 @@ def _embeddings(session, prompts, projection, c):
     return stage
   names = [f"rows-{part:05d}-of-{prompts.parts:05d}.npy" for part in range(prompts.parts)]
   rows = [part["rows"] for part in prompts.manifest["parts"]]
-  mine = range(session.run.host, prompts.parts, session.run.hosts)
+  mine = range(session.run.process, prompts.parts, session.run.processes)
   missing = [i for i in mine if not (stage.dir / names[i]).exists()]
   how = embed.Projection(*(np.array(shards.load_array(projection.dir / f"{x}.npy")) for x in ("mean", "matrix")))
   with session.bar("pool: embeddings", sum(rows[i] for i in missing), "prompts") as bar:
@@ -135,7 +135,7 @@ def _fitted(session, stage, points, settings, key):
 
   def save(step, arrays):
     nonlocal last
-    if session.run.host == 0 and time.monotonic() - last >= EVERY:
+    if session.run.process == 0 and time.monotonic() - last >= EVERY:
       with shards.atomic(path) as file:
         np.savez(file, step=step, **arrays)
       stage.beat()
@@ -160,7 +160,7 @@ def _nearest(points, centroids, c):
 
 def _finish(session, stage, prompts, labels, clustering=None):
   """What was added to a pool has no `clustering` of its own."""
-  if session.run.host == 0:
+  if session.run.process == 0:
     ids = shards.read_ids([prompts.part_path(part, prompts.parts) for part in range(prompts.parts)])
     shards.save_array(stage.dir / "labels.npy", labels)
     shards.save_array(stage.dir / "ids.npy", ids)

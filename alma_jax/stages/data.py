@@ -40,7 +40,7 @@ def build(session, c):
   stage = session.run.stage("seeds", fields)
   if not stage.done:
     counts = {}
-    if session.run.host == 0:
+    if session.run.process == 0:
       counts = _write(stage.dir, sources, c)
     stage.finish(counts=counts, files=[f"{name}.jsonl" for name in FILES])
     for name, count in stage.manifest["counts"].items():

@@ -149,7 +149,7 @@ def _reference(session, reference, trainset, options):
   sides, _, _ = _pairs(session, trainset, options)
   # By the same code that trains, so that the loss starts at ln 2.
   logprobs = training.sequence_logprobs(session, reference, [x for of in sides for x in of], options)
-  if session.run.host == 0:
+  if session.run.process == 0:
     shards.save_array(stage.dir / "logprobs.npy", logprobs.reshape(len(sides), -1))
   stage.finish(counts={"pairs": len(sides)}, files=["logprobs.npy"])
   return stage

@@ -33,7 +33,7 @@ def build(session, data, draws, c, earlier=()):
   stage = session.run.stage(f"{name}/prompts", fields, inputs)
   if not stage.done:
     _select(session, stage, draws, data, earlier, c)
-  if session.run.host == 0:  # also after a start that was killed just here
+  if session.run.process == 0:  # also after a start that was killed just here
     shutil.rmtree(stage.dir / "near", ignore_errors=True)
   return stage
 
@@ -61,7 +61,7 @@ def _select(session, stage, draws, data, earlier, c):
       counts |= {f"near_{name}": reasons[-1 - i] for i, name in enumerate(near.kinds) if reasons[-1 - i]}
     stage.write_part(part, draws.parts, [p for p, reason in zip(prompts, why) if not reason], Prompt, counts)
   session.run.barrier(f"{stage.name}: parts")
-  if session.run.host == 0:
+  if session.run.process == 0:
     report = {"contamination": _contamination(stage, draws.parts, human, c)}
     if near:
       report["near_duplicates"] = near.examples()
@@ -154,7 +154,7 @@ class _Near:
 
 def _near(session, stage, draws, fresh, human, earlier, c):
   """Finds the drafts that nearly are what stands already, with every host's share of the work."""
-  host, hosts, barrier = session.run.host, session.run.hosts, session.run.barrier
+  host, hosts, barrier = session.run.process, session.run.processes, session.run.barrier
   texts, seen = {}, set()
   for name, rows in human.items():
     texts[name] = {id: row.messages for row in rows if (id := prompt_id(row.messages)) not in seen}

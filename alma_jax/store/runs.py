@@ -3,7 +3,7 @@
   with Run("runs/alma", config) as run:
     stage = run.stage("round_02/responses", fields={"config": {...}}, inputs={"prompts": prompts})
     if not stage.done:
-      for i in stage.mine(64):                        # the parts that are not on disk yet, this host's share
+      for i in stage.mine(64):                        # the parts that are not on disk yet, this process's share
         stage.write_part(i, 64, make(i), Response, counts={"truncated": 3})
       stage.finish()
     responses = stage.read(Response)
@@ -12,9 +12,9 @@ A stage with a manifest is done and never written again; one that was killed goe
 part. The fingerprint (fields, contents of the inputs, record format) is written before the first part. When
 it does not match, the run stops with a RunError that names what changed; nothing is reused or overwritten.
 
-With several hosts each makes the same calls in the same order on the same directory, which must be on a
-shared file system. Host h writes the parts i with i % hosts == h; host 0 alone writes everything else and
-holds `.lock`, so that two processes never write to one run.
+Several processes of one run make the same calls in the same order on the same directory, which must be on a
+shared file system. Process p writes the parts i with i % processes == p; process 0 alone writes everything
+else and holds `.lock`, so that two starts never write to one run.
 """
 
 import csv
@@ -35,24 +35,24 @@ from alma_jax.store import records as records_lib
 from alma_jax.store.layout import load_manifest, read_json
 from alma_jax.store.lock import Lock
 
-PATIENCE = 60.0  # network file systems may show another host's file this much later
+PATIENCE = 60.0  # network file systems may show another process's file this much later
 _SHOWN = 60  # characters of a changed value in a message
 
 
 class Run:
-  """One run directory. `barrier(name)` returns when all hosts have called it."""
+  """One run directory. `barrier(name)` returns when all processes have called it."""
 
-  def __init__(self, workdir, config=None, host=0, hosts=1, barrier=lambda name: None):
+  def __init__(self, workdir, config=None, process=0, processes=1, barrier=lambda name: None):
     self.dir, self.config = pathlib.Path(workdir), config
-    self.host, self.hosts, self.barrier = host, hosts, barrier
+    self.process, self.processes, self.barrier = process, processes, barrier
     if self.dir.exists() and not self.dir.is_dir():
       raise RunError(f"{self.dir} is a file; --workdir must name a directory.")
     try:
       self.dir.mkdir(parents=True, exist_ok=True)
     except OSError as e:
       raise RunError(f"cannot make the run directory {self.dir}: {e.strerror}.") from None
-    self._lock = Lock(self.dir) if host == 0 else None
-    if host == 0:
+    self._lock = Lock(self.dir) if process == 0 else None
+    if process == 0:
       shards.remove_temporaries(self.dir)
 
   def __enter__(self):
@@ -70,7 +70,7 @@ class Run:
     return Stage(self, name, _fingerprint(fields, inputs or {}))
 
   def log(self, event, **fields):
-    if self.host == 0:
+    if self.process == 0:
       self.check()
       row = {"time": _now(), "event": event, **fields}
       with open(self.dir / layout.LOG, "a", encoding="utf-8") as file:
@@ -79,13 +79,13 @@ class Run:
   def save_config(self, config):
     """Writes config.json, again when it changed: the fingerprints guard the artefacts."""
     path = self.dir / layout.CONFIG
-    if self.host == 0 and not (path.exists() and read_json(path) == json.loads(json.dumps(config))):
+    if self.process == 0 and not (path.exists() and read_json(path) == json.loads(json.dumps(config))):
       self.check()
       shards.write_json(path, config)
 
   def progress(self, row):
     """Puts a row into progress.csv; it replaces the row with the same "round", new columns are added."""
-    if self.host != 0:
+    if self.process != 0:
       return
     self.check()
     path, rows = self.dir / layout.PROGRESS, layout.progress(self.dir)
@@ -114,7 +114,7 @@ class Stage:
   def __init__(self, run, name, fingerprint):
     self.run, self.name, self.dir = run, name, run.dir / name
     self.fingerprint, self.manifest, self.parts = fingerprint, None, None
-    # Listed before the fingerprint is read: another host may be writing both just now, in the opposite order.
+    # Listed before the fingerprint is read: another process may be writing both just now, in the opposite order.
     begun = self.dir.exists() and any(p.name != layout.FINGERPRINT for p in self.dir.glob("[!.]*"))
     path = self.dir / layout.FINGERPRINT
     if (self.dir / layout.MANIFEST).exists():
@@ -122,12 +122,12 @@ class Stage:
       self._compare(manifest["fingerprint"], done=True)
       _check_files(self.dir, manifest)
       self.manifest, self.parts = manifest, len(manifest["parts"])
-      if run.host == 0:
+      if run.process == 0:
         (self.dir / "seconds.json").unlink(missing_ok=True)  # killed right after writing the manifest
       return
     if path.exists() and begun:
       self._compare(read_json(path), done=False)
-    elif run.host == 0 and not (path.exists() and read_json(path) == fingerprint):
+    elif run.process == 0 and not (path.exists() and read_json(path) == fingerprint):
       run.check()
       shards.write_json(path, fingerprint)
     self._begin = time.monotonic() - self._seconds_before()
@@ -145,8 +145,8 @@ class Stage:
     return [] if self.done else [i for i in range(n) if self._sidecar(i) is None]
 
   def mine(self, n):
-    """Of the missing parts, those that this host writes."""
-    return [i for i in self.missing(n) if i % self.run.hosts == self.run.host]
+    """Of the missing parts, those that this process writes."""
+    return [i for i in self.missing(n) if i % self.run.processes == self.run.process]
 
   def write_part(self, i, n, records, kind, counts=None):
     """Writes part i of n; `counts` are numbers, nested as you like, that the manifest sums over the parts."""
@@ -165,18 +165,18 @@ class Stage:
   def beat(self):
     """Notes the time spent so far; long work that writes no parts (training) calls it at its checkpoints."""
     self.run.check()
-    if self.run.host == 0 and not self.done:
+    if self.run.process == 0 and not self.done:
       shards.write_json(self.dir / "seconds.json", {"seconds": round(time.monotonic() - self._begin, 3)})
 
   def finish(self, counts=None, files=(), **extra):
-    """Writes the manifest when all hosts are here; `files` names other files in the stage's directory."""
+    """Writes the manifest when all processes are here; `files` names other files in the stage's directory."""
     if self.done:
       return self.manifest
     self.run.barrier(f"{self.name}: written")
-    if self.run.host == 0:
+    if self.run.process == 0:
       self._write_manifest(counts or {}, files, extra)
     self.run.barrier(f"{self.name}: finished")
-    _wait_for(self.dir / layout.MANIFEST, self.run.hosts)
+    _wait_for(self.dir / layout.MANIFEST, self.run.processes)
     self.manifest = load_manifest(self.dir)
     self.parts = len(self.manifest["parts"])
     return self.manifest
@@ -192,7 +192,7 @@ class Stage:
     parts, sums = [], counts
     for i in range(self.parts or 0):
       path = self.part_path(i, self.parts)
-      _wait_for(path.with_suffix(".json"), self.run.hosts)
+      _wait_for(path.with_suffix(".json"), self.run.processes)
       row = self._sidecar(i)
       if row is None:
         raise RuntimeError(f"stage {self.name} is finished without {path.name}; write every part first")
@@ -333,9 +333,9 @@ def _window(text, first):
   return ("..." if start else "") + text[start:end] + ("..." if end < len(text) else "")
 
 
-def _wait_for(path, hosts):
+def _wait_for(path, processes):
   end = time.monotonic() + PATIENCE
-  while hosts > 1 and not path.exists() and time.monotonic() < end:
+  while processes > 1 and not path.exists() and time.monotonic() < end:
     time.sleep(0.2)
 
 
