@@ -48,6 +48,8 @@ DIALOGUES = {
   )
 }
 
+REQUESTS, DIALOGUE = LISTS["requests"], DIALOGUES["dialogue"]
+
 
 def few_shot_by_name(table, name):
   if name not in table:

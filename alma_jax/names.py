@@ -1,0 +1,111 @@
+"""The known words: what a config or a flag may say instead of "package.module:NAME".
+
+  resolve(CHAT_FORMATS, "llama3", "model.chat")            # alma_jax.text.chat:LLAMA3
+  resolve(JUDGES, "my_judges:Polite", "judge.kind")        # NAME of a module of the user's
+
+A module is looked up in the config file's folder, then in the working directory, then among the installed ones.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import importlib
+import pathlib
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from alma_jax.errors import UserError
+
+
+class NameUnknown(UserError):
+  """A word that is not known, or a module or NAME that cannot be found."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Names:
+  """One kind of choice: what it is called, and its known words -> "package.module:NAME"."""
+
+  what: str
+  words: Mapping[str, str]
+
+
+CHAT_FORMATS = Names(
+  "a chat format",
+  {
+    "llama3": "alma_jax.text.chat:LLAMA3",
+    "llama2": "alma_jax.text.chat:LLAMA2",
+    "plain": "alma_jax.text.chat:PLAIN",
+    "mini": "alma_jax.mini.formats:CHAT",
+  },
+)
+LISTS = Names("a few-shot list", {"requests": "alma_jax.text.fewshot:REQUESTS", "mini": "alma_jax.mini.formats:LIST"})
+DIALOGUES = Names(
+  "a few-shot dialogue", {"dialogue": "alma_jax.text.fewshot:DIALOGUE", "mini": "alma_jax.mini.formats:DIALOGUE"}
+)
+JUDGE_TEMPLATES = Names(
+  "a judge template",
+  {"a1": "alma_jax.text.judge:A1", "a2": "alma_jax.text.judge:A2", "mini": "alma_jax.mini.formats:JUDGE"},
+)
+JUDGES = Names("a judge", {"finetuned": "", "few_shot": ""})  # trained or shown by stages/judge.py
+EVALUATORS = Names("an evaluator", {"none": "", "mini": "alma_jax.mini.truth:Truth"})
+MODELS = Names("a model", {"mini": "alma_jax.mini:CHECKPOINT"})  # -> a directory
+DATA = Names("data", {"mini": "alma_jax.mini.seeds:write"})  # -> (directory, seed) -> its files by name
+
+_folders: list[str] = []  # where modules are looked up first
+
+
+def look_in(folder: str | pathlib.Path) -> None:
+  """Look modules up in this folder first, e.g. that of the config file."""
+  if str(folder) not in _folders:
+    _folders.append(str(folder))
+
+
+def check(table: Names, name: object, field: str) -> None:
+  """Raise unless `name` is a known word or names something that can be imported."""
+  if name not in table.words:
+    resolve(table, name, field)
+
+
+def resolve(table: Names, name: object, field: str) -> Any:
+  """What a known word or "package.module:NAME" stands for; `field` is the config's or flag's name, for errors."""
+  path = table.words.get(str(name), str(name))
+  module, colon, attribute = path.partition(":")
+  if not (colon and module and attribute):
+    near = difflib.get_close_matches(str(name), list(table.words), n=1, cutoff=0.4)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    known = ", ".join(map(repr, table.words))
+    raise NameUnknown(f"{field} is {name!r}; it may be {known} or '{table.what} of yours as package.module:NAME'{hint}")
+  try:
+    with _found_first():
+      return getattr(importlib.import_module(module), attribute)
+  except ModuleNotFoundError as error:
+    if error.name is None or not module.startswith(error.name):
+      raise  # the module is there and imports another one that is not
+    where = ", ".join([*_folders, str(pathlib.Path.cwd())])
+    raise NameUnknown(
+      f"{field} is {name!r}: there is no module {module!r} in {where} or among the installed ones"
+    ) from None
+  except AttributeError:
+    raise NameUnknown(f"{field} is {name!r}: the module {module!r} has no {attribute!r}") from None
+
+
+def source_of(table: Names, name: str) -> str | None:
+  """The SHA-256 of the file that a user's NAME stands in, for fingerprints; None for a known word."""
+  if name in table.words:
+    return None
+  with _found_first():
+    file = importlib.import_module(name.partition(":")[0]).__file__
+  return hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest() if file else None
+
+
+@contextlib.contextmanager
+def _found_first() -> Iterator[None]:
+  added = [*_folders, str(pathlib.Path.cwd())]
+  sys.path[:0] = added
+  try:
+    yield
+  finally:
+    for folder in added:
+      sys.path.remove(folder)
