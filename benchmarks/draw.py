@@ -1,27 +1,30 @@
-"""Drawing rounds of prompts from clusters at any size: time, memory, and counts that are asserted.
+"""The time and memory of drawing rounds of prompts from clusters at any size, with asserted counts.
 
   python -m benchmarks.draw [--prompts=10000000] [--clusters=100000] [--rounds=10] [--draw=5000]
   python -m benchmarks.draw --prompts=100000000 --clusters=1000000 --draw=50000    # the paper's sizes; 3 GB of memory
 
-Clusters have Pareto-distributed sizes, the median 0.4 of the mean, and rows no order. Process time is given, of one
-thread, and the most memory that the process has had; 12 bytes per prompt of that are its labels and ids. It ends with
-an AssertionError where the index is not what it should be, a prompt is drawn twice, or the number of different
-clusters is further than four standard deviations from that of independent draws.
+Cluster sizes are Pareto-distributed, their median 0.4 of the mean, and rows stand in random order. The script prints
+process time of one thread and the process's peak memory; 12 bytes per prompt of that are its labels and ids. It ends
+with an AssertionError where a queue is not sorted, a prompt is drawn twice, or the number of different clusters is more
+than four standard deviations from that of independent draws.
 """
 
 import argparse
 import math
 import resource
 import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import numpy as np
 
 from alma_jax.corpus import draw
 
 CHUNK = 2**22
+T = TypeVar("T")
 
 
-def main():
+def main() -> None:
   flags = argparse.ArgumentParser(description="How long does a round's draw take, and is it what it should be?")
   for name, value in dict(prompts=10_000_000, clusters=100_000, rounds=10, draw=5_000).items():
     flags.add_argument(f"--{name}", type=int, default=value)
@@ -30,8 +33,8 @@ def main():
   print("\n".join(measured(labels, ids, flags.rounds, flags.draw)))
 
 
-def world(n, clusters):
-  """(labels, ids) of n prompts: Pareto-distributed sizes, rows in random order, ids all different."""
+def world(n: int, clusters: int) -> tuple[np.ndarray, np.ndarray]:
+  """The labels and ids of n prompts: cluster sizes are Pareto-distributed, rows in random order, ids all different."""
   rng = np.random.default_rng(0)
   weights = 1 + rng.pareto(1.3, clusters)
   edges = np.round(np.cumsum(weights) / weights.sum() * n).astype(np.int64)
@@ -43,13 +46,13 @@ def world(n, clusters):
   return labels, ids
 
 
-def measured(labels, ids, rounds, k):
-  """The lines of the report; everything in it is checked."""
+def measured(labels: np.ndarray, ids: np.ndarray, rounds: int, k: int) -> Iterator[str]:
+  """Yields the lines of the report; every count in it is checked."""
   sizes, before = np.bincount(labels), memory()
-  index, seconds = timed(lambda: draw.build(labels, ids, 0))
+  queues, seconds = timed(lambda: draw.build(labels, ids, 0))
   yield f"{len(ids):,} prompts in {len(sizes):,} clusters: median {np.median(sizes):g}, largest {sizes.max():,}"
-  yield f"index: {seconds:.2f} s, {memory():.2f} GB of memory at most ({before:.2f} before)"
-  assert_sorted(index, ids)
+  yield f"queues: {seconds:.2f} s, {memory():.2f} GB of memory at most ({before:.2f} before)"
+  assert_sorted(queues, ids)
   yield f"{f'{rounds} rounds of {k:,}':24} {'s per round':>14} {'prompts':>10} {'clusters':>10}   expected"
   chances = {
     "diverse, round": permuted(sizes, rounds, k),
@@ -61,7 +64,7 @@ def measured(labels, ids, rounds, k):
     method, _, coverage = name.partition(", ")
     used, took = np.empty(0, np.int64), []
     for round in range(rounds):
-      rows, seconds = timed(lambda: draw.draw(index, used, k, 0, round, method, coverage or "round"))
+      rows, seconds = timed(lambda: draw.draw(queues, used, k, round, method, coverage or "round"))
       used, took = np.append(used, rows), [*took, seconds]
       if name == "proportional":
         assert_shares(np.bincount(labels[rows], minlength=len(sizes)), sizes / len(ids) * k)
@@ -72,44 +75,46 @@ def measured(labels, ids, rounds, k):
     yield f"  {name:22} {f'{min(took):.3f} - {max(took):.3f}':>14} {len(used):10,} {clusters:10,}   {told}"
 
 
-def assert_sorted(index, ids):
-  """All rows are there, by cluster and in it by the hash of the id."""
-  order, last = index.order, (-1, 0)
+def assert_sorted(queues: draw.Queues, ids: np.ndarray) -> None:
+  """Checks that each row stands in the queues once, sorted by cluster, then by the hash of its id."""
+  order, last = queues.order, (-1, 0)
   for start in range(0, len(order), CHUNK):
     rows = order[start : start + CHUNK]
-    labels, hashes = index.labels[rows].astype(np.int64), draw.hashed(0, draw.MEMBERS, ids[rows])
+    labels, hashes = queues.labels[rows].astype(np.int64), draw.hashed(0, draw.MEMBERS, ids[rows])
     labels, hashes = np.append(last[0], labels), np.append(np.uint64(last[1]), hashes)
-    # Strictly: no row stands there twice, and so none is missing.
+    # Strictly ascending: no row stands there twice, so none is missing.
     assert ((labels[1:] > labels[:-1]) | (labels[1:] == labels[:-1]) & (hashes[1:] > hashes[:-1])).all()
     last = labels[-1], hashes[-1]
-  assert (np.diff(index.offsets) == np.bincount(index.labels)).all()
+  assert (queues.sizes == np.bincount(queues.labels)).all()
 
 
-def assert_shares(found, share):
+def assert_shares(found: np.ndarray, share: np.ndarray) -> None:
   worst = np.abs(found - share).max()
   assert worst <= 3, f"proportional: a cluster is {worst:.1f} off its share"
 
 
-def permuted(sizes, rounds, k):
-  """Mean and deviation of the number of clusters drawn at least once: k of all, without replacement, in each round."""
+def permuted(sizes: np.ndarray, rounds: int, k: int) -> tuple[float, float]:
+  """Mean and deviation of the number of clusters drawn at least once, if each round draws k without replacement."""
   n = np.count_nonzero(sizes)
   out, both = (1 - k / n) ** rounds, ((n - k) * (n - k - 1) / (n * (n - 1))) ** rounds
   return n * (1 - out), math.sqrt(max(0.0, n * out * (1 - out) + n * (n - 1) * (both - out**2)))
 
 
-def scattered(sizes, k):
-  """The same for k prompts of all, whatever their clusters; the deviation is a bound."""
+def scattered(sizes: np.ndarray, k: int) -> tuple[float, float]:
+  """The same for k prompts drawn from all, whatever their clusters; the deviation is an upper bound."""
   out = (1 - k / sizes.sum()) ** sizes
   return (1 - out).sum(), math.sqrt((out * (1 - out)).sum())
 
 
-def timed(work):
+def timed(work: Callable[[], T]) -> tuple[T, float]:
+  """What `work` returns, and the seconds of process time it took."""
   start = time.process_time()
   result = work()
   return result, time.process_time() - start
 
 
-def memory():
+def memory() -> float:
+  """The process's peak memory in GB."""
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 

@@ -1,6 +1,7 @@
 """The draw against one written out in plain Python, exact counts, and what uniform draws would give."""
 
 import collections
+import dataclasses
 
 import numpy as np
 import pytest
@@ -14,9 +15,6 @@ MASK = 2**64 - 1
 WAYS = (("diverse", "round"), ("diverse", "fresh"), ("random", "round"), ("proportional", "round"))
 ways = st.sampled_from(WAYS)
 members = st.lists(st.integers(0, 9), min_size=1, max_size=80)  # the cluster of every row
-
-HASHES = st.one_of(*(st.integers(a, a + 40) for a in (0, 2**63, MASK - 40)), st.integers(0, MASK))
-WITH_HASHES = st.lists(st.tuples(st.sampled_from([0, 1, 2, 700]), HASHES), min_size=1, max_size=60)
 
 
 def mix(x):
@@ -47,7 +45,7 @@ def some_used(data, n, most=None):
   return data.draw(st.lists(st.integers(0, n - 1), unique=True, max_size=n - 1 if most is None else most))
 
 
-# The index
+# The queues
 
 
 def test_the_hash_is_splitmix64_and_stays_what_it_is():
@@ -73,11 +71,11 @@ def test_members_are_in_the_order_of_their_hashes_though_leading_bits_are_equal(
   rows = list({hash: (label, hash) for label, hash in rows}.values())
   patch = pytest.MonkeyPatch()
   patch.setattr(draw, "CHUNK", chunk)
-  index = pool([label for label, _ in rows], 5, [id_with(5, hash) for _, hash in rows])
+  queues = pool([label for label, _ in rows], 5, [id_with(5, hash) for _, hash in rows])
   patch.undo()
-  assert index.order.tolist() == sorted(range(len(rows)), key=lambda i: rows[i])
+  assert queues.order.tolist() == sorted(range(len(rows)), key=lambda i: rows[i])
   sizes = collections.Counter(label for label, _ in rows)
-  assert np.diff(index.offsets).tolist() == [sizes[c] for c in range(max(sizes) + 1)]
+  assert np.diff(queues.offsets).tolist() == [sizes[c] for c in range(max(sizes) + 1)]
 
 
 def test_memory_maps_are_read_as_arrays_are(tmp_path):
@@ -86,7 +84,7 @@ def test_memory_maps_are_read_as_arrays_are(tmp_path):
   np.save(tmp_path / "ids.npy", ids)
   mapped = draw.build(*(np.load(tmp_path / f"{name}.npy", mmap_mode="r") for name in ("labels", "ids")), 1)
   assert mapped.order.tolist() == draw.build(labels, ids, 1).order.tolist()
-  assert draw.draw(mapped, [3], 9, 1, 2).tolist() == draw.draw(draw.build(labels, ids, 1), [3], 9, 1, 2).tolist()
+  assert draw.draw(mapped, [3], 9, 2).tolist() == draw.draw(draw.build(labels, ids, 1), [3], 9, 2).tolist()
 
 
 @pytest.mark.parametrize(
@@ -98,7 +96,7 @@ def test_memory_maps_are_read_as_arrays_are(tmp_path):
     ([], [], "0 labels and 0 ids"),
   ],
 )
-def test_rows_that_cannot_be_indexed_are_named(labels, ids, message):
+def test_rows_that_cannot_be_queued_are_named(labels, ids, message):
   with pytest.raises(ValueError, match=message):
     draw.build(np.array(labels, np.int32), np.array(ids, np.uint64), 0)
 
@@ -134,22 +132,22 @@ def test_every_method_draws_what_is_written_out(labels, way, data):
   used, (seed, round) = some_used(data, len(labels)), data.draw(st.tuples(st.integers(0, 5), st.integers(0, 20)))
   k = data.draw(st.integers(1, len(labels) - len(used)))
   ids = data.draw(st.lists(st.integers(0, MASK), min_size=len(labels), max_size=len(labels), unique=True))
-  found = draw.draw(pool(labels, seed, ids), used, k, seed, round, *way)
+  found = draw.draw(pool(labels, seed, ids), used, k, round, *way)
   assert found.tolist() == plainly(labels, ids, used, k, seed, round, *way)
 
 
 @settings(max_examples=60, deadline=None)
 @given(members, ways, st.data())
 def test_rounds_never_repeat_a_prompt_and_spread_over_clusters_until_nothing_is_left(labels, way, data):
-  index, used, room = pool(labels), [], collections.Counter(labels)
+  queues, used, room = pool(labels), [], collections.Counter(labels)
   for round in range(2, 6):
     left = len(labels) - len(used)
     with pytest.raises(Exhausted, match=f"{left + 1} prompts are asked for, and only {left} are unused") as told:
-      draw.draw(index, used, left + 1, 0, round, *way)
+      draw.draw(queues, used, left + 1, round, *way)
     assert (told.value.left, told.value.asked) == (left, left + 1)
     if not left:
       break
-    rows = draw.draw(index, used, data.draw(st.integers(1, left)), 0, round, *way).tolist()
+    rows = draw.draw(queues, used, data.draw(st.integers(1, left)), round, *way).tolist()
     assert not set(rows) & set(used) and len(set(rows)) == len(rows)
     gave = collections.Counter(labels[row] for row in rows)
     assert all(gave[c] <= room[c] for c in gave)  # none from an exhausted one
@@ -166,20 +164,20 @@ def test_order_of_rows_and_of_used_ones_plays_no_part(labels, way, rng, data):
   used, ids = some_used(data, len(labels)), [7 * i + 3 for i in range(len(labels))]
   k, turned = data.draw(st.integers(1, len(labels) - len(used))), list(range(len(labels)))
   rng.shuffle(turned)
-  before = draw.draw(pool(labels, 3, ids), used, k, 3, 2, *way)
+  before = draw.draw(pool(labels, 3, ids), used, k, 2, *way)
   moved = pool([labels[i] for i in turned], 3, [ids[i] for i in turned])
   again = [turned.index(row) for row in used + used[:2]]
   rng.shuffle(again)
-  assert [turned[row] for row in draw.draw(moved, again, k, 3, 2, *way)] == before.tolist()
+  assert [turned[row] for row in draw.draw(moved, again, k, 2, *way)] == before.tolist()
 
 
 @settings(max_examples=60, deadline=None)
 @given(members, ways, st.data())
 def test_a_larger_draw_begins_with_the_smaller_one(labels, way, data):
-  used, index = some_used(data, len(labels)), pool(labels)
-  longest = draw.draw(index, used, len(labels) - len(used), 0, 2, *way).tolist()
+  used, queues = some_used(data, len(labels)), pool(labels)
+  longest = draw.draw(queues, used, len(labels) - len(used), 2, *way).tolist()
   for k in range(1, len(longest) + 1):
-    assert draw.draw(index, used, k, 0, 2, *way).tolist() == longest[:k]
+    assert draw.draw(queues, used, k, 2, *way).tolist() == longest[:k]
 
 
 @settings(max_examples=60, deadline=None)
@@ -188,8 +186,8 @@ def test_prompts_added_to_clusters_change_only_what_these_give(labels, way, adde
   used = some_used(data, len(labels))
   active = {labels[row] for row in range(len(labels)) if row not in used}
   k, added = data.draw(st.integers(1, len(active))), [c for c in added if c in active]
-  before = draw.draw(pool(labels), used, k, 0, 2, *way).tolist()
-  after = draw.draw(pool(labels + added), used, k, 0, 2, *way).tolist()
+  before = draw.draw(pool(labels), used, k, 2, *way).tolist()
+  after = draw.draw(pool(labels + added), used, k, 2, *way).tolist()
   assert not set(after) & set(used)
   grown = labels + added
   assert [grown[row] for row in after] == [labels[row] for row in before]  # the same clusters
@@ -209,12 +207,12 @@ def test_clusters_and_prompts_in_them_are_uniform_over_seeds():
   labels = [0] * 10 + [1] * 2 + list(range(2, 20))
   clusters, firsts, seconds = np.zeros(20), np.zeros(10), np.zeros(10)
   for seed in range(3000):
-    index = pool(labels, seed)
-    rows = draw.draw(index, [], 5, seed, 2)
+    queues = pool(labels, seed)
+    rows = draw.draw(queues, [], 5, 2)
     clusters += np.bincount(np.array(labels)[rows], minlength=20)
-    first = draw.draw(index, [], 20, seed, 3)
+    first = draw.draw(queues, [], 20, 3)
     firsts += np.bincount(first[first < 10], minlength=10)
-    second = draw.draw(index, first, 2, seed, 4)
+    second = draw.draw(queues, first, 2, 4)
     seconds += np.bincount(second[second < 10], minlength=10)
   assert firsts.sum() == seconds.sum() == 3000 and clusters.sum() == 15000
   assert chi_square(firsts, 300) < 4 and chi_square(seconds, 300) < 4
@@ -223,11 +221,12 @@ def test_clusters_and_prompts_in_them_are_uniform_over_seeds():
 
 def test_random_prompts_are_uniform_over_the_unused_ones_and_shares_proportional_to_sizes():
   labels = [0] * 1 + [1] * 9 + [2] * 20 + [3] * 30
-  used, index = [0, 11, 12, 13, 14, 15, 59], pool(labels)
+  used, queues = [0, 11, 12, 13, 14, 15, 59], pool(labels)
   drawn, shares = np.zeros(60), np.zeros(4)
   for seed in range(3000):
-    drawn[draw.draw(index, used, 8, seed, 2, "random")] += 1
-    shares += np.bincount(np.array(labels)[draw.draw(index, [], 1, seed, 2, "proportional")], minlength=4)
+    queues = dataclasses.replace(queues, seed=seed)
+    drawn[draw.draw(queues, used, 8, 2, "random")] += 1
+    shares += np.bincount(np.array(labels)[draw.draw(queues, [], 1, 2, "proportional")], minlength=4)
   assert drawn[used].sum() == 0
   unused, vary = np.delete(drawn, used), (45 / 53) ** 0.5  # 8 of 53 without replacement
   assert chi_square(unused / vary, 3000 * 8 / 53 / vary) < 4
@@ -238,15 +237,15 @@ def test_a_proportional_draw_gives_every_cluster_its_share():
   sizes = np.random.default_rng(0).pareto(1.1, 300).astype(int) * 20 + 20
   labels = np.repeat(np.arange(300), sizes)
   for round in range(20):
-    rows = draw.draw(pool(labels), [], 1500, 0, round, "proportional")
+    rows = draw.draw(pool(labels), [], 1500, round, "proportional")
     for k in (100, 700, 1500):
       assert np.abs(np.bincount(labels[rows[:k]], minlength=300) - sizes / len(labels) * k).max() < 2.5
 
 
 def test_rounds_and_seeds_are_independent():
   clusters, k = 2000, 200
-  index = pool(range(clusters))
-  drawn = {(s, r): set(draw.draw(index, [], k, s, r).tolist()) for s in range(8) for r in range(2, 10)}
+  seeds = [pool(range(clusters), s) for s in range(8)]
+  drawn = {(s, r): set(draw.draw(seeds[s], [], k, r).tolist()) for s in range(8) for r in range(2, 10)}
   pairs = [len(drawn[a] & drawn[b]) for a in drawn for b in drawn if a < b]
   p = k / clusters
   deviation = (k * p * (1 - p) * (clusters - k) / (clusters - 1)) ** 0.5  # of a hypergeometric number
@@ -257,11 +256,11 @@ def test_rounds_and_seeds_are_independent():
 def test_rounds_reach_as_many_clusters_as_independent_permutations_do_and_fresh_ones_all_that_can_be():
   clusters, k, rounds = 5000, 250, 10
   labels = np.repeat(np.arange(clusters), 12)
-  index = pool(labels)
+  queues = pool(labels, 1)
   for coverage in ("round", "fresh"):
     used, reached = [], []
     for round in range(2, 2 + rounds + 15 * (coverage == "fresh")):
-      used = np.append(np.array(used, int), draw.draw(index, used, k, 1, round, "diverse", coverage))
+      used = np.append(np.array(used, int), draw.draw(queues, used, k, round, "diverse", coverage))
       reached.append(len(set(labels[used].tolist())))
     if coverage == "fresh":
       assert reached == [min(clusters, k * r) for r in range(1, 26)]
@@ -276,7 +275,7 @@ def test_rounds_reach_as_many_clusters_as_independent_permutations_do_and_fresh_
 def test_methods_may_change_from_round_to_round():
   labels, used = np.arange(400) % 40, np.empty(0, int)
   for round, way in enumerate(WAYS * 2):
-    used = np.append(used, draw.draw(pool(labels), used, 50, 0, round, *way))
+    used = np.append(used, draw.draw(pool(labels), used, 50, round, *way))
   assert sorted(used.tolist()) == list(range(400))
 
 
@@ -292,4 +291,4 @@ def test_methods_may_change_from_round_to_round():
 )
 def test_what_is_no_draw_is_refused(changes, message):
   with pytest.raises(ValueError, match=message):
-    draw.draw(**({"index": pool(range(5)), "used": [], "k": 2, "seed": 0, "round": 2} | changes))
+    draw.draw(**({"queues": pool(range(5)), "used": [], "k": 2, "round": 2} | changes))

@@ -4,15 +4,17 @@
   overlaps = shared(index, ids, texts)                              # of any part of the texts, on any host
   counts = summary(index, all_overlaps)                             # plain numbers and a few examples, for a manifest
 
-Prompts and texts are given normalised (`corpus.normalise.normalised`); words are those of `corpus.words`. A prompt of
-fewer than n words is found only where a text equals it: everyone uses runs that short.
+Prompts and texts come normalised (`corpus.normalise.normalised`); words are those of `corpus.words`. A prompt of fewer
+than n words is found only where a text equals it, since runs that short occur everywhere.
 
-What to expect: every overlap and no other, as words are compared wherever the hashes of two runs are equal. One pass
-over the texts, about 2 us each; the memory needed follows the prompts and what they share, not the texts.
+The result is every overlap and nothing else: where the hashes of two runs agree, their words are compared. One pass
+over the texts takes about 2 us each; memory grows with the prompts and what they share, not with the texts.
 """
 
 import collections
 import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,35 +31,43 @@ class Overlap:
   id: str
   text: str
   name: str  # of the set
-  equal: tuple[int, ...]  # places in the set of the prompts that are this text
-  sharing: tuple[int, ...]  # of the others that have a run of words in common with it
-  run: str  # the first shared run; all of a text that is shorter
+  equal: tuple[int, ...]  # places in the set of the prompts that equal the text
+  sharing: tuple[int, ...]  # places of the other prompts that share a run of words with it
+  run: str  # the first shared run; the whole text where it is shorter
+
+
+class _Runs(NamedTuple):
+  """All runs of n words, text by text; three arrays of one length."""
+
+  hashes: np.ndarray  # uint64
+  rows: np.ndarray  # the number of the text
+  starts: np.ndarray  # the place of the run's first word in its text
 
 
 class Index:
-  """The evaluation sets, {name: [prompt, ...]}, ready for `shared`."""
+  """The evaluation sets, prepared for `shared`."""
 
-  def __init__(self, sets, n=8):
+  def __init__(self, sets: Mapping[str, Iterable[str]], n: int = 8) -> None:
     if n < 1:
       raise ValueError(f"n={n}: a shared run has at least one word; 8 is usual")
     self.n, self.sets = n, {name: list(prompts) for name, prompts in sets.items()}
     self.places = [(name, i) for name, prompts in self.sets.items() for i in range(len(prompts))]
     prompts = [self.sets[name][i] for name, i in self.places]
     self.words = [words.split(prompt) for prompt in prompts]
-    self.equal = collections.defaultdict(list)  # text -> numbers of the prompts, counted over all sets
+    self.equal = collections.defaultdict[str, list[int]](list)  # text -> numbers of the prompts, counted over all sets
     for number, prompt in enumerate(prompts):
       self.equal[prompt].append(number)
-    hashes, numbers, starts = _runs(prompts, n)
-    order = np.argsort(hashes, kind="stable")
-    self.hashes, self.numbers, self.starts = hashes[order], numbers[order], starts[order]
-    # Nearly every run of a text is unknown; one look at this table tells it.
-    bits = max(16, (64 * len(hashes)).bit_length())
+    runs = _runs(prompts, n)
+    order = np.argsort(runs.hashes, kind="stable")
+    self.hashes, self.numbers, self.starts = (column[order] for column in runs)
+    # Nearly every run of a text is unknown; one look at this table, by the hash's first bits, tells that.
+    bits = max(16, (64 * len(order)).bit_length())
     self.shift, self.known = np.uint64(64 - bits), np.zeros(1 << bits, bool)
     self.known[self.hashes >> self.shift] = True
 
 
-def shared(index, ids, texts):
-  """[Overlap] of the texts, in their order: one for each set that a text has something in common with."""
+def shared(index: Index, ids: Sequence[str], texts: Sequence[str]) -> list[Overlap]:
+  """The overlaps of the texts, in their order: one for each set with which a text has something in common."""
   if len(ids) != len(texts):
     raise ValueError(f"{len(ids)} ids for {len(texts)} texts")
   found = []
@@ -70,13 +80,14 @@ def shared(index, ids, texts):
   return found
 
 
-def summary(index, overlaps, examples=3):
-  """{set: {"prompts", "short" (fewer than n words), "equal" (texts that are one of its prompts), "overlapping" (other
-  texts that share a run), "prompts_met" (prompts that are found either way), "examples"}}."""
-  by_set = {name: [] for name in index.sets}
+def summary(index: Index, overlaps: Iterable[Overlap], examples: int = 3) -> dict[str, dict[str, Any]]:
+  """For each set: "prompts", "short" (prompts of fewer than n words), "equal" (texts that equal a prompt),
+  "overlapping" (other texts that share a run), "prompts_met" (prompts found either way) and "examples"."""
+  by_set: dict[str, list[Overlap]] = {name: [] for name in index.sets}
   for overlap in overlaps:
     by_set[overlap.name].append(overlap)
-  lengths = collections.Counter(name for (name, _), prompt in zip(index.places, index.words) if len(prompt) < index.n)
+  short = (name for (name, _), prompt in zip(index.places, index.words, strict=True) if len(prompt) < index.n)
+  lengths = collections.Counter(short)
   return {
     name: {
       "prompts": len(prompts),
@@ -93,9 +104,10 @@ def summary(index, overlaps, examples=3):
   }
 
 
-def _overlaps(index, id, text, runs):
-  """The overlaps of one text; `runs`: {number of a prompt: first shared run}, in the order of the text."""
-  equal, sharing, first = collections.defaultdict(list), collections.defaultdict(list), {}
+def _overlaps(index: Index, id: str, text: str, runs: Mapping[int, str]) -> list[Overlap]:
+  """The overlaps of one text. `runs`: its first shared run by number of the prompt, in the order of the text."""
+  equal, sharing = collections.defaultdict[str, list[int]](list), collections.defaultdict[str, list[int]](list)
+  first: dict[str, str] = {}
   for number in index.equal.get(text, ()):
     name, place = index.places[number]
     equal[name].append(place)
@@ -112,28 +124,30 @@ def _overlaps(index, id, text, runs):
   ]
 
 
-def _shared_runs(index, texts):
-  """{row: {number of a prompt: the first run of the text that it has}}."""
-  hashes, rows, starts = _runs(texts, index.n)
-  likely = np.flatnonzero(index.known[hashes >> index.shift])
-  low, high = (np.searchsorted(index.hashes, hashes[likely], side=side) for side in ("left", "right"))
+def _shared_runs(index: Index, texts: Sequence[str]) -> dict[int, dict[int, str]]:
+  """For each row with a shared run: the number of every prompt that shares one, and the first run it shares."""
+  runs = _runs(texts, index.n)
+  likely = np.flatnonzero(index.known[runs.hashes >> index.shift])
+  # The prompts' runs with the same hash are index.numbers[low:high].
+  low, high = (np.searchsorted(index.hashes, runs.hashes[likely], side=side) for side in ("left", "right"))
   hits = low < high
-  columns = [column[hits].tolist() for column in (rows[likely], starts[likely], low, high)]
-  found, row_of_words, of_row = {}, None, []
-  for row, start, a, b in zip(*columns):
+  columns = [column[hits].tolist() for column in (runs.rows[likely], runs.starts[likely], low, high)]
+  found: dict[int, dict[int, str]] = {}
+  row_of_words, of_row = None, list[str]()
+  for row, start, a, b in zip(*columns, strict=True):
     if row != row_of_words:
-      row_of_words, of_row = row, words.split(texts[row])
+      row_of_words, of_row = row, words.split(texts[int(row)])
     run = of_row[start : start + index.n]
-    for number, its in zip(index.numbers[a:b].tolist(), index.starts[a:b].tolist()):
+    for number, its in zip(index.numbers[a:b].tolist(), index.starts[a:b].tolist(), strict=True):
       if index.words[number][its : its + index.n] == run:
         found.setdefault(row, {}).setdefault(number, " ".join(run))
   return found
 
 
-def _runs(texts, n):
-  """(uint64 hash, row of the text, place of its first word) of every run of n words."""
+def _runs(texts: Sequence[str], n: int) -> _Runs:
   hashes, offsets = words.hashes(texts)
   lengths = np.diff(offsets)
+  # The hash of every n neighbours in the one array of all words; runs across the end of a text are dropped afterwards.
   count = max(len(hashes) - n + 1, 0)
   runs = hashes[:count].copy()
   for i in range(1, n):
@@ -142,4 +156,4 @@ def _runs(texts, n):
   rows = np.repeat(np.arange(len(texts)), lengths)[:count]
   starts = np.arange(count) - offsets[rows]
   inside = starts + n <= lengths[rows]
-  return runs[inside], rows[inside], starts[inside]
+  return _Runs(runs[inside], rows[inside], starts[inside])

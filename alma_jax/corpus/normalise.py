@@ -1,4 +1,4 @@
-"""Which texts count as one prompt: the normalised form, and the id that follows from it.
+"""The normalised form of texts, by which two of them count as one prompt, and the id that follows from it.
 
 `prompt_id` is the identity of a prompt everywhere, so the same request typed twice is one prompt.
 """
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 
 class _Blanks(dict[int, str]):
-  """For str.translate: quotes, sentence marks and control characters become blanks. Learnt as characters come up."""
+  """A table for str.translate: quotes, sentence marks and control characters become blanks. It grows as they occur."""
 
   def __missing__(self, code: int) -> str:
     ch = chr(code)

@@ -41,9 +41,8 @@ def drawn(labels, ids, used, options, seed, round):
   """The row numbers of the round's prompts: none of the `used` ones; corpus/draw.py says which."""
   k = options.prompts
   try:
-    return rounds_draw.draw(
-      rounds_draw.build(labels, ids, seed), used, k, seed, round, options.method, options.coverage
-    )
+    queues = rounds_draw.build(labels, ids, seed)
+    return rounds_draw.draw(queues, used, k, round, options.method, options.coverage)
   except rounds_draw.Exhausted as error:
     knob, more = "judge.distil.prompts", "a larger prompts.draws in a new --workdir"
     if round > 1:
