@@ -7,13 +7,21 @@ losses of its parts add up to that of the whole.
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from alma_jax.engine.crossentropy import token_logprobs, weighted_logprobs
 from alma_jax.llama import model as llama
+from alma_jax.options import Checked, ConfigError, option, refuse
+
+Batch = Mapping[str, Any]  # arrays by name, as `text.packing` and `runtime.batches` make them
+Totals = dict[str, Array]
+Metrics = dict[str, Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +65,7 @@ def sft(model, batch, how=How(), whole=None):
 
 
 # Every preference loss and the parameters it has beside beta and nll_weight.
-PREFERENCES = {
+PREFERENCES: dict[str, tuple[str, ...]] = {
   "dpo": (),
   "cdpo": ("label_smoothing",),
   "rdpo": ("label_smoothing",),
@@ -71,48 +79,39 @@ PREFERENCES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Preference:
-  """A preference loss; h is how much more the log-ratio log p / p_ref of the chosen response is than the rejected's.
+class Preference(Checked):
+  """A preference loss. h is the log-ratio log p / p_ref of the chosen response minus that of the rejected one.
 
   dpo        -log sigmoid(beta h)
-  cdpo       the same, if a share `label_smoothing` of the pairs is the wrong way round
-  rdpo       its unbiased estimate under that noise (robust DPO)
+  cdpo       dpo if a share `label_smoothing` of the pairs is the wrong way round
+  rdpo       the unbiased estimate of dpo under that noise (robust DPO)
   ipo        (h - 1 / (2 beta))^2 of log-ratios per token; ipo_sum: of summed ones
   dpo_norm   dpo of log-ratios per token
   simpo      -log sigmoid(beta (h - gamma_beta_ratio)) of log-probs per token, without a reference
   hinge      max(0, 1 - beta h)
-  kto        chosen and rejected against the average log-ratio z of responses to other prompts, which are each pair's
-             third sequence: 1 - sigmoid(beta (r - z)) and 1 - sigmoid(beta (z - r))
-
-  To all of them nll_weight * NLL per token of the chosen response may be added.
+  kto        1 - sigmoid(beta (r - z)) for the chosen and 1 - sigmoid(beta (z - r)) for the rejected response: each
+             log-ratio r against z, the average log-ratio of responses to other prompts (each pair's third sequence)
   """
 
-  loss: str = "dpo"
-  beta: float = 0.1
-  label_smoothing: float = 0.0
-  gamma_beta_ratio: float = 0.0
-  nll_weight: float = 0.0
+  loss: Literal["dpo", "cdpo", "rdpo", "ipo", "ipo_sum", "dpo_norm", "simpo", "hinge", "kto"] = "dpo"
+  beta: float = option(0.1, above=0)  # how sharply a difference counts; losses per token want more (simpo 2 .. 10)
+  label_smoothing: float = 0.0  # cdpo, rdpo, simpo: share of pairs that are the wrong way round
+  gamma_beta_ratio: float = 0.0  # simpo: the lead that the chosen response must have, in nats per token (0.3 .. 0.5)
+  nll_weight: float = option(0.0, least=0)  # of the chosen responses' NLL per token, added to any loss
 
-  def __post_init__(self):
-    if self.loss not in PREFERENCES:
-      raise ValueError(f"there is no preference loss {self.loss!r}; there are {', '.join(PREFERENCES)}")
+  def __post_init__(self) -> None:
+    super().__post_init__()
     for name in ("label_smoothing", "gamma_beta_ratio"):
       if getattr(self, name) and name not in PREFERENCES[self.loss]:
         having = ", ".join(loss for loss, names in PREFERENCES.items() if name in names)
-        raise ValueError(
+        raise ConfigError(
           f"{name} is {getattr(self, name)}, but the loss {self.loss!r} has none: set it to 0, or the loss to one that"
           f" has it ({having})"
         )
-    if not self.beta > 0:
-      raise ValueError(f"beta is {self.beta}; it must be above 0")
-    if not self.nll_weight >= 0:
-      raise ValueError(f"nll_weight is {self.nll_weight}; it must not be negative")
     if not 0 <= self.label_smoothing < 0.5:
-      raise ValueError(
-        f"label_smoothing is {self.label_smoothing}; it is the share of wrong pairs and must be at least 0, below 0.5"
-      )
+      refuse("label_smoothing", self.label_smoothing, "is the share of wrong pairs and must be at least 0, below 0.5")
     if self.loss in ("cdpo", "rdpo") and not self.label_smoothing:
-      raise ValueError(f"the loss {self.loss!r} without label_smoothing is 'dpo': give it one, for example 0.1")
+      raise ConfigError(f"label_smoothing is 0, with which the loss {self.loss!r} is 'dpo': set it, for example to 0.1")
 
   @property
   def sides(self):
@@ -190,18 +189,17 @@ def _of_margin(p, margin):
 
 
 @dataclasses.dataclass(frozen=True)
-class Grpo:
-  """Policy gradient on groups of responses to one prompt, each with its advantage over its group: clipped as PPO's, and
-  held near a reference by `kl` times an estimate of the divergence (exp(d) - d - 1, d = log p_ref - log p)."""
+class Grpo(Checked):
+  """Policy gradient on groups of responses to one prompt, each with its advantage over its group: clipped as in PPO,
+  and held near a reference by `kl` times an estimate of the divergence (exp(d) - d - 1, d = log p_ref - log p)."""
 
-  clip_ratio: float = 0.2
-  kl: float = 0.02
+  clip_ratio: float = 0.2  # how far a token's probability may move before it stops counting
+  kl: float = option(0.02, least=0)  # weight of the divergence from the reference
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
+    super().__post_init__()
     if not 0 < self.clip_ratio < 1:
-      raise ValueError(f"clip_ratio is {self.clip_ratio}; it must lie between 0 and 1")
-    if not self.kl >= 0:
-      raise ValueError(f"kl is {self.kl}; it must not be negative")
+      refuse("clip_ratio", self.clip_ratio, "must lie between 0 and 1")
 
 
 def advantages(scores):

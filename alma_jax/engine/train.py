@@ -13,11 +13,13 @@ supervises, so packing, passes and the number of devices do not change it.
 import dataclasses
 import functools
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import Array
 from jax.experimental import multihost_utils
 
 from alma_jax.engine import losses
@@ -25,6 +27,7 @@ from alma_jax.errors import UserError
 from alma_jax.llama import model as llama
 from alma_jax.llama import sharding
 from alma_jax.llama.sharding import BATCH
+from alma_jax.options import Checked, ConfigError, option, refuse
 
 P = jax.sharding.PartitionSpec
 
@@ -42,74 +45,61 @@ SCHEDULES = {  # the share of the way from the peak to the final rate after a sh
   "linear": lambda done: done,
   "constant": lambda done: 0.0,
 }
-MOMENTS = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
-class Optimizer:
-  learning_rate: float
-  final_learning_rate: float
-  warmup: float  # fraction of all steps
-  beta1: float
-  beta2: float
-  eps: float
-  weight_decay: float
-  clip: float  # global norm of the gradient
-  schedule: str = "cosine"  # from the peak down to the final rate
-  moments: str = "float32"
+class Optimizer(Checked):
+  """AdamW with a clipped gradient and a schedule."""
 
-  def __post_init__(self):
-    for name, words in (("schedule", SCHEDULES), ("moments", MOMENTS)):
-      if getattr(self, name) not in words:
-        raise ValueError(f"{name} is {getattr(self, name)!r}; it may be {', '.join(map(repr, words))}")
-    if not 0 <= self.warmup <= 1:
-      raise ValueError(f"warmup is {self.warmup}; it is a fraction of all steps, 0 to 1")
-    if not self.learning_rate > 0:
-      raise ValueError(f"learning_rate is {self.learning_rate}; it must be above 0")
-    if not 0 <= self.final_learning_rate <= self.learning_rate:
-      raise ValueError(
-        f"final_learning_rate is {self.final_learning_rate}; it must lie between 0 and learning_rate,"
-        f" {self.learning_rate}"
-      )
+  learning_rate: float = option(above=0)  # the peak
+  final_learning_rate: float = option(least=0)  # the schedule ends here
+  warmup: float = option(0.0, least=0, most=1)  # fraction of all steps
+  beta1: float = 0.9
+  beta2: float = 0.95
+  eps: float = 1e-8
+  weight_decay: float = 0.1  # of everything but norms
+  clip: float = 1.0  # of the global gradient norm; float("inf"): no clipping
+  schedule: Literal["cosine", "linear", "constant"] = "cosine"  # from the peak down to the final rate
+  moments: Literal["float32", "bfloat16"] = "float32"  # bfloat16: 4 bytes less for each weight
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    if self.final_learning_rate > self.learning_rate:
+      allowed = f"must lie between 0 and learning_rate, {self.learning_rate}"
+      refuse("final_learning_rate", self.final_learning_rate, allowed)
     if not self.clip > 0:
-      raise ValueError(f"clip is {self.clip}; it must be above 0 (float('inf'): no clipping)")
+      refuse("clip", self.clip, "must be above 0 (float('inf'): no clipping)")
     if self.moments == "bfloat16" and self.beta2 > 0.99:
-      raise ValueError(
-        f"moments='bfloat16' with beta2={self.beta2}: bfloat16 has 8 bits, in which a change of {1 - self.beta2:.2g} of"
-        " a moment is lost, so that it would never fall; set beta2 to at most 0.99 or moments to 'float32'"
+      raise ConfigError(
+        f"moments is 'bfloat16' with beta2={self.beta2}: bfloat16 has 8 bits, in which a change of"
+        f" {1 - self.beta2:.2g} of a moment is lost, so that it would never fall; set beta2 to at most 0.99 or moments"
+        " to 'float32'"
       )
 
 
 @dataclasses.dataclass(frozen=True)
-class Objective:
-  kind: str  # "sft", "preference", "grpo"
-  preference: losses.Preference | None = None
-  grpo: losses.Grpo | None = None
-  remat: str = "none"  # what is kept for the backward pass (llama.model.REMAT), or "auto"
-  dropout: float = 0.0  # residual dropout of the last layer; it rises evenly from 0 in the first
+class Objective(Checked):
+  """What a step minimises, and how the model is run for that."""
+
+  kind: losses.Preference | losses.Grpo | None = None  # None: the NLL of SFT
+  remat: Literal["auto", "none", "products", "full"] = "none"  # what is kept for the backward pass; auto: see `planned`
+  dropout: float = option(0.0, least=0)  # residual dropout of the last layer; it rises evenly from 0 in the first
   compute_dtype: str = "float32"
 
-  def __post_init__(self):
-    if self.kind not in ("sft", "preference", "grpo"):
-      raise ValueError(f"there is no objective {self.kind!r}; there are 'sft', 'preference' and 'grpo'")
-    for name in ("preference", "grpo"):
-      if (self.kind == name) != (getattr(self, name) is not None):
-        word = "with" if self.kind == name else "without"
-        raise ValueError(f"the objective {self.kind!r} goes {word} a {name.capitalize()}")
-    if self.remat not in ("auto", *llama.REMAT):
-      words = ", ".join(map(repr, ("auto", *llama.REMAT)))
-      raise ValueError(f"remat is {self.remat!r}; it may be {words}")
-    if not 0 <= self.dropout < 1:
-      raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    if not self.dropout < 1:
+      refuse("dropout", self.dropout, "must be at least 0 and below 1")
 
-  @property
-  def loss(self):
-    """(model, batch, how, whole) -> (loss, metrics)."""
-    if self.kind == "preference":
-      return lambda model, batch, *more: losses.preference(model, batch, self.preference, *more)
-    if self.kind == "grpo":
-      return lambda model, batch, *more: losses.grpo(model, batch, self.grpo, *more)
-    return losses.sft
+  def loss(
+    self, model: llama.Llama, batch: losses.Batch, how: losses.How, whole: losses.Totals
+  ) -> tuple[Array, losses.Metrics]:
+    """(loss, metrics) of a batch, which is part of one with the totals `whole`."""
+    if isinstance(self.kind, losses.Preference):
+      return losses.preference(model, batch, self.kind, how, whole)
+    if isinstance(self.kind, losses.Grpo):
+      return losses.grpo(model, batch, self.kind, how, whole)
+    return losses.sft(model, batch, how, whole)
 
 
 def learning_rate(o, step, steps):
@@ -180,7 +170,7 @@ def _programs(c, mesh, o, objective):
 
 def abstract_state(c, mesh, moments):
   """Shapes and shardings of (model, moments), as a checkpoint of them is restored."""
-  return _programs(c, mesh, Optimizer(1.0, 0.0, 0.0, 0.9, 0.95, 1e-8, 0.0, 1.0, moments=moments), Objective("sft"))[2]
+  return _programs(c, mesh, Optimizer(1.0, 0.0, 0.0, 0.9, 0.95, 1e-8, 0.0, 1.0, moments=moments), Objective())[2]
 
 
 def _gradient(model, batch, objective, how):

@@ -15,6 +15,7 @@ import shutil
 import signal
 import threading
 import time
+from typing import Literal
 
 import jax
 import numpy as np
@@ -22,16 +23,78 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from alma_jax.engine import losses
-from alma_jax.engine import train as engine
+from alma_jax.engine import train as engine_train
 from alma_jax.llama import config as llama_config
 from alma_jax.llama import sharding, weights
+from alma_jax.options import Checked, option, spread
 from alma_jax.runtime.batches import Batches, Examples, Graded, Pairs
 from alma_jax.runtime.host import Checkpoint
 from alma_jax.store import shards
 from alma_jax.text import chat
 
-# How a training is run, which leaves its result as it is but for the last bits: no part of a stage's fingerprint.
-PRACTICAL = ("remat", "passes", "checkpoint_every", "checkpoint_keep")
+
+# Options
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(Checked):
+  """One training stage on Examples. `batch` counts examples; a step packs them into rows of `row_length` tokens."""
+
+  optimizer: engine_train.Optimizer = spread(engine_train.Optimizer)
+  batch: int = option(least=1)
+  epochs: float = option(above=0)
+  row_length: int = option(least=1)  # tokens; longer examples are cut and counted
+  average: Literal["tokens", "examples"] = "tokens"  # every supervised token counts alike; "examples": every example
+  dropout: float = 0.0  # of what the last layer adds; it rises evenly from 0 in the first (LIMA: 0.3)
+  # These change the result only by rounding and may be changed in a run that has begun:
+  remat: Literal["auto", "none", "products", "full"] = option("auto", practical=True)  # from "none" to "full": less
+  # memory, more time; auto: the first that fits
+  passes: int = option(1, least=1, practical=True)  # through the model for a step: more of them take less memory
+  checkpoint_every: int = option(200, least=1, practical=True)  # steps between checkpoints; the last two are kept
+  checkpoint_keep: int = option(0, least=0, practical=True)  # one in so many steps stays for good; 0: none
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    self.objective("float32")
+
+  def objective(self, compute_dtype: str) -> engine_train.Objective:
+    """What the steps minimise."""
+    return engine_train.Objective(None, self.remat, self.dropout, compute_dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicyOptions(Options):
+  """The training of a round by SFT."""
+
+  init_from: str = "base"  # what is trained: "base", "sft_1", ..., "latest"
+  history: Literal["all", "latest"] = "all"  # on the trainsets of all rounds so far; "latest": on this round's
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreferenceOptions(PolicyOptions):
+  """A training stage on pairs; a step takes `batch` of them."""
+
+  init_from: str = "sft_1"
+  ref_from: str = "init"  # the reference: "init", or as init_from
+  preference: losses.Preference = spread(losses.Preference)
+
+  def objective(self, compute_dtype: str) -> engine_train.Objective:
+    return dataclasses.replace(super().objective(compute_dtype), kind=self.preference)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GrpoOptions(Options):
+  """A training stage on all responses of a round; a step takes `batch` of them."""
+
+  init_from: str = "latest"
+  ref_from: str = "sft_1"  # what it is held near
+  grpo: losses.Grpo = spread(losses.Grpo)
+
+  def objective(self, compute_dtype: str) -> engine_train.Objective:
+    return dataclasses.replace(super().objective(compute_dtype), kind=self.grpo)
+
+
+# Training
 
 
 def train(session, stage, init, data, options, seed):
@@ -40,9 +103,9 @@ def train(session, stage, init, data, options, seed):
   session.free()
   passes = min(options.passes, max(1, options.batch))
   batches = Batches(data, options, seed, sharding.replicas(session.mesh) * passes)
-  goal, optimizer = objective(options, type(data), session.dtype), optimizer_of(options)
+  goal, optimizer = options.objective(session.dtype), options.optimizer
   memory = _least_of_all_hosts(session.training_bytes)
-  plan = engine.planned(_config(session), session.mesh, optimizer, goal, batches(0), passes, memory)
+  plan = engine_train.planned(_config(session), session.mesh, optimizer, goal, batches(0), passes, memory)
   session.run.log("memory", stage=stage.name, state=plan.state, working=plan.working, there=memory, remat=plan.remat)
   if plan.bytes > memory / 10:
     session.say(
@@ -85,61 +148,15 @@ def train(session, stage, init, data, options, seed):
         if markers := chat.special_ids(session.tokenizer, session.chat):
           start, reset = weights.reinit_untrained(start, markers)
         every, steps = options.checkpoint_every, batches.steps
-        model = engine.fit(
+        model = engine_train.fit(
           start, batches, steps, optimizer, goal, session.mesh, plan, seed, every, restore, save, report, failed, stop
         )
-    except engine.Stopped:
+    except engine_train.Stopped:
       session.say(f"{stage.name}: stopped and saved; the same command goes on from here")
       raise SystemExit(143) from None
   facts = {"steps": batches.steps, "examples": batches.count, "rows": batches.counts[0]}
   facts |= {"untrained_tokens_reset": len(reset)}
   return export(session, model, stage.dir / "model"), facts
-
-
-def check(options, dtype):
-  """A ValueError for what cannot be meant, before anything runs."""
-  for name in ("batch", "row_length", "passes", "checkpoint_every"):
-    if options[name] < 1:
-      raise ValueError(f"{name} is {options[name]}; it must be at least 1")
-  if not options.epochs > 0:
-    raise ValueError(f"epochs is {options.epochs}; it must be above 0")
-  if options.average not in ("tokens", "examples"):
-    raise ValueError(f"average is {options.average!r}; it may be 'tokens' or 'examples'")
-  optimizer_of(options)
-  kind = Pairs if "loss" in options else Graded if "clip_ratio" in options else Examples
-  objective(options, kind, dtype)
-
-
-def objective(options, kind, compute_dtype):
-  """What a training section asks for on data of that kind."""
-  name = {Examples: "sft", Pairs: "preference", Graded: "grpo"}[kind]
-  return engine.Objective(
-    kind=name,
-    preference=preference(options) if kind is Pairs else None,
-    grpo=_fields_of(losses.Grpo, options) if kind is Graded else None,
-    remat=options.remat,
-    dropout=options.dropout,
-    compute_dtype=compute_dtype,
-  )
-
-
-def preference(options):
-  """The loss that a training section on pairs asks for."""
-  return _fields_of(losses.Preference, options)
-
-
-def optimizer_of(options):
-  return _fields_of(engine.Optimizer, options)
-
-
-def _fields_of(kind, options):
-  """The dataclass `kind` with its fields as the section has them."""
-  return kind(**{field.name: options[field.name] for field in dataclasses.fields(kind) if field.name in options})
-
-
-def fingerprint(options):
-  """What of a training section decides its result."""
-  return {name: value for name, value in options.to_dict().items() if name not in PRACTICAL}
 
 
 def sequence_logprobs(session, checkpoint, sequences, options):
@@ -152,7 +169,7 @@ def _sequence_logprobs(session, model, sequences, options):
   batches = _in_order(session, sequences, options)
   out = np.zeros(len(sequences), np.float32)
   made = map(batches, range(batches.steps))
-  scored = engine.sequence_logprobs(model, made, options.batch, session.dtype, session.mesh)
+  scored = engine_train.sequence_logprobs(model, made, options.batch, session.dtype, session.mesh)
   for step, logprobs in enumerate(scored):
     members = batches.members(step)
     out[members] = logprobs[: len(members)]
@@ -166,7 +183,7 @@ def token_logprobs(session, checkpoint, sequences, options):
   batches = _in_order(session, sequences, options)
   out = [np.zeros(len(ids) - 1, np.float32) for ids, _ in sequences]
   made = [batches(step) for step in range(batches.steps)]
-  for step, logprobs in enumerate(engine.token_logprobs(model, made, session.dtype, session.mesh)):
+  for step, logprobs in enumerate(engine_train.token_logprobs(model, made, session.dtype, session.mesh)):
     example, members = made[step]["example"], batches.members(step)
     by_example = np.argsort(example, axis=None, kind="stable")[(example < 0).sum() :]  # padding comes first
     parts = np.split(logprobs.ravel()[by_example], np.cumsum([len(sequences[i][0]) for i in members])[:-1])
@@ -218,7 +235,7 @@ def checkpoint_model(host, directory, step, mesh):
   """The fp32 model of a checkpoint that a training left in `directory`, on any mesh."""
   with ocp.training.Checkpointer(directory.absolute()) as checkpoints:
     kept = {str(leaf.dtype) for leaf in jax.tree.leaves(checkpoints.metadata(step).metadata)}
-    abstract = engine.abstract_state(_config(host), mesh, "bfloat16" if "bfloat16" in kept else "float32")
+    abstract = engine_train.abstract_state(_config(host), mesh, "bfloat16" if "bfloat16" in kept else "float32")
     return _with_leaves(abstract, checkpoints.load(step, _leaves(abstract)))[0]
 
 
@@ -273,7 +290,7 @@ class _Log:
     self.path, self.active, self.first = stage.dir / "metrics.jsonl", session.run.process == 0, True
     self.batches, self.began, self.steps = batches, None, 0
     self.c, device = _config(session), session.mesh.devices.flat[0]
-    self.peak = (engine.peak(device) or 0) * session.mesh.size
+    self.peak = (engine_train.peak(device) or 0) * session.mesh.size
     self.board = None
 
   def __enter__(self):
@@ -299,7 +316,7 @@ class _Log:
     self.began = now
     speed = {"seconds": seconds, "tokens": sum(lengths), "tokens_per_second": sum(lengths) / seconds}
     if self.peak:
-      speed["mfu"] = engine.operations(self.c, lengths) / seconds / self.peak
+      speed["mfu"] = engine_train.operations(self.c, lengths) / seconds / self.peak
     if self.active:
       self._append(step, metrics, speed)
     return speed["tokens_per_second"]
