@@ -10,41 +10,41 @@ round can differ: --config.rounds="{3: {'responses': {'temperature': 0.9}}}". To
 copy configs/forkme.py.
 """
 
-from ml_collections import ConfigDict
+from typing import Any
 
-from configs.common import policy, policy_gradients, preferences, sampling, training
+from configs.common import Config, policy, policy_gradients, preferences, sampling, section, training
 
 
-def get_config(size="mini"):
+def get_config(size: str = "mini") -> Config:
   sizes = {"mini": mini, "8b": llama_8b, "70b": llama_70b}
   if size not in sizes:
     raise ValueError(f"configs/alma.py has no size {size!r}; there are {', '.join(sizes)}")
   return sizes[size]()
 
 
-def llama_8b():
+def llama_8b() -> Config:
   """The paper's run: K = 50k prompts, N = 200 responses, ten rounds of feedback."""
-  c = ConfigDict()
+  c = section()
   c.recipe = "alma"
   c.seed = 0
   c.feedback_rounds = 10  # rounds 2 .. 11; round 1 is the initial SFT
-  c.rounds = ConfigDict()  # overrides, e.g. {3: dict(responses=dict(temperature=0.9))}
+  c.rounds = section()  # overrides, e.g. {3: dict(responses=dict(temperature=0.9))}
   c.shards = 64  # parts per stage: the unit of resuming and of splitting over hosts
 
-  c.model = ConfigDict()
+  c.model = section()
   c.model.path = ""  # a Hugging Face directory of a base model
   c.model.chat = "llama3"  # llama3, llama2, plain, mini
-  c.model.dtype = "auto"  # of sampling, scoring and forward passes: bfloat16, on CPUs float32
+  c.model.dtype = "auto"  # of sampling, scoring and forward passes; auto: bfloat16, on CPUs float32
   c.model.save_dtype = "bfloat16"  # of the weights of every trained checkpoint
 
-  c.data = ConfigDict()  # JSONL, Parquet or "tfds:NAME:SPLIT"
+  c.data = section()  # JSONL, Parquet or "tfds:NAME:SPLIT"
   c.data.sft = ""  # demonstrations: messages, or prompt and response
   c.data.judge = ""  # annotations: the same with a score 0..10
-  c.data.eval = ""  # evaluation prompts; empty: hold some demonstrations out
-  c.data.held_out = 200  # how many, then
+  c.data.eval = ""  # evaluation prompts; empty: some demonstrations are held out
+  c.data.held_out = 200  # how many, if data.eval is empty
 
-  c.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))  # of training, over all hosts; -1: what is left
-  c.engine = ConfigDict()
+  c.mesh = section(data=1, fsdp=-1, tensor=1)  # of training, over all hosts; -1: all devices that are left
+  c.engine = section()
   c.engine.tensor = 1  # devices that share one copy of the model in sampling and scoring
   c.engine.slots = 0  # sequences that decode together, per copy; 0: as many as fit, at most 512
   c.engine.rows = 32  # rows per scoring or embedding call, per copy
@@ -59,21 +59,21 @@ def llama_8b():
   c.prompts.shots = (3, 5)
   c.prompts.template = "requests"  # text/fewshot.py, LISTS
   c.prompts.max_characters = 4000
-  c.prompts.similarity = 0.7  # ROUGE-L from which a prompt counts as another one again; 0: equal ones only
-  c.prompts.ngram = 8  # words that evaluation prompts and others share, for the report on contamination
-  c.embeddings = ConfigDict()  # of the pool, for the clusters
+  c.prompts.similarity = 0.7  # ROUGE-L from which two prompts count as one; 0: only equal ones do
+  c.prompts.ngram = 8  # shared words in a row that count as contamination of an evaluation prompt, in the report
+  c.embeddings = section()  # of the pool, for the clusters
   c.embeddings.layers = 0  # of the base model; 0: all
   c.embeddings.pooling = "mean"  # "last": the last token's state
-  c.embeddings.dims = 1024  # principal dimensions that are kept
-  c.embeddings.sample = 131_072  # prompts from which these follow
-  c.clusters = ConfigDict(dict(k=200_000, iterations=10))
+  c.embeddings.dims = 1024  # principal dimensions to keep
+  c.embeddings.sample = 131_072  # prompts to compute them from
+  c.clusters = section(k=200_000, iterations=10)
   c.clusters.spherical = False
   c.clusters.method = "flat"  # "two_level": cheaper and coarser
-  c.clusters.per_centroid = 0  # train on so many prompts for each cluster; 0: on all
-  c.draw = ConfigDict()
+  c.clusters.per_centroid = 0  # prompts per cluster that k-means trains on; 0: all
+  c.draw = section()
   c.draw.prompts = 50_000  # K
   c.draw.method = "diverse"  # one prompt from each of K clusters; "random": any (Table 4); "proportional": by size
-  c.draw.coverage = "round"  # every round draws from all clusters; "fresh": those that gave least come first
+  c.draw.coverage = "round"  # every round draws from all clusters; "fresh": clusters that gave least come first
 
   # Responses
   c.responses = sampling(0.8, 0.95, max_new_tokens=1024, max_prompt_tokens=1024)
@@ -81,20 +81,20 @@ def llama_8b():
   c.responses.checkpoints = ("sft", "latest")  # "sft": both initial models; "sft_1"; "latest" (Table 5)
 
   # The judge
-  c.judge = ConfigDict()
+  c.judge = section()
   c.judge.kind = "finetuned"  # "few_shot": the base model with three examples (Table 3)
   c.judge.mode = "expected"  # "integer": the likeliest score (Table 3)
   c.judge.template = "a2"  # a1, a2 (the paper's appendix), mini
   c.judge.held_out = 0.05  # of the annotated prompts, to accept or refuse the distilled judge
   c.judge.train = training(5e-6, 5e-7, batch=64, epochs=2, row_length=2048, warmup=0.05)
-  c.judge.distil = ConfigDict()
+  c.judge.distil = section()
   c.judge.distil.prompts = 10_000  # synthetic prompts, answered by the initial models; 0: no distillation
   c.judge.distil.target = "two_hot"  # "rounded"
   c.judge.distil.sample = sampling(0.8, 0.95, n=2, max_new_tokens=1024, max_prompt_tokens=1024)
   c.judge.distil.train = training(2.5e-6, 2.5e-7, batch=64, epochs=1, row_length=2048)
 
   # Selection and training
-  c.trainset = ConfigDict()
+  c.trainset = section()
   c.trainset.method = "best_of_n"  # "dpo": best against another (Table 7); "random": no judge; "grpo": all
   c.trainset.min_margin = 0.0  # dpo: least difference of the two scores
   c.policy_seed = 100
@@ -110,19 +110,19 @@ def llama_8b():
   return c
 
 
-def llama_70b():
+def llama_70b() -> Config:
   """The same with Llama-3-70B: tensor parallelism for sampling, one copy per 8 devices."""
   c = llama_8b()
   c.engine.tensor = 8
-  c.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=8))
-  for section in (c.sft, c.policy):
-    section.learning_rate, section.final_learning_rate = 2e-6, 4e-7
+  c.mesh = section(data=1, fsdp=-1, tensor=8)
+  for stage in (c.sft, c.policy):
+    stage.learning_rate, stage.final_learning_rate = 2e-6, 4e-7
   c.judge.train.learning_rate, c.judge.train.final_learning_rate = 2e-6, 2e-7
   c.judge.distil.train.learning_rate, c.judge.distil.train.final_learning_rate = 1e-6, 1e-7
   return c
 
 
-def mini():
+def mini() -> Config:
   """The miniature world: a base model of a few hundred thousand weights that comes with the package."""
   c = llama_8b()
   c.feedback_rounds = 9  # rounds 2 .. 10
@@ -131,7 +131,7 @@ def mini():
   c.data.update(dict(sft="mini", judge="mini", eval="mini"))
   c.engine.update(dict(slots=128, rows=128))
 
-  tiny = dict(batch=32, row_length=64, warmup=0.1, weight_decay=0.0, beta2=0.98)
+  tiny: dict[str, Any] = dict(batch=32, row_length=64, warmup=0.1, weight_decay=0.0, beta2=0.98)
   c.sft = training(1e-3, 0.0, epochs=6, **tiny)
   c.policy = policy(1e-3, 0.0, epochs=3, **tiny)
   c.dpo = preferences(3e-4, 0.0, epochs=2, **tiny)
@@ -145,7 +145,7 @@ def mini():
   room = dict(max_new_tokens=16, max_prompt_tokens=16)
   c.prompts.update(sampling(1.0, 1.0, max_new_tokens=12, max_prompt_tokens=64))
   c.prompts.update(dict(draws=1536, template="mini"))
-  c.prompts.similarity = 0.0  # of four words each one counts
+  c.prompts.similarity = 0.0  # prompts have four words, and each one counts
   c.clusters.k = 192
   c.draw.prompts = 24
   c.responses.update(sampling(0.7, 1.0, n=16, **room))

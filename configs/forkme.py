@@ -3,25 +3,26 @@
   cp configs/forkme.py configs/mine.py
   python -m alma_jax.main --config=configs/mine.py --workdir=runs/mine
 
-What cannot be meant stops the run with a message that says what to change and where. Some that people meet first:
+An invalid value stops the run with a message that says what to change and where. Some that people meet first:
   sft.jsonl, line 7: `response` is missing or null; ...     a row of your data: mend the row
   config has no field 'polcy.epochs'; did you mean ...      a misspelt name, here, in `rounds` or on the command line
   stage round_02/responses was made with other values ...   the run directory holds results of another config: start in
                                                             another --workdir, or delete that stage
-RESOURCE_EXHAUSTED comes from the device: set engine.slots (sampling; 0 takes what is thought to fit), lower engine.rows
-(scoring), or raise mesh.fsdp or engine.tensor (more devices per copy of the model). None of the four changes the
-results beyond rounding.
+RESOURCE_EXHAUSTED means that a device has too little memory: set engine.slots (sampling; 0 takes what should fit),
+lower engine.rows (scoring), or raise mesh.fsdp or engine.tensor (more devices per copy of the model). These four change
+results only by rounding.
 """
 
 from configs import alma
+from configs.common import Config
 
 
-def get_config():
-  c = alma.llama_8b()  # everything that is not said below is as in the paper; configs/alma.py explains each line
+def get_config() -> Config:
+  c = alma.llama_8b()  # the paper's values, also of fields not named below; configs/alma.py explains all
 
   # The base model: a Hugging Face directory of a Llama 2, 3, 3.1 or 3.2: config.json, *.safetensors, the tokenizer.
   c.model.path = "/models/Meta-Llama-3-8B"  # CHANGE
-  c.model.chat = "llama3"  # what its chat tokens are: llama3, llama2, or plain for a model without any
+  c.model.chat = "llama3"  # its chat format: llama3, llama2, plain (no chat tokens), or "package.module:NAME"
 
   # Your data. JSONL (one object per line), .json (one array), .parquet, or "tfds:NAME[/CONFIG]:SPLIT". A row has
   # `messages`, a list of {"role", "content"} that ends with the assistant's turn, or `prompt` and `response`.
@@ -30,15 +31,15 @@ def get_config():
   c.data.eval = ""  # prompts to evaluate on, no responses needed; empty: some demonstrations are held out,
   c.data.held_out = 200  # this many, but at most a tenth
 
-  # How much work it is. These are a first try for a day on one machine with 8 GPUs; the paper's are in the comments.
+  # The size of the run. The values are a first try for a day on one machine with 8 GPUs; the comments give the paper's.
   c.feedback_rounds = 3  # 10
   c.prompts.draws = 40_000  # 2_000_000 synthetic prompts, before duplicates are left out
-  c.clusters.k = 8_000  # 200_000; at most the number of prompts that are left
+  c.clusters.k = 8_000  # 200_000; at most the number of prompts without duplicates
   c.draw.prompts = 2_000  # 50_000 prompts per round; rounds x this <= the pool
   c.responses.n = 16  # 200 responses per prompt: the cost of the run is rounds x prompts x n
   c.judge.distil.prompts = 2_000  # 10_000; 0: the judge is not distilled
 
-  # How long texts are, in tokens: what does not fit is left out or cut, and counted in the manifests.
+  # The length of texts in tokens. Longer ones are left out or cut, and counted in the manifests.
   c.responses.max_prompt_tokens = 1024
   c.responses.max_new_tokens = 1024
   c.policy.row_length = 2048  # prompt and response together
@@ -48,8 +49,8 @@ def get_config():
   c.policy.learning_rate, c.policy.final_learning_rate = 5.5e-6, 1.1e-6
   c.policy.batch = 128  # examples per step
 
-  # The devices. fsdp=-1 spreads training over all of them; a model that does not fit on one device for sampling
-  # needs engine.tensor = 2, 4 or 8.
+  # The devices. fsdp=-1 spreads training over all of them; engine.tensor = 2, 4 or 8 spreads a model that is too
+  # large for one device in sampling.
   c.mesh.update(dict(data=1, fsdp=-1, tensor=1))
   c.engine.tensor = 1
 

@@ -1,4 +1,4 @@
-"""A control for every table, on the miniature world: the judge's choice against any finished response.
+"""A control for every table, on the miniature world: the judge's choice against a random finished response.
 
   python launch/sweep.py --config=configs/ablations/control_random.py --workdir=runs/control
 
@@ -6,16 +6,19 @@ Random selection keeps everything but the judge: the prompts, the sampling, the 
 training. What best-of-n gains over it is what the judge is worth. 2 methods x 3 seeds, five rounds of feedback each.
 """
 
+from collections.abc import Callable
+
 from configs import alma
+from configs.common import Config
 
 
-def get_config():
+def get_config() -> Config:
   c = alma.mini()
   c.feedback_rounds = 5
   return c
 
 
-def sweep(add):
+def sweep(add: Callable[..., None]) -> None:
   for seed in range(3):
     for method in ("best_of_n", "random"):
       add(seed=seed, trainset=dict(method=method))

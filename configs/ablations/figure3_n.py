@@ -5,16 +5,19 @@
 N = 1, 4, 16, 64 x 3 seeds, three rounds of feedback each. N = 1 trains on whatever the models wrote.
 """
 
+from collections.abc import Callable
+
 from configs import alma
+from configs.common import Config
 
 
-def get_config():
+def get_config() -> Config:
   c = alma.mini()
   c.feedback_rounds = 3
   return c
 
 
-def sweep(add):
+def sweep(add: Callable[..., None]) -> None:
   for seed in range(3):
     for n in (1, 4, 16, 64):
       add(seed=seed, responses=dict(n=n))

@@ -7,16 +7,19 @@ scores the policy. 4 judges x 3 seeds, two rounds of feedback each. The fine-tun
 annotations is in the manifest of each run's `judge` and `judge_distilled`.
 """
 
+from collections.abc import Callable
+
 from configs import alma
+from configs.common import Config
 
 
-def get_config():
+def get_config() -> Config:
   c = alma.mini()
   c.feedback_rounds = 2
   return c
 
 
-def sweep(add):
+def sweep(add: Callable[..., None]) -> None:
   undistilled = dict(prompts=0)
   for seed in range(3):
     add(seed=seed, judge=dict(kind="few_shot", mode="expected"))

@@ -6,16 +6,19 @@ One prompt from each of K clusters, or K prompts drawn at random; 3 seeds, five 
 one world differ more than these two: read the means over seeds with their intervals.
 """
 
+from collections.abc import Callable
+
 from configs import alma
+from configs.common import Config
 
 
-def get_config():
+def get_config() -> Config:
   c = alma.mini()
   c.feedback_rounds = 5
   return c
 
 
-def sweep(add):
+def sweep(add: Callable[..., None]) -> None:
   for seed in range(3):
     for method in ("diverse", "random"):
       add(seed=seed, draw=dict(method=method))

@@ -6,16 +6,19 @@ One initial SFT model, both of them, the last round's model, or all three (the p
 responses in all; 3 seeds, five rounds of feedback each.
 """
 
+from collections.abc import Callable
+
 from configs import alma
+from configs.common import Config
 
 
-def get_config():
+def get_config() -> Config:
   c = alma.mini()
   c.feedback_rounds = 5
   return c
 
 
-def sweep(add):
+def sweep(add: Callable[..., None]) -> None:
   for seed in range(3):
     for checkpoints in (("sft_1",), ("sft",), ("latest",), ("sft", "latest")):
       add(seed=seed, responses=dict(checkpoints=checkpoints))

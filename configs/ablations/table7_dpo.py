@@ -6,16 +6,19 @@
 a row per round, the table of the sweep shows the last.
 """
 
+from collections.abc import Callable
+
 from configs import alma
+from configs.common import Config
 
 
-def get_config():
+def get_config() -> Config:
   c = alma.mini()
   c.feedback_rounds = 5
   return c
 
 
-def sweep(add):
+def sweep(add: Callable[..., None]) -> None:
   for seed in range(3):
     for method in ("best_of_n", "dpo"):
       add(seed=seed, trainset=dict(method=method))
