@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alma_jax.llama import attention, attention_cpu, attention_nvidia, attention_tpu
+from alma_jax.llama import attention, attention_cpu, attention_nvidia, attention_reference, attention_tpu
 from alma_jax.llama.sharding import make_mesh
 
-NEVER = attention.NEVER
+NEVER = attention_reference.NEVER
 
 
 def example(B, T, S, N, K, H, seed=0, dtype=jnp.float32):
@@ -62,7 +62,7 @@ def close(got, wanted, atol):
 @functools.partial(jax.jit, static_argnums=0)
 def all_of(attend, q, k, v, seen, weights):
   (out, lse), backward = jax.vjp(lambda q, k, v: attend(q, k, v, seen), q, k, v)
-  return out, lse, *backward(tuple(w.astype(x.dtype) for w, x in zip(weights, (out, lse))))
+  return out, lse, *backward(tuple(w.astype(x.dtype) for w, x in zip(weights, (out, lse), strict=True)))
 
 
 def values_and_gradients(attend, q, k, v, seen):
@@ -75,6 +75,11 @@ def values_and_gradients(attend, q, k, v, seen):
 SHAPES = [(4, 4, 8), (4, 2, 16), (4, 1, 32), (8, 4, 64), (2, 1, 128)]  # N, K, H
 
 
+def test_back_ends_know_the_reference_and_not_the_file_that_chooses_them():
+  for back_end in (attention_cpu, attention_nvidia, attention_tpu, attention_reference):
+    assert attention not in vars(back_end).values() and attention.chosen not in vars(back_end).values()
+
+
 # ---- The reference
 
 
@@ -82,8 +87,8 @@ SHAPES = [(4, 4, 8), (4, 2, 16), (4, 1, 32), (8, 4, 64), (2, 1, 128)]  # N, K, H
 def test_the_reference_is_attention_in_float64(heads):
   q, k, v = example(2, 12, 12, *heads)
   segments, lengths = packed(2, 12), jnp.asarray([7, 0])
-  close(attention.reference_causal(q, k, v, segments), exact(q, k, v, causal_mask(segments)), 3e-6)
-  close(attention.reference_over(q, k, v, lengths), exact(q, k, v, over_mask(lengths, 12, 12)), 3e-6)
+  close(attention_reference.reference_causal(q, k, v, segments), exact(q, k, v, causal_mask(segments)), 3e-6)
+  close(attention_reference.reference_over(q, k, v, lengths), exact(q, k, v, over_mask(lengths, 12, 12)), 3e-6)
 
 
 def test_a_row_without_keys_gives_zero_and_never_and_changes_nothing_when_merged():
@@ -107,35 +112,35 @@ def test_merged_is_attention_over_the_union():
 
 @pytest.mark.parametrize("T", [40, 512, 600])
 def test_stripes_of_queries_give_the_reference_and_its_gradients(T, monkeypatch):
-  monkeypatch.setattr(attention, "STRIPE", 32 if T == 40 else 256)
+  monkeypatch.setattr(attention_reference, "STRIPE", 32 if T == 40 else 256)
   q, k, v = example(2, T, T, 4, 2, 16)
   segments = packed(2, T)
-  got = values_and_gradients(lambda *a: attention.striped_causal(*a), q, k, v, segments)
-  close(got, values_and_gradients(attention.reference_causal, q, k, v, segments), 2e-5)
+  got = values_and_gradients(lambda *a: attention_reference.striped_causal(*a), q, k, v, segments)
+  close(got, values_and_gradients(attention_reference.reference_causal, q, k, v, segments), 2e-5)
 
 
 # ---- CPU
 
 
-@pytest.mark.parametrize(("heads", "T"), list(zip(SHAPES, (5, 16, 33, 40, 20))))
+@pytest.mark.parametrize(("heads", "T"), list(zip(SHAPES, (5, 16, 33, 40, 20), strict=True)))
 def test_causal_tiles_on_the_cpu(T, heads, monkeypatch):
   monkeypatch.setattr(attention_cpu, "STRIPE", 16)  # one to three stripes, the last one shorter
   q, k, v = example(3, T, T, *heads)
   segments = packed(3, T)
   got = values_and_gradients(lambda *a: attention_cpu.causal(*a), q, k, v, segments)
-  close(got, values_and_gradients(attention.reference_causal, q, k, v, segments), 2e-5)
+  close(got, values_and_gradients(attention_reference.reference_causal, q, k, v, segments), 2e-5)
 
 
 @pytest.mark.parametrize(
   ("heads", "T", "S"),
-  [(SHAPES[i], *size) for i, size in zip((0, 1, 2, 3, 1, 4), [(1, 5), (1, 64), (1, 150), (1, 150), (7, 33), (90, 70)])],
+  [(SHAPES[i], T, S) for i, T, S in ((0, 1, 5), (1, 1, 64), (2, 1, 150), (3, 1, 150), (1, 7, 33), (4, 90, 70))],
 )
 def test_ragged_keys_on_the_cpu(T, S, heads, monkeypatch):
   monkeypatch.setattr(attention_cpu, "COLUMNS", 64)
   q, k, v = example(5, T, S, *heads)
   lengths = jnp.asarray([0, 1, S, S // 2, S - 1])
   got = values_and_gradients(lambda *a: attention_cpu.over(*a), q, k, v, lengths)
-  close(got, values_and_gradients(attention.reference_over, q, k, v, lengths), 2e-5)
+  close(got, values_and_gradients(attention_reference.reference_over, q, k, v, lengths), 2e-5)
 
 
 def test_long_rows_are_cut_into_a_bounded_number_of_stripes():
@@ -152,23 +157,32 @@ def temporary_bytes(f, *args):
 
 
 def test_neither_tiles_nor_stripes_keep_scores_for_the_backward_pass(monkeypatch):
-  monkeypatch.setattr(attention, "STRIPE", 64)
+  monkeypatch.setattr(attention_reference, "STRIPE", 64)
   q, k, v = example(2, 1024, 1024, 4, 2, 8)
   segments = jnp.ones((2, 1024), jnp.int32)
-  gradient = lambda attend: jax.grad(lambda *qkv: attend(*qkv, segments)[0].sum(), (0, 1, 2))
+
+  def gradient(attend):
+    return jax.grad(lambda *qkv: attend(*qkv, segments)[0].sum(), (0, 1, 2))
+
   scores = 4 * 2 * 4 * 1024 * 1024
-  assert temporary_bytes(gradient(attention.reference_causal), q, k, v) > scores
+  assert temporary_bytes(gradient(attention_reference.reference_causal), q, k, v) > scores
   assert temporary_bytes(gradient(attention_cpu.causal), q, k, v) < scores / 2
-  assert temporary_bytes(gradient(attention.striped_causal), q, k, v) < scores / 2
+  assert temporary_bytes(gradient(attention_reference.striped_causal), q, k, v) < scores / 2
 
 
 @pytest.mark.parametrize(
-  "attend", [attention.reference_causal, attention.striped_causal, attention_cpu.causal, attention.reference_over]
+  "attend",
+  [
+    attention_reference.reference_causal,
+    attention_reference.striped_causal,
+    attention_cpu.causal,
+    attention_reference.reference_over,
+  ],
 )
 def test_bfloat16_inputs_keep_float32_statistics(attend):
   q, k, v = example(2, 64, 64, 4, 2, 64, dtype=jnp.bfloat16)
   q = q * 3  # log-sum-exps of about 8, where bfloat16 has steps of 0.03
-  causal = attend is not attention.reference_over
+  causal = attend is not attention_reference.reference_over
   seen = jnp.ones((2, 64), jnp.int32) if causal else jnp.asarray([64, 20])
   out, lse = attend(q, k, v, seen)
   mask = causal_mask(seen) if causal else over_mask(seen, 64, 64)
@@ -203,7 +217,7 @@ def test_causal_splash_kernels(T, N, K, H):
   q, k, v = example(2, T, T, N, K, H)
   segments = packed(2, T)
   got = values_and_gradients(INTERPRETED["causal"], q, k, v, segments)
-  close(got, values_and_gradients(attention.reference_causal, q, k, v, segments), 2e-5)
+  close(got, values_and_gradients(attention_reference.reference_causal, q, k, v, segments), 2e-5)
 
 
 @pytest.mark.parametrize(("T", "S"), [(130, 200), (128, 256)])
@@ -211,7 +225,7 @@ def test_ragged_keys_through_splash_kernels(T, S):
   q, k, v = example(3, T, S, 4, 2, 64)
   lengths = jnp.asarray([0, S, 77])
   got = values_and_gradients(INTERPRETED["over"], q, k, v, lengths)
-  close(got, values_and_gradients(attention.reference_over, q, k, v, lengths), 2e-5)
+  close(got, values_and_gradients(attention_reference.reference_over, q, k, v, lengths), 2e-5)
 
 
 def lowered(f, platform, *args):
@@ -276,7 +290,9 @@ def fake_packed_attention(q, k, v, *, q_seqlen, kv_seqlen, q_offsets, kv_offsets
   """cuDNN's packed contract: starts of the runs of every row, runs of all rows numbered without gaps."""
   q, k, v, q_offsets, q_seqlen = (np.asarray(x) for x in (q, k, v, q_offsets, q_seqlen))
   out, stats = np.zeros(q.shape, np.float32), np.full((q_seqlen.size, q.shape[2], q.shape[1]), np.nan, np.float32)
-  runs = [(b, s, n) for b in range(len(q)) for s, n in zip(q_offsets[b], q_seqlen[b]) if n >= 0 and s >= 0]
+  runs = [
+    (b, s, n) for b in range(len(q)) for s, n in zip(q_offsets[b], q_seqlen[b], strict=False) if n >= 0 and s >= 0
+  ]
   assert (q_offsets >= 0).sum() == (q_seqlen >= 0).sum() == len(runs)
   for i, (b, s, n) in enumerate(runs):
     at = slice(int(s), int(s + n))
@@ -292,7 +308,7 @@ def test_runs_are_handed_to_cudnn_and_their_statistics_come_back_in_place(monkey
   segments = jnp.asarray([[1, 1, 1, 2, 2, 3, 3, 3, 3, 0, 0, 0], [1] * 12, [4, 5, 5, 5, 5, 5, 4, 4, 4, 4, 0, 0]])
   segments = segments.at[2, 6:10].set(6)
   got = attention_nvidia._packed(5, q, k, v, segments)
-  close(got, attention.reference_causal(q, k, v, segments), 3e-6)
+  close(got, attention_reference.reference_causal(q, k, v, segments), 3e-6)
 
 
 def test_a_batch_with_too_many_runs_goes_in_stripes(monkeypatch):
@@ -300,17 +316,19 @@ def test_a_batch_with_too_many_runs_goes_in_stripes(monkeypatch):
   q, k, v = example(2, 64, 64, 4, 2, 8)
   few, many = jnp.ones((2, 64), jnp.int32), jnp.ones((2, 64), jnp.int32).at[1].set(jnp.arange(64) // 16)
   assert np.isnan(attention_nvidia.causal(q, k, v, few)[0]).all()
-  close(attention_nvidia.causal(q, k, v, many), attention.reference_causal(q, k, v, many), 3e-6)
+  close(attention_nvidia.causal(q, k, v, many), attention_reference.reference_causal(q, k, v, many), 3e-6)
 
 
 def test_the_gradient_of_a_log_sum_exp_costs_nothing_where_it_is_not_used():
   q, k, v = example(2, 8, 8, 4, 2, 8)
   segments = packed(2, 8)
-  lse_of = lambda q, k, v: attention.reference_causal(q, k, v, segments)[1]
+
+  def lse_of(q, k, v):
+    return attention_reference.reference_causal(q, k, v, segments)[1]
 
   def gradient(weight):
     def loss(q, k, v):
-      lse = attention.with_gradient_of(lse_of, jnp.zeros((2, 8, 4)), q, k, v)
+      lse = attention_reference.with_gradient_of(lse_of, jnp.zeros((2, 8, 4)), q, k, v)
       return (q * 1.0).sum() + (lse.sum() if weight else 0.0)
 
     return jax.grad(loss)
@@ -363,7 +381,7 @@ def served(monkeypatch):
 
   def causal(q, k, v, segments):
     back_end.traces += 1
-    out, lse = attention.reference_causal(q, k, v, segments)
+    out, lse = attention_reference.reference_causal(q, k, v, segments)
     return out * back_end.factor, lse
 
   back_end.causal = causal
@@ -382,7 +400,7 @@ def test_a_back_end_is_checked_on_the_device_once_while_its_caller_is_traced(ser
   with warnings.catch_warnings():
     warnings.simplefilter("error")
     f = jax.jit(lambda *a: attention.causal(*a))
-    close(f(q, k, v, packed(2, 8)), attention.reference_causal(q, k, v, packed(2, 8)), 1e-6)
+    close(f(q, k, v, packed(2, 8)), attention_reference.reference_causal(q, k, v, packed(2, 8)), 1e-6)
     assert served.traces == 2  # the check and the call
     f(q[:1], k[:1], v[:1], packed(1, 8))
     assert served.traces == 3
@@ -402,12 +420,12 @@ def test_a_back_end_with_a_fault_is_not_used_and_the_warning_says_why_once(fault
     for _ in range(3):
       got = jax.jit(lambda *a: attention.causal(*a))(q, k, v, packed(2, 8))
   assert len(seen) == 1 and "slower than the served back end" in str(seen[0].message)
-  close(got, attention.reference_causal(q, k, v, packed(2, 8)), 1e-6)
+  close(got, attention_reference.reference_causal(q, k, v, packed(2, 8)), 1e-6)
 
 
 @pytest.mark.parametrize(("call", "G"), [("causal", 2), ("over", 1)])
 def test_the_check_accepts_what_is_right_and_names_what_is_not(call, G):
-  reference = {"causal": attention.reference_causal, "over": attention.reference_over}[call]
+  reference = {"causal": attention_reference.reference_causal, "over": attention_reference.reference_over}[call]
   right = INTERPRETED[call]
   assert attention.disagreement(right, call, jnp.bfloat16, G, 64) is None
 
@@ -434,9 +452,12 @@ def tiled(monkeypatch):
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 8, 1), (4, 1, 2)])
 def test_tiles_under_a_mesh_are_each_devices_own_rows_and_heads(sizes, tiled):
   mesh, (q, k, v), segments = make_mesh(*sizes), example(8, 48, 48, 4, 2, 8), packed(8, 48)
-  wanted = values_and_gradients(attention.reference_causal, q, k, v, segments)
+  wanted = values_and_gradients(attention_reference.reference_causal, q, k, v, segments)
   with jax.set_mesh(mesh):
-    spread = lambda x, *spec: jax.device_put(x, jax.NamedSharding(mesh, jax.P(*spec)))
+
+    def spread(x, *spec):
+      return jax.device_put(x, jax.NamedSharding(mesh, jax.P(*spec)))
+
     rows = (spread(x, ("data", "fsdp"), None, "tensor" if sizes[2] > 1 else None) for x in (q, k, v))
     args = (*rows, spread(segments, ("data", "fsdp")))
     step = jax.jit(gradient_of_out_and_lse)
@@ -458,13 +479,16 @@ def test_tiles_inside_shard_map_are_used_over_the_mesh_axes_that_are_left(tiled)
     attention.over, mesh=mesh, in_specs=rows, out_specs=rows, axis_names={"data", "fsdp"}, check_vma=False
   )
   assert "while" in jax.jit(f).lower(q, k, v, lengths).as_text()
-  close(jax.jit(f)(q, k, v, lengths), attention.reference_over(q, k, v, lengths), 3e-6)
+  close(jax.jit(f)(q, k, v, lengths), attention_reference.reference_over(q, k, v, lengths), 3e-6)
 
 
 def test_where_arrays_may_be_spread_unseen_the_reference_is_used(tiled):
   q, k, v = example(4, 48, 48, 4, 2, 8)
   segments = packed(4, 48)
-  text = lambda: jax.jit(lambda *a: attention.causal(*a)).lower(q, k, v, segments).as_text()
+
+  def text():
+    return jax.jit(lambda *a: attention.causal(*a)).lower(q, k, v, segments).as_text()
+
   assert jax.local_device_count() == 8 and "while" not in text()  # no mesh in force
   with jax.set_mesh(make_mesh(2, 2, 2)):
     assert "while" in text()
@@ -482,10 +506,10 @@ def test_rows_of_keys_that_several_rows_of_queries_look_at(dtype):
   q, k, v = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((6, 5, 8, 16), (3, 40, 2, 16), (3, 40, 2, 16)))
   rows, lengths = np.array([2, 0, 0, 1, 2, 0]), np.array([40, 7, 1, 0, 13, 0])
   out, lse = jax.jit(attention.over)(q, k, v, lengths, rows)
-  wanted, wanted_lse = attention.reference_over(
+  wanted, wanted_lse = attention_reference.reference_over(
     q.astype(jnp.float32), *(x[rows].astype(jnp.float32) for x in (k, v)), lengths
   )
   assert out.dtype == dtype and lse.dtype == jnp.float32
   np.testing.assert_allclose(out.astype(jnp.float32), wanted, atol=1e-5 if dtype == jnp.float32 else 1e-2)
   np.testing.assert_allclose(lse, wanted_lse, atol=1e-5)
-  assert not np.asarray(out[3]).any() and (np.asarray(lse[3]) == attention.NEVER).all()
+  assert not np.asarray(out[3]).any() and (np.asarray(lse[3]) == attention_reference.NEVER).all()

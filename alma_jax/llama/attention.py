@@ -1,18 +1,18 @@
-"""Attention behind one contract, with back ends per platform: `causal` and `over` give `(out, log_sum_exp)`.
+"""Attention behind one contract with a back end per platform: `causal` and `over` give `(out, log_sum_exp)`.
 
-  causal(q, k, v, segments)   every place looks at the earlier ones of its own segment and at itself; T = S
-  over(q, k, v, lengths)      every query of row b looks at the first lengths[b] keys; lengths[b] may be 0
-                              (`rows`: which row of k and v each row of q looks at)
-  merged(a, b)                attention over the union of what two calls looked at
+  causal(q, k, v, segments)   each place looks at itself and at the earlier places of its segment; T = S
+  over(q, k, v, lengths)      each query of row b looks at the first lengths[b] keys; lengths[b] may be 0
+                              (`rows`: the row of k and v for each row of q)
+  merged(a, b)                attention over the union of the keys of two results
 
 q is [B, T, N, H]; k and v are [B, S, K, H] (grouped queries: G = N / K heads share a key/value head). Scores, softmax
-and the log-sum-exp [B, T, N] are fp32 whatever the inputs are, so that two parts can be merged exactly. All of it can
-be differentiated.
+and the log-sum-exp [B, T, N] are fp32 for inputs of every dtype, so that two parts can be merged exactly. Everything
+but `rows` can be differentiated.
 
-`reference_causal` and `reference_over` say the same in plain XLA; every back end is tested against them, and those of
-accelerators once more on the device before their first use. `chosen` picks the back end while a call is traced; there
-is nothing to configure. A back end needs whole arrays on its device: under a mesh (jax.set_mesh) each device computes
-its own rows and heads; where arrays may be spread in a way that cannot be seen, the reference is used.
+`llama.attention_reference` says the same in plain XLA. The tests compare every back end with it, and each back end of
+an accelerator is compared once more on the device before its first use. `chosen` picks the back end while a call is
+traced; there is nothing to configure. A back end needs whole arrays on its device: under a mesh (jax.set_mesh) each
+device computes its own rows and heads; where arrays may be spread in an unknown way, the reference is used.
 """
 
 import concurrent.futures
@@ -20,47 +20,55 @@ import functools
 import importlib
 import math
 import warnings
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
-from alma_jax.llama.sharding import BATCH
+from alma_jax.llama.attention_reference import Attend, Attended, reference_causal, reference_over, striped_causal
+from alma_jax.llama.sharding import BATCH, platform
 
-NEVER = -1e30  # a score, or a log-sum-exp, of nothing: finite, so that no NaN arises
-STRIPE = 256  # queries per stripe where [T, T] scores would be large
 CACHE = 4 * 2**20  # bytes of scores (of keys and values when decoding) that plain XLA handles well on a CPU, measured
 
+Call = Literal["causal", "over"]
+Shape = tuple[int, ...]
 
-def causal(q, k, v, segments):
+
+def causal(q: Array, k: Array, v: Array, segments: Array) -> Attended:
   """Attention within packed rows. Segments [B, T] number the packed examples; padding is a segment of its own."""
   return _computed("causal", q, k, v, segments)
 
 
-def over(q, k, v, lengths, rows=None):
-  """Attention over the first keys of each row; where a row has none, out is 0 and the log-sum-exp `NEVER`.
+def over(q: Array, k: Array, v: Array, lengths: Array, rows: Array | None = None) -> Attended:
+  """Attention over the first keys of each row; where a row has none, out is 0 and the log-sum-exp is `NEVER`.
 
   With `rows` [B], row b looks at k[rows[b]] and v[rows[b]], which lie whole on its device.
   """
   if rows is None:
     return _computed("over", q, k, v, lengths)
-  if jax.default_backend() == "cpu":
+  if platform() == "cpu":
     return _back_end("cpu").over_rows(q, k, v, lengths, rows)
   return _computed("over", q, k[rows], v[rows], lengths)
 
 
-def merged(a, b):
-  """(out, log_sum_exp) over the keys of both parts, which share no key."""
+def merged(a: Attended, b: Attended) -> Attended:
+  """Attention over the keys of both parts, which share no key: each out counts by its share of exp(log_sum_exp)."""
   (out_a, lse_a), (out_b, lse_b) = a, b
   lse = jnp.logaddexp(lse_a, lse_b)
-  weigh = lambda out, part: out.astype(jnp.float32) * jnp.exp(part - lse)[..., None]
-  return (weigh(out_a, lse_a) + weigh(out_b, lse_b)).astype(out_a.dtype), lse
+
+  def weighed(out: Array, part: Array) -> Array:
+    return out.astype(jnp.float32) * jnp.exp(part - lse)[..., None]
+
+  return (weighed(out_a, lse_a) + weighed(out_b, lse_b)).astype(out_a.dtype), lse
 
 
-def chosen(call, platform, dtype, q, k):
-  """The back end for `call` ("causal" or "over") on a platform as jax.default_backend() names it: "cpu", "nvidia" or
-  "tpu" (the files attention_*.py), or None for plain XLA. `q` and `k` are shapes."""
+def chosen(call: Call, platform: str, dtype: DTypeLike, q: Shape, k: Shape) -> str | None:
+  """The back end for `call` on a platform in JAX's words: "cpu", "nvidia" or "tpu" (the files attention_*.py), or None
+  for plain XLA. `q` and `k` are shapes."""
   (B, T, N, H), (_, S, K, _) = q, k
   if platform == "cpu":
     decodes = call == "over" and T == 1
@@ -72,26 +80,30 @@ def chosen(call, platform, dtype, q, k):
   return None
 
 
-def _computed(call, q, k, v, seen):
-  name = chosen(call, jax.default_backend(), q.dtype, q.shape, k.shape)
+def _computed(call: Call, q: Array, k: Array, v: Array, seen: Array) -> Attended:
+  """The call through the chosen back end if it can be used here, else in plain XLA; `seen`: segments or lengths."""
+  name = chosen(call, platform(), q.dtype, q.shape, k.shape)
   if name:
     axes = _spread_axes(q.shape[0], k.shape[2])
     flaw = "arrays may be spread over devices without a mesh that says how" if axes is None else None
     if name != "cpu":
       flaw = flaw or _flaw(name, call, jnp.dtype(q.dtype), q.shape[2] // k.shape[2], q.shape[3])
       _warn(name, call, flaw)
-    if flaw is None:
+    if axes is not None and flaw is None:
       return _on_each_device(getattr(_back_end(name), call), axes)(q, k, v, seen)
-  return plain(call)(q, k, v, seen)
+  if call == "over":
+    return reference_over(q, k, v, seen)
+  return (striped_causal if q.shape[1] > 1024 else reference_causal)(q, k, v, seen)
 
 
-def _back_end(name):
-  return importlib.import_module(f"alma_jax.llama.attention_{name}")  # late: they import this module
+def _back_end(name: str) -> Any:
+  """The module, imported at its first use: each needs kernels of its platform, and a failure must reach `_flaw`."""
+  return importlib.import_module(f"alma_jax.llama.attention_{name}")
 
 
-def _spread_axes(batch, kv_heads):
-  """The axes of the mesh in force that rows and heads are spread over: () if every array is whole here, None if that
-  cannot be known or does not come out even."""
+def _spread_axes(batch: int, kv_heads: int) -> tuple[str, ...] | None:
+  """The axes of the mesh in force that rows and heads are spread over: () if every array is whole on its device, None
+  if the spread is unknown or uneven."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return () if jax.local_device_count() == 1 else None
@@ -102,8 +114,8 @@ def _spread_axes(batch, kv_heads):
   return axes
 
 
-def _on_each_device(attend, axes):
-  """`attend` for arrays whose rows and heads are spread over these mesh axes."""
+def _on_each_device(attend: Attend, axes: tuple[str, ...]) -> Attend:
+  """`attend` for arrays whose rows and heads are spread over these mesh axes: each device works on its own part."""
   if not axes:
     return attend
   rows, heads = tuple(a for a in BATCH if a in axes) or None, "tensor" if "tensor" in axes else None
@@ -112,107 +124,21 @@ def _on_each_device(attend, axes):
   return jax.shard_map(attend, in_specs=specs, out_specs=results, axis_names=set(axes), check_vma=False)
 
 
-# ---- Plain XLA
-
-
-def reference_causal(q, k, v, segments):
-  T = segments.shape[1]
-  return _reference(q, k, v, (segments[:, :, None] == segments[:, None, :]) & jnp.tril(jnp.ones((T, T), bool)))
-
-
-def reference_over(q, k, v, lengths):
-  return _reference(q, k, v, (jnp.arange(k.shape[1]) < lengths[:, None])[:, None])
-
-
-def striped_causal(q, k, v, segments):
-  """`reference_causal` a stripe of queries at a time, forwards and backwards: there are no scores [B, N, T, T]."""
-  B, T = segments.shape
-  count = -(-T // STRIPE)
-  short = count * STRIPE - T
-  place = jnp.arange(T)
-
-  @jax.checkpoint
-  def stripe(x):
-    q, own, start = x
-    mask = (own[:, :, None] == segments[:, None]) & (place <= start + jnp.arange(STRIPE)[:, None])
-    return _reference(q, k, v, mask)
-
-  def split(x):
-    x = jnp.pad(x, ((0, 0), (0, short), *((0, 0),) * (x.ndim - 2)))
-    return jnp.moveaxis(x.reshape(B, count, STRIPE, *x.shape[2:]), 1, 0)
-
-  parts = jax.lax.map(stripe, (split(q), split(segments), STRIPE * jnp.arange(count)))
-  return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, -1, *x.shape[3:])[:, :T], parts)
-
-
-def plain(call):
-  """What computes a call without a back end."""
-  if call == "over":
-    return reference_over
-  return lambda q, k, v, segments: (striped_causal if q.shape[1] > 1024 else reference_causal)(q, k, v, segments)
-
-
-def _reference(q, k, v, mask):
-  """mask: boolean [B, 1 or T, S], true where a query may look."""
-  B, T, N, H = q.shape
-  S, K = k.shape[1:3]
-  G = N // K
-  # One batched matrix product over B x K with the G query heads folded into the rows: on CPUs several times faster than
-  # the five-dimensional einsum, elsewhere the same.
-  q = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
-  scores = jnp.einsum("bkth,bskh->bkts", q, k, preferred_element_type=jnp.float32) * H**-0.5
-  seen = jnp.broadcast_to(mask[:, None, None], (B, 1, G, T, S)).reshape(B, 1, G * T, S)
-  scores = jnp.where(seen, scores, NEVER)
-  top = jnp.maximum(scores.max(axis=-1, keepdims=True), 0.5 * NEVER)
-  weights = jnp.exp(scores - top)
-  total = weights.sum(axis=-1, keepdims=True)
-  lse = jnp.where(total > 0, top + jnp.log(jnp.maximum(total, 1e-37)), NEVER)
-  weights = (weights / jnp.maximum(total, 1e-37)).astype(v.dtype)
-  out = jnp.einsum("bkts,bskh->bkth", weights, v, preferred_element_type=jnp.float32).astype(v.dtype)
-
-  def unfold(x):
-    return x.reshape(B, K, G, T, -1).transpose(0, 3, 1, 2, 4).reshape(B, T, N, -1)
-
-  return unfold(out), unfold(lse)[..., 0]
-
-
-# ---- What back ends share
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def with_gradient_of(function, value, *inputs):
-  """`value`, which a kernel computed, with the gradient of `function(*inputs)`, which equals it; nothing is computed
-  for parts of the value that no gradient comes from."""
-  return value
-
-
-def _forward(function, value, *inputs):
-  return jax.tree.map(lambda x: x.value, (value, inputs))
-
-
-def _backward(function, inputs, cotangents):
-  zero = lambda x: isinstance(x, jax.custom_derivatives.SymbolicZero)
-  if all(zero(x) for x in jax.tree.leaves(cotangents, is_leaf=zero)):
-    return (None,) * (1 + len(inputs))
-  given = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype) if zero(x) else x, cotangents, is_leaf=zero)
-  return None, *jax.vjp(function, *inputs)[1](given)
-
-
-with_gradient_of.defvjp(_forward, _backward, symbolic_zeros=True)
+# ---- The check before first use
 
 
 @functools.cache
-def _flaw(name, call, dtype, G, H):
+def _flaw(name: str, call: Call, dtype: DTypeLike, G: int, H: int) -> str | None:
   """Why a back end cannot be used on this device, None if it agrees with the reference."""
-  with concurrent.futures.ThreadPoolExecutor(1) as elsewhere:  # a caller may be tracing: this has to run now
+  with concurrent.futures.ThreadPoolExecutor(1) as elsewhere:  # the caller may be tracing; in a thread this runs now
     try:
       return elsewhere.submit(disagreement, getattr(_back_end(name), call), call, dtype, G, H).result()
-    except Exception as e:  # private APIs and drivers fail in their own ways; attention must not
+    except Exception as e:  # private APIs and drivers fail in their own ways; attention must go on
       return f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else 'no message'}"
 
 
-def disagreement(attend, call, dtype, G, H):
-  """What of out, log-sum-exp and gradients of `attend` is not the reference's on a small example, None if nothing."""
+def disagreement(attend: Attend, call: Call, dtype: DTypeLike, G: int, H: int) -> str | None:
+  """The first of out, log-sum-exp and gradients in which `attend` differs from the reference on a small example."""
   B, T, K = 2, 200, 2
   random = np.random.default_rng(0)
   q, k, v, d_out = (random.normal(size=(B, T, n, H)) for n in (K * G, K, K, K * G))
@@ -221,15 +147,15 @@ def disagreement(attend, call, dtype, G, H):
   seen = jnp.asarray(segments if call == "causal" else (0, 131), jnp.int32)
 
   @functools.partial(jax.jit, static_argnums=0)
-  def all_of(attend, q, k, v):
+  def everything(attend: Attend, q: Array, k: Array, v: Array) -> tuple[Array, ...]:
     (out, lse), pull = jax.vjp(lambda q, k, v: attend(q, k, v, seen), q, k, v)
     return out, lse, *pull((jnp.asarray(d_out, out.dtype), jnp.zeros_like(lse)))
 
-  reference = {"causal": reference_causal, "over": reference_over}[call]
-  got, wanted = jax.device_get((all_of(attend, q, k, v), all_of(reference, q, k, v)))
-  # Inputs of the same rounding: log-sum-exps agree to fp32 or so, the rest to a few roundings of its dtype.
+  reference = reference_causal if call == "causal" else reference_over
+  got, wanted = jax.device_get((everything(attend, q, k, v), everything(reference, q, k, v)))
+  # Both sides round the same inputs: log-sum-exps agree nearly to fp32, the rest to a few roundings of the dtype.
   allowed = {"out": 0.02, "log-sum-exp": 1e-3, "gradient of q": 0.03, "gradient of k": 0.03, "gradient of v": 0.03}
-  for (what, bound), x, y in zip(allowed.items(), got, wanted):
+  for (what, bound), x, y in zip(allowed.items(), got, wanted, strict=True):
     off = np.abs(x.astype(np.float32) - y.astype(np.float32)).max()
     if not off <= bound * (1 if what == "log-sum-exp" else np.abs(y.astype(np.float32)).max()):
       return f"its {what} differs from the reference by {off:.2g}"
@@ -237,7 +163,7 @@ def disagreement(attend, call, dtype, G, H):
 
 
 @functools.cache
-def _warn(name, call, flaw):
+def _warn(name: str, call: Call, flaw: str | None) -> None:
   if flaw:
     message = f"attention ({call}) goes through plain XLA, which is slower than the {name} back end: {flaw}"
     warnings.warn(message, stacklevel=2)

@@ -2,39 +2,42 @@
 
 The functions keep the contract of `llama.attention` and are called through it only. jax.nn.dot_product_attention rounds
 the log-sum-exp to the inputs' dtype and packs no rows, so this file alone uses the private function behind it; if that
-has changed, or disagrees with the reference on this device, `llama.attention` says so and does without this file.
+has changed, or disagrees with the reference on this device, `llama.attention` warns and uses plain XLA instead.
 
-  causal   every run of one segment is a sequence of cuDNN's packed layout, padding too (needs compute capability 9.0).
+  causal   each run of one segment is a sequence of cuDNN's packed layout, padding too (needs compute capability 9.0).
            That layout takes a fixed number of runs per row; a batch with more of them in any row goes in stripes.
   over     the G heads that share keys become queries of one head, so that keys are read once for all of them.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-from alma_jax.llama import attention
+from alma_jax.llama.attention_reference import NEVER, Attend, Attended, reference_over, striped_causal, with_gradient_of
 
 
-def causal(q, k, v, segments):
+def causal(q: Array, k: Array, v: Array, segments: Array) -> Attended:
   runs = _most_runs(segments.shape[1])
   fits = (_begins(segments).sum(axis=1) <= runs).all()
-  return jax.lax.cond(fits, functools.partial(_packed, runs), attention.striped_causal, q, k, v, segments)
+  return jax.lax.cond(fits, functools.partial(_packed, runs), striped_causal, q, k, v, segments)
 
 
-def over(q, k, v, lengths):
+def over(q: Array, k: Array, v: Array, lengths: Array) -> Attended:
   (B, T, N, H), K = q.shape, k.shape[2]
   G = N // K
   folded = q.reshape(B, T, K, G, H).transpose(0, 1, 3, 2, 4).reshape(B, T * G, K, H)
-  some = jnp.maximum(lengths, 1).astype(jnp.int32)  # what it makes of a row without keys is nowhere written
-  out, lse = cudnn.dot_product_attention(
+  attend: Callable[..., Any] = cudnn.dot_product_attention  # its annotation allows for a third result
+  out, lse = attend(
     folded,
     k,
     v,
     q_seqlen=jnp.full(B, T * G, jnp.int32),
-    kv_seqlen=some,
+    kv_seqlen=jnp.maximum(lengths, 1).astype(jnp.int32),  # cuDNN does not say what it gives for a row without keys
     scale=H**-0.5,
     mask_type=cudnn.MaskType.PADDING,
     return_residual=True,
@@ -42,31 +45,41 @@ def over(q, k, v, lengths):
   out = out.reshape(B, T, G, K, H).transpose(0, 1, 3, 2, 4).reshape(q.shape)
   lse = lse.reshape(B, K, T, G).transpose(0, 2, 1, 3).reshape(B, T, N)
   sees = (lengths > 0)[:, None, None]
-  out, lse = jnp.where(sees[..., None], out, 0), jnp.where(sees, lse, attention.NEVER)
-  return out, attention.with_gradient_of(_lse_of(attention.reference_over), lse, q, k, v, lengths)
+  out, lse = jnp.where(sees[..., None], out, 0), jnp.where(sees, lse, NEVER)
+  return out, with_gradient_of(_lse_of(reference_over), lse, q, k, v, lengths)
 
 
-def _most_runs(T):
+def _most_runs(T: int) -> int:
   """How many runs of one segment a row may have: each costs statistics [N, T]."""
   return max(2, min(T // 32, 64))
 
 
-def _begins(segments):
+def _begins(segments: Array) -> Array:
   """[B, T]: where a run of one segment starts."""
   return (segments != jnp.roll(segments, 1, axis=1)).at[:, 0].set(True)
 
 
-def _packed(runs, q, k, v, segments):
+def _packed(runs: int, q: Array, k: Array, v: Array, segments: Array) -> Attended:
+  """Causal attention, a sequence per run. One row of T = 8 with runs = 4:
+
+  segments   1 1 1 2 2 0 0 0        starts    0 3 5 8 8     T fills up
+  begins     x . . x . x . .        lengths   3 2 3 -1      -1: no such run
+  run        0 0 0 1 1 2 2 2        offsets   0 3 5 -1 -1
+  """
   (T, N, H), place = q.shape[1:], jnp.arange(q.shape[1])
   begins = _begins(segments)
-  run = begins.cumsum(axis=1) - 1  # [B, T]: which run of its row a place is in
+  run = begins.cumsum(axis=1) - 1  # [B, T]: the run of each place, counted within its row
   count = run[:, -1:] + 1
-  starts = jax.vmap(lambda b: jnp.nonzero(b, size=runs + 1, fill_value=T)[0])(begins)  # [B, runs + 1]; T ends the last
+  starts = jax.vmap(lambda b: jnp.nonzero(b, size=runs + 1, fill_value=T)[0])(begins)  # [B, runs + 1]
   lengths = jnp.where(jnp.arange(runs) < count, jnp.diff(starts), -1).astype(jnp.int32)
   offsets = jnp.where(jnp.arange(runs + 1) < count, starts, -1).astype(jnp.int32)
-  # With fewer key/value heads than heads, some versions place the packed keys wrongly (jax#39521): repeated, none does.
-  repeated = lambda x: jnp.repeat(x, N // x.shape[2], axis=2)
-  out, stats = cudnn.dot_product_attention(
+
+  def repeated(x: Array) -> Array:
+    """A key/value head for each head: with fewer, some versions place the packed keys wrongly (jax#39521)."""
+    return jnp.repeat(x, N // x.shape[2], axis=2)
+
+  attend: Callable[..., Any] = cudnn.dot_product_attention
+  out, stats = attend(
     q,
     repeated(k),
     repeated(v),
@@ -78,14 +91,15 @@ def _packed(runs, q, k, v, segments):
     mask_type=cudnn.MaskType.PADDING_CAUSAL,
     return_residual=True,
   )
-  # Statistics are per run, [B * runs, N, T], runs of all rows one after the other without gaps.
+  # Statistics are per run, [B * runs, N, T], with the runs of all rows numbered without gaps: those of row b follow the
+  # `before[b]` runs of earlier rows, and a place stands at its distance from the start of its run.
   before = jnp.cumsum(count) - count[:, 0]
   at = place - jnp.take_along_axis(starts, run, axis=1)
   lse = stats[before[:, None] + run, :, at]
-  return out, attention.with_gradient_of(_lse_of(attention.striped_causal), lse, q, k, v, segments)
+  return out, with_gradient_of(_lse_of(striped_causal), lse, q, k, v, segments)
 
 
 @functools.cache
-def _lse_of(function):
-  """cuDNN passes no gradient through its log-sum-exp; this has one, for the rare use."""
+def _lse_of(function: Attend) -> Callable[..., Array]:
+  """`function`'s log-sum-exp. cuDNN passes no gradient through its own; this has one, for the rare use."""
   return lambda *inputs: function(*inputs)[1]

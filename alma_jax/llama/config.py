@@ -1,59 +1,71 @@
 """The shape of a Llama, read from and written to a Hugging Face `config.json`.
 
-Everything that changes the numbers (norm epsilon, rope base and scaling, tied embeddings) comes from the file and has
+  c = read_config("Llama-3.1-8B")      # a ModelError names the file, what is wrong, and how to mend it
+  json.dumps(to_hf(c))
+
+Every value that changes the numbers (norm epsilon, rope base and scaling, tied embeddings) comes from the file and has
 no default here: a constant that is silently wrong costs a week, a missing one costs a clear error.
 """
 
 import dataclasses
 import json
+import os
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 from alma_jax.errors import UserError
 
 
 class ModelError(UserError):
-  """A model directory that cannot be used; the message says what, where and how to mend it."""
+  """An unusable model directory; the message says what is wrong, where, and how to mend it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-  """Frequency scaling: `llama3` (Llama-3.1 and later) or `linear` (position interpolation)."""
+  """Scaling of the rotary frequencies; `model.rope_frequencies` holds the formulas."""
 
-  kind: str
-  factor: float
-  low_freq_factor: float | None = None
-  high_freq_factor: float | None = None
-  original_positions: int | None = None
+  kind: (
+    str  # "llama3" (Llama-3.1 and later) or "linear" (position interpolation); only llama3 has the last three fields
+  )
+  factor: float  # the divisor of the scaled frequencies
+  low_freq_factor: float | None = None  # original_positions / this: from this wavelength on, scaled in full
+  high_freq_factor: float | None = None  # original_positions / this: up to this wavelength, kept
+  original_positions: int | None = None  # the context length before the scaling
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
-  vocab: int
-  width: int
-  depth: int
-  heads: int
-  kv_heads: int
-  head_dim: int
-  ffn: int
-  norm_eps: float
-  rope_base: float
-  rope_scaling: RopeScaling | None
-  tied: bool
-  max_positions: int
+  vocab: int  # rows of the embedding table; may exceed the tokenizer's size
+  width: int  # numbers in a hidden state
+  depth: int  # layers
+  heads: int  # query heads
+  kv_heads: int  # key/value heads; heads / kv_heads query heads share one
+  head_dim: int  # numbers in a query, key or value of one head; even
+  ffn: int  # width of the feed-forward part
+  norm_eps: float  # added to the mean square in RMS norms
+  rope_base: float  # longest rotary wavelength is nearly 2 pi times this
+  rope_scaling: RopeScaling | None  # None: plain rotary frequencies
+  tied: bool  # the embedding table is the output head as well
+  max_positions: int  # the context length that the model was made for
 
   @property
-  def parameters(self):
+  def parameters(self) -> int:
+    """The number of weights."""
     attention = self.width * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
     layer = attention + 3 * self.width * self.ffn + 2 * self.width
     return self.depth * layer + self.width + self.vocab * self.width * (1 if self.tied else 2)
 
 
-# Keys whose other values would mean a model that this code does not compute.
+# The only values of these keys that this code computes; they are also the defaults.
 _FIXED = dict(hidden_act="silu", attention_bias=False, mlp_bias=False)
 
 
-def from_hf(hf, where="config.json"):
-  """LlamaConfig of a Hugging Face config dictionary, in old (`rope_theta`) or new (`rope_parameters`) spelling."""
+def from_hf(hf: Mapping[str, Any], where: str = "config.json") -> LlamaConfig:
+  """The LlamaConfig of a Hugging Face dictionary, in old (`rope_theta`) or new (`rope_parameters`) spelling.
+
+  `where` is the file's name in error messages.
+  """
   kind = hf.get("model_type")
   if kind != "llama":
     raise ModelError(
@@ -65,7 +77,7 @@ def from_hf(hf, where="config.json"):
     if hf.get(key, value) != value:
       raise ModelError(f"{where}: {key} is {hf[key]!r}; this model code computes {key}={value!r} only")
 
-  def need(key):
+  def need(key: str) -> Any:
     if hf.get(key) is None:
       raise ModelError(f"{where}: the key {key!r} is missing")
     return hf[key]
@@ -99,7 +111,7 @@ def from_hf(hf, where="config.json"):
   )
 
 
-def _rope_scaling(d, where):
+def _rope_scaling(d: Mapping[str, Any], where: str) -> RopeScaling | None:
   kind = d.get("rope_type") or d.get("type") or "default"
   if kind == "default":
     return None
@@ -120,7 +132,7 @@ def _rope_scaling(d, where):
   return RopeScaling(kind=kind, **{ours: d[theirs] for ours, theirs in keys.items()})
 
 
-def to_hf(c):
+def to_hf(c: LlamaConfig) -> dict[str, Any]:
   """The Hugging Face config dictionary of `c` (classic spelling, read by every release of transformers and by vLLM)."""
   scaling = None
   if c.rope_scaling:
@@ -153,8 +165,8 @@ def to_hf(c):
   }
 
 
-def read_config(directory):
-  """LlamaConfig of a Hugging Face model directory."""
+def read_config(directory: str | os.PathLike[str]) -> LlamaConfig:
+  """The LlamaConfig of a Hugging Face model directory."""
   path = pathlib.Path(directory) / "config.json"
   if not path.is_file():
     raise ModelError(f"{path}: no such file; a model directory holds config.json, *.safetensors and a tokenizer")

@@ -1,37 +1,57 @@
 """Where weights and activations live: one mesh `(data, fsdp, tensor)`, two rule tables, one function.
 
-A weight's logical axes (recorded by `llama.model.param`) and a rule table give its NamedSharding; optimizer moments are
-made of the same Params and get the same shardings. TRAIN spreads every weight over fsdp; DECODE keeps whole weights on
-each device (or each tensor group), so that sampling needs no gathering.
+  mesh = make_mesh(data=-1, fsdp=8)
+  places = shardings(jax.eval_shape(lambda: model), mesh, TRAIN)
+
+A weight's logical axes (recorded by `llama.model.param`) and a rule table give its NamedSharding. Optimizer moments are
+made of the same Params and get the same shardings. TRAIN spreads every weight over fsdp. DECODE keeps whole weights on
+each device (or each tensor group), so sampling gathers nothing. The weight q with 8 heads on a mesh (1, 4, 2):
+
+  logical axes   (layers)  embed   heads    head_dim
+  shape             32     4096      8        128
+  TRAIN             -      fsdp    tensor      -          each device holds [32, 1024, 4, 128]
+  DECODE            -       -      tensor      -          each device holds [32, 4096, 4, 128]
 """
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding
+from jax import Array
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from alma_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # a batch's rows are spread over both
-WHOLE, REPLICA = P(), P(BATCH)
+WHOLE, REPLICA = P(), P(BATCH)  # specs for `per_replica`
 
+# Logical axis of a weight -> mesh axis; other logical axes stay whole.
 TRAIN = {"vocab": "tensor", "embed": "fsdp", "heads": "tensor", "kv_heads": "tensor", "ffn": "tensor"}
 DECODE = {"vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "ffn": "tensor"}
 
 
 class MeshError(UserError):
-  """A mesh that the devices cannot form; the message gives both sizes."""
+  """The devices cannot form this mesh; the message gives both sizes."""
 
 
-def make_mesh(data=-1, fsdp=1, tensor=1, devices=None):
-  """A mesh over `devices` (default: all of all hosts). One size may be -1: what is left."""
+Result = TypeVar("Result")
+
+
+def platform() -> str:
+  """The platform that programs are traced for, in JAX's words: "cpu", "gpu" or "tpu"."""
+  return jax.default_backend()
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+  """A mesh over `devices` (default: those of all hosts). One size may be -1: what is left."""
   devices = jax.devices() if devices is None else devices
   sizes = dict(data=data, fsdp=fsdp, tensor=tensor)
   free = [name for name, size in sizes.items() if size == -1]
-  fixed = 1
-  for size in sizes.values():
-    fixed *= size if size != -1 else 1
+  fixed = math.prod(size for size in sizes.values() if size != -1)
   if len(free) > 1 or any(s == 0 or s < -1 for s in sizes.values()) or len(devices) % fixed:
     raise MeshError(
       f"mesh {sizes} does not fit {len(devices)} devices: give sizes whose product is {len(devices)}, at most one of"
@@ -44,20 +64,20 @@ def make_mesh(data=-1, fsdp=1, tensor=1, devices=None):
   return jax.make_mesh(tuple(sizes.values()), AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)
 
 
-def shardings(abstract, mesh, rules):
-  """NamedShardings for a model, an optimizer state, or anything made of Params (other leaves are replicated).
+def shardings(abstract: Any, mesh: Mesh, rules: Mapping[str, str]) -> Any:
+  """NamedShardings for a model, an optimizer state, or any tree of Params (other leaves are replicated).
 
-  A weight axis that its mesh axis does not divide is kept whole.
+  A weight axis stays whole if the size of its mesh axis does not divide it.
   """
 
-  def place(shape, axes):
-    spec = [None] * (len(shape) - len(axes))  # the stacked layer axis
-    for size, axis in zip(shape[len(spec) :], axes):
+  def place(shape: tuple[int, ...], axes: tuple[str, ...]) -> NamedSharding:
+    spec: list[str | None] = [None] * (len(shape) - len(axes))  # the stacked layer axis has no logical name
+    for size, axis in zip(shape[len(spec) :], axes, strict=True):
       rule = rules.get(axis)
       spec.append(rule if rule and size % mesh.shape[rule] == 0 else None)
     return NamedSharding(mesh, P(*spec))
 
-  def one(leaf):
+  def one(leaf: Any) -> Any:
     if not isinstance(leaf, nnx.Variable):
       return NamedSharding(mesh, P())
     return leaf.replace(place(leaf.get_value().shape, leaf.get_metadata()["axes"]))
@@ -65,29 +85,29 @@ def shardings(abstract, mesh, rules):
   return jax.tree.map(one, abstract, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
-def batch_sharding(mesh):
-  """Rows over data and fsdp, everything else whole."""
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Rows are spread over data and fsdp, other axes stay whole."""
   return NamedSharding(mesh, P(BATCH))
 
 
-def replicas(mesh):
-  """How many groups of `tensor` devices hold a copy of the model each."""
+def replicas(mesh: Mesh | None) -> int:
+  """The number of copies of the model: one for each group of `tensor` devices."""
   return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def per_replica(f, mesh, inputs, outputs):
-  """f on every replica's own share of the arrays, with nothing exchanged between replicas; `tensor` stays with XLA.
+def per_replica(f: Callable[..., Result], mesh: Mesh | None, inputs: Any, outputs: Any) -> Callable[..., Result]:
+  """`f` on each replica's own share of the arrays, with no exchange between replicas; XLA handles `tensor`.
 
-  `inputs` and `outputs` are PartitionSpecs, one for each argument: REPLICA for what leads with the replicas' shares,
-  WHOLE for what each has all of. No mesh, or one device: f itself.
+  `inputs` and `outputs` are PartitionSpecs, one for each argument: REPLICA where replicas' shares lie along the leading
+  axis, WHOLE where each replica has everything. Without a mesh, or on one device, the result is `f` itself.
   """
   if mesh is None or mesh.size == 1:
     return f
   return jax.shard_map(f, mesh=mesh, in_specs=inputs, out_specs=outputs, axis_names=set(BATCH), check_vma=False)
 
 
-def constrain_batch(x):
-  """Keep the leading axis spread over the batch axes of the mesh in force (set by jax.set_mesh), if there is one.
+def constrain_batch(x: Array) -> Array:
+  """`x` with its leading axis kept spread over the batch axes of the mesh in force (set by jax.set_mesh), if any.
 
   Inside jax.shard_map over those axes it is spread already.
   """
@@ -98,10 +118,10 @@ def constrain_batch(x):
   return jax.lax.with_sharding_constraint(x, P(BATCH)) if x.shape[0] % ways == 0 else x
 
 
-def constrain_vocab(table):
-  """The embedding table in whole rows, as a lookup wants it: under a mesh, spread over `tensor` by vocabulary.
+def constrain_vocab(table: Array) -> Array:
+  """The embedding table in whole rows, as a lookup wants them: under a mesh, spread over `tensor` by vocabulary.
 
-  Left to itself, XLA replicates the looked-up activations ("involuntary full rematerialization").
+  Without this, XLA replicates the looked-up activations ("involuntary full rematerialization").
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
