@@ -1,33 +1,73 @@
-"""Small SVG charts as text: no dependency, no script, colours by the page's style sheet (light and dark).
+"""Small SVG charts as markup, without a script; the page's style sheet gives the colours (light and dark).
 
-A chart is a pure function from numbers to `<svg>`. Colours are the classes s0 .. s6; whatever carries a value shows it
-in full under the mouse (<title>).
+  bars([Bar("drawn", 1536, "1,536 (100.0%)"), Bar("in the pool", 1081, "1,081 (70.4%)")])
+
+A chart is a pure function from numbers to `<svg>`. Colours are the classes s0 .. s6; each mark shows its value in full
+under the mouse (<title>).
 """
 
 import dataclasses
-import html
 import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from markupsafe import Markup, escape
+
+
+class Point(NamedTuple):
+  x: int
+  y: float
+  ci95: float | None  # half width of the interval
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
   name: str
-  points: list  # (x, y, half width of the interval or None)
+  points: list[Point]
   colour: int
   level: float | None = None  # a dashed horizontal line
   level_name: str = ""
 
 
-def lines(drawn, x_label, y_label, low=None, high=None):
+class Shares(NamedTuple):
+  label: str
+  counts: Mapping[str, int]
+  remark: str
+
+
+class Bar(NamedTuple):
+  label: str
+  value: float
+  remark: str
+
+
+class Figure(NamedTuple):
+  chart: Markup
+  caption: str
+
+
+class _Label(NamedTuple):
+  y: float
+  said: str
+  colour: int
+  kind: str
+
+
+def lines(drawn: Sequence[Line], x_label: str, y_label: str, low: float | None = None) -> Markup:
   """Points with intervals over whole numbers (rounds), each line named at its right end."""
   drawn = [line for line in drawn if line.points]
   edges = [y + sign * (ci or 0) for line in drawn for _, y, ci in line.points for sign in (-1, 1)]
-  edges += [line.level for line in drawn if line.level is not None] + [v for v in (low, high) if v is not None]
+  edges += [line.level for line in drawn if line.level is not None] + ([] if low is None else [low])
   ys, xs = ticks(min(edges), max(edges)), sorted({x for line in drawn for x, _, _ in line.points})
   width, height, left, right, top, bottom = 780, 310, 46, 190, 26, 40
   step = (width - left - right) / max(1, xs[-1] - xs[0])
-  x_at = lambda x: left + 12 + (x - xs[0]) * (step - 24 / max(1, xs[-1] - xs[0]))
-  y_at = lambda y: height - bottom - (y - ys[0]) / (ys[-1] - ys[0]) * (height - bottom - top)
+
+  def x_at(x: float) -> float:
+    return left + 12 + (x - xs[0]) * (step - 24 / max(1, xs[-1] - xs[0]))
+
+  def y_at(y: float) -> float:
+    return height - bottom - (y - ys[0]) / (ys[-1] - ys[0]) * (height - bottom - top)
+
   out = [_text(left - 34, 14, y_label, "quiet")]
   for y in ys:
     out.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y_at(y):.1f}" y2="{y_at(y):.1f}"/>')
@@ -41,50 +81,48 @@ def lines(drawn, x_label, y_label, low=None, high=None):
     if line.level is not None:
       y = y_at(line.level)
       out.append(f'<line class="level" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-      labels.append((y, line.level_name, line.colour, "quiet"))
+      labels.append(_Label(y, line.level_name, line.colour, "quiet"))
     path = " ".join(f"{x_at(x):.1f},{y_at(y):.1f}" for x, y, _ in line.points)
     out.append(f'<polyline class="line" points="{path}"/>')
     for x, y, ci in line.points:
       said = f"{line.name}, {x_label} {x}: {y:.2f}" + (f" ± {ci:.2f}" if ci else "")
-      out.append(f"<g><title>{html.escape(said)}</title>")
+      out.append(f"<g><title>{escape(said)}</title>")
       if ci:
         out.append(f'<path class="whisker" d="M{x_at(x):.1f} {y_at(y - ci):.1f}V{y_at(y + ci):.1f}"/>')
       out.append(f'<circle class="dot" cx="{x_at(x):.1f}" cy="{y_at(y):.1f}" r="3.5"/></g>')
     out.append("</g>")
-    labels.append((y_at(line.points[-1][1]), line.name, line.colour, "name"))
+    labels.append(_Label(y_at(line.points[-1].y), line.name, line.colour, "name"))
   for y, name, colour, kind in _apart(labels, 15):
     out.append(f'<g class="s{colour}">{_text(width - right + 8, y + 4, name, kind)}</g>')
   return _svg(width, height, f"{y_label} over {x_label}", out)
 
 
-def histogram(sampled, selected, top):
-  """Two distributions over the scores 0 .. 10 as shares; `top` is the upper end of the axis."""
+def histogram(names: Sequence[str], sampled: Sequence[int], selected: Sequence[int], top: float) -> Markup:
+  """Two distributions over the same marks as shares; `top` is the upper end of the axis."""
   width, height, left, bottom = 230, 120, 30, 18
-  room, slot = height - bottom - 8, (width - left - 4) / 11
-  bar = lambda x, w, share, kind, said: (
-    f'<rect class="{kind}" x="{x:.1f}" y="{height - bottom - share / top * room:.1f}" width="{w:.1f}"'
-    f' height="{share / top * room:.1f}"><title>{html.escape(said)}</title></rect>'
-  )
+  room, slot = height - bottom - 8, (width - left - 4) / len(names)
   out = [_text(left - 5, 14, f"{top:.0%}", "quiet end"), _text(left - 5, height - bottom, "0", "quiet end")]
-  sums = [max(1, sum(counts)) for counts in (sampled, selected)]
-  for score in range(11):
-    x = left + score * slot
-    for kind, counts, total, at, said in (
-      ("fill s6", sampled, sums[0], 0.08, "of all responses"),
-      ("fill s0", selected, sums[1], 0.5, "of the selected"),
+  totals = [max(1, sum(counts)) for counts in (sampled, selected)]
+  every = 2 if max(map(len, names)) < 4 else 5  # longer names need more room
+  for i, name in enumerate(names):
+    x = left + i * slot
+    for kind, counts, total, at, of in (
+      ("fill s6", sampled, totals[0], 0.08, "of all responses"),
+      ("fill s0", selected, totals[1], 0.5, "of the selected"),
     ):
-      if counts[score]:
-        share = counts[score] / total
-        said = f"score {score}: {share:.1%} {said} ({counts[score]} of {total})"
-        out.append(bar(x + at * slot, 0.42 * slot, share, kind, said))
-    if score % 2 == 0:
-      out.append(_text(x + slot / 2, height - 4, f"{score}", "quiet mid"))
+      if counts[i]:
+        tall = counts[i] / total / top * room
+        said = escape(f"score {name}: {counts[i] / total:.1%} {of} ({counts[i]} of {total})")
+        place = f'x="{x + at * slot:.1f}" y="{height - bottom - tall:.1f}" width="{0.42 * slot:.1f}"'
+        out.append(f'<rect class="{kind}" {place} height="{tall:.1f}"><title>{said}</title></rect>')
+    if i % every == 0:
+      out.append(_text(x + slot / 2, height - 4, name, "quiet mid"))
   out.append(_axis(left, width - 4, height - bottom))
   return _svg(width, height, "distribution of scores", out)
 
 
-def stacked(rows, names):
-  """Horizontal bars of shares: rows are (label, {name: count}, remark)."""
+def stacked(rows: Sequence[Shares], names: Sequence[str]) -> Markup:
+  """Horizontal bars of shares."""
   width, left, right, line = 780, 80, 90, 26
   height, out = line * len(rows) + 26, []
   x = left
@@ -99,7 +137,7 @@ def stacked(rows, names):
       share = counts.get(name, 0) / total
       wide = share * (width - left - right)
       if wide > 0:
-        said = html.escape(f"{label}, {name}: {counts[name]} of {total} ({share:.0%})")
+        said = escape(f"{label}, {name}: {counts[name]} of {total} ({share:.0%})")
         out.append(f'<rect class="fill s{j % 6}" x="{at:.1f}" y="{y}" width="{max(0.5, wide - 1.5):.1f}" height="19">')
         out.append(f"<title>{said}</title></rect>")
       if wide > 40:
@@ -109,8 +147,8 @@ def stacked(rows, names):
   return _svg(width, height, "shares", out)
 
 
-def bars(rows, colour=0):
-  """Horizontal bars: rows are (label, value, remark)."""
+def bars(rows: Sequence[Bar], colour: int = 0) -> Markup:
+  """Horizontal bars."""
   width, left, right, line = 780, 210, 210, 22
   most, out = max((value for _, value, _ in rows), default=0) or 1, []
   for i, (label, value, remark) in enumerate(rows):
@@ -121,12 +159,19 @@ def bars(rows, colour=0):
   return _svg(width, line * len(rows) + 4, "bars", out)
 
 
-def curve(xs, ys, top, colour=0, label="loss per step"):
+def curve(
+  xs: Sequence[float], ys: Sequence[float], top: float, colour: int = 0, label: str = "loss per step"
+) -> Markup:
   """A small line from zero to `top`, without names."""
   width, height, left, bottom = 230, 110, 34, 18
-  x_at = lambda x: left + 3 + (x - xs[0]) / max(1e-9, xs[-1] - xs[0]) * (width - left - 9)
-  y_at = lambda y: height - bottom - min(1.0, y / top) * (height - bottom - 8)
-  path = " ".join(f"{x_at(x):.1f},{y_at(y):.1f}" for x, y in zip(xs, ys) if math.isfinite(y))
+
+  def x_at(x: float) -> float:
+    return left + 3 + (x - xs[0]) / max(1e-9, xs[-1] - xs[0]) * (width - left - 9)
+
+  def y_at(y: float) -> float:
+    return height - bottom - min(1.0, y / top) * (height - bottom - 8)
+
+  path = " ".join(f"{x_at(x):.1f},{y_at(y):.1f}" for x, y in zip(xs, ys, strict=True) if math.isfinite(y))
   out = [_text(left - 5, 14, f"{top:.2g}", "quiet end"), _text(left - 5, height - bottom, "0", "quiet end")]
   out += [_axis(left, width - 4, height - bottom), _text(x_at(xs[0]), height - 4, f"{xs[0]:.0f}", "quiet")]
   out += [_text(width - 6, height - 4, f"{xs[-1]:.0f}", "quiet end")]
@@ -134,7 +179,7 @@ def curve(xs, ys, top, colour=0, label="loss per step"):
   return _svg(width, height, label, out)
 
 
-def ticks(low, high, about=7):
+def ticks(low: float, high: float, about: int = 7) -> list[float]:
   """Round numbers that enclose low .. high."""
   if high - low < 1e-9:
     low, high = low - 0.5, high + 0.5
@@ -145,32 +190,30 @@ def ticks(low, high, about=7):
   return [i * step for i in range(first, last + 1)]
 
 
-def tick(value, all_ticks):
+def tick(value: float, all_ticks: Sequence[float]) -> str:
   step = all_ticks[1] - all_ticks[0]
   return f"{value:.{max(0, -math.floor(math.log10(step) + 1e-9)) + (f'{step:e}'.startswith('2.5'))}f}"
 
 
-def _apart(labels, least):
-  """The labels, moved down or up so that none covers another; sorted from the top."""
+def _apart(labels: Sequence[_Label], least: float) -> list[_Label]:
+  """The labels from the top, moved down or up until no label covers another."""
   labels = sorted(labels)
   ys = [y for y, *_ in labels]
   for _ in range(40):
     for i in range(len(ys) - 1):
       if (short := least - (ys[i + 1] - ys[i])) > 0:
         ys[i], ys[i + 1] = ys[i] - short / 2, ys[i + 1] + short / 2
-  return [(y, *rest) for y, (_, *rest) in zip(ys, labels)]
+  return [label._replace(y=y) for y, label in zip(ys, labels, strict=True)]
 
 
-def _axis(x1, x2, y):
+def _axis(x1: float, x2: float, y: float) -> str:
   return f'<line class="axis" x1="{x1}" x2="{x2}" y1="{y + 0.5}" y2="{y + 0.5}"/>'
 
 
-def _text(x, y, said, kind):
-  return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}">{html.escape(str(said))}</text>'
+def _text(x: float, y: float, said: str, kind: str) -> str:
+  return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}">{escape(said)}</text>'
 
 
-def _svg(width, height, label, pieces):
-  return (
-    f'<svg viewBox="0 0 {width} {height}" style="max-width:{width}px" role="img" aria-label="{html.escape(label)}">'
-    f"{''.join(pieces)}</svg>"
-  )
+def _svg(width: int, height: int, label: str, pieces: Sequence[str]) -> Markup:
+  box = f'viewBox="0 0 {width} {height}" style="max-width:{width}px" role="img" aria-label="{escape(label)}"'
+  return Markup(f"<svg {box}>{''.join(pieces)}</svg>")

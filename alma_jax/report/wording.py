@@ -1,0 +1,85 @@
+"""Numbers, names and tables as the page and the terminal show them.
+
+mean(Mean(2.586, 0.21, 24), sign=True)   "+2.59 ± 0.21"
+counts({"near_duplicate": 3})            "near duplicate 3"
+duration(5400)                           "90 min"
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from alma_jax.store.statistics import Mean
+
+SHOWN = 1500  # characters of a text in an example
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+  head: list[str]
+  rows: list[list[str]]
+  text: int = 1  # the first columns, which hold text; the others hold numbers
+
+
+class Alarm(str):
+  """A cell that the page marks."""
+
+  alarm = True
+
+
+def mean(m: Mean | None, sign: bool = False, digits: int = 2, n: bool = False) -> str:
+  """A mean with its interval and, if `n`, what it is over; "" for None."""
+  if m is None:
+    return ""
+  text = signed(m.value, digits)
+  text = text if sign else text.removeprefix("+")
+  text += "" if m.ci95 is None else f" ± {m.ci95:.{digits}f}"
+  return text + (f" (n = {m.n:,})" if n else "")
+
+
+def signed(value: float, digits: int = 2) -> str:
+  return f"{round(value, digits) + 0.0:+.{digits}f}".replace("-", "−")  # + 0.0: no minus before a zero
+
+
+def measured(row: Mapping[str, Any], name: str) -> str:
+  """A value of progress.csv with its interval."""
+  if name not in row:
+    return ""
+  return f"{row[name]:.2f}" + (f" ± {row[f'{name}_ci95']:.2f}" if f"{name}_ci95" in row else "")
+
+
+def share(x: float) -> str:
+  return f"{x:.1%}"
+
+
+def thousands(n: int) -> str:
+  return f"{n:,}"
+
+
+def counts(found: Mapping[str, float]) -> str:
+  """The counts of a manifest in one line."""
+  return ", ".join(f"{words(k)} {v:,.2f}" if isinstance(v, float) else f"{words(k)} {v:,}" for k, v in found.items())
+
+
+def words(name: str) -> str:
+  return name.replace("_", " ")
+
+
+def plural(n: int, word: str) -> str:
+  return f"{n:,} {word}{'s' * (n != 1)}"
+
+
+def span(values: Sequence[int]) -> str:
+  """Sorted values as one number or "first to last"."""
+  return f"{values[0]:,}" if len(values) == 1 else f"{values[0]:,} to {values[-1]:,}"
+
+
+def duration(seconds: float) -> str:
+  if seconds < 120:
+    return f"{seconds:.1f} s"
+  minutes = round(seconds / 60)
+  return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def cut(text: str) -> str:
+  return text if len(text) <= SHOWN else f"{text[:SHOWN]} … ({len(text) - SHOWN:,} more characters)"
