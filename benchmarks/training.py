@@ -4,29 +4,29 @@
   python -m benchmarks.training [--vocab=4096] [--examples=128] [--pairs=48] [--batch=16] [--repeats=2]
 
 A random Llama in fp32 (256 wide, 4 layers, 8 / 4 heads; 5.2M parameters with that vocabulary, 11.5M with 16,384) is
-saved once and read by all. The script pins itself to one core and one thread; everyone takes turns, and the least
-process time of each counts. What is compared:
+saved once and read by all. The script pins itself to one core and one thread; the programs take turns, and the least
+process time of each counts. The comparisons:
 
-  SFT step     4 rows of 256 tokens without padding, the first 40 % of each not learnt, and once more with four times
-               the vocabulary: forward and backward pass, clipped gradient, AdamW. transformers' LlamaForCausalLM with
-               its default attention and torch's fused AdamW against the compiled step of `engine.fit`
+  SFT step     4 rows of 256 tokens without padding, whose first 40 % are not learnt, and the same with four times the
+               vocabulary: forward and backward pass, clipped gradient, AdamW. The compiled step of `train.fit` against
+               transformers' LlamaForCausalLM with its default attention and torch's fused AdamW
   SFT, ragged  one epoch over examples of lognormal lengths, at most 512: a prompt of 42 and a response of 60 tokens on
-               average, --batch to a step. `engine.fit` against TRL's SFTTrainer as it comes, which pads a step's
-               examples to the longest; with padding_free=True and a quarter of the examples in a pass, which computes
-               the same; and with packing=True into rows of 512, one to a pass and four to a step
-  DPO, ragged  one epoch over pairs of such responses to such prompts. `engine.fit` with the reference's log-probs
-               stored against TRL's DPOTrainer with precompute_ref_log_probs=True, as it comes, and with a quarter of
-               the pairs in a pass
+               average, --batch to a step. `train.fit` against TRL's SFTTrainer with its defaults, which pads the
+               examples of a step to the longest; with padding_free=True and a quarter of the examples in a pass, which
+               computes the same; and with packing=True into rows of 512, one to a pass and four to a step
+  DPO, ragged  one epoch over pairs of such responses to such prompts. `train.fit` with the reference's log-probs stored
+               against TRL's DPOTrainer with precompute_ref_log_probs=True, once with its defaults and once with a
+               quarter of the pairs in a pass
 
-Ragged data are rated in tokens of prompts and responses; the prompt of a pair counts for each of its sides. The clock
-runs while `engine.fit` packs, trains and reports every loss, and while `Trainer.train` does all that it does: sampler,
-collator, metrics, log. It does not run for models that are read, data sets that are mapped, tokenised or packed ahead,
-the reference, and compiling, which is printed. TRL runs without gradient checkpointing and mixed precision.
+Rates of ragged data count the tokens of prompts and responses; the prompt of a pair counts for each of its sides. The
+clock runs while `train.fit` packs, trains and reports every loss, and during all of `Trainer.train`: sampler, collator,
+metrics, log. It excludes reading models, mapping, tokenising or packing data sets, the reference, and compiling, whose
+time is printed. TRL runs without gradient checkpointing and mixed precision.
 
 What to expect: about three minutes on an idle core; ratios that differ by a tenth from run to run, more beside other
-work. It ends with an AssertionError where the loss of any step differs by more than 1e-4 of itself (DPO: 1e-3), the
-first one of DPO from ln 2 by more than 1e-5, or where the weights end up apart by more than a hundredth of the way that
-they have gone. Of packing=True, which takes other examples for a step, the first loss alone is compared.
+work. The script ends with an AssertionError if the loss of any step differs by more than 1e-4 of itself (DPO: 1e-3),
+if the first loss of DPO differs from ln 2 by more than 1e-5, or if the final weights differ by more than a hundredth
+of the way that they have moved. packing=True takes other examples for a step, so only its first loss is compared.
 """
 
 import argparse
@@ -40,6 +40,8 @@ import sys
 import tempfile
 import time
 import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -57,7 +59,7 @@ LONGEST = 512
 TRL = "trl==1.16.0"
 
 
-def main():
+def main() -> None:
   flags = argparse.ArgumentParser(description="How fast is training against its peers, on one core?")
   for name, value in dict(vocab=4096, examples=128, pairs=48, batch=16, repeats=2).items():
     flags.add_argument(f"--{name}", type=int, default=value)
@@ -67,21 +69,21 @@ def main():
     saved_model(directory, vocab_size=flags.vocab)
     saved_model(large, vocab_size=4 * flags.vocab)
     rows = []
-    for found in (
+    for compare in (
       functools.partial(equal_rows, large, 4 * flags.vocab, 4, 256, 5, 1 + flags.repeats),
       functools.partial(equal_rows, directory, flags.vocab, 4, 256, 5, 1 + flags.repeats),
       functools.partial(ragged, directory, flags.vocab, flags.examples, flags.batch, flags.repeats),
       functools.partial(preferences, directory, flags.vocab, flags.pairs, flags.batch, flags.repeats),
     ):
-      rows += found()
+      rows += compare()
       print(f"  measured: {rows[-1].what}", file=sys.stderr, flush=True)
   print(table(rows))
   names = [name for name in ("jax", "torch", "transformers", "trl") if importlib.util.find_spec(name)]
   print(f"\nOne core, fp32, {', '.join(f'{name} {importlib.metadata.version(name)}' for name in names)}")
 
 
-def on_one_core():
-  """Starts the interpreter anew, unless it runs already as it should: threads are counted when libraries load."""
+def on_one_core() -> None:
+  """Restarts the interpreter with one thread on one core, unless it has them: libraries read both when they load."""
   allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else {0}
   wanted = ONE_THREAD | QUIET
   if len(allowed) == 1 and wanted.items() <= os.environ.items():
@@ -93,9 +95,16 @@ def on_one_core():
 
 # Data
 
+Ids = list[int]
 
-def drawn(n, vocab, responses, longest=LONGEST):
-  """[(prompt, response, ...)] of token ids, at most `longest` for both. Responses end with token 1; 0 is padding's."""
+
+class Learnt(NamedTuple):
+  ids: Ids
+  mask: Ids  # 1: the token is learnt
+
+
+def drawn(n: int, vocab: int, responses: int, longest: int = LONGEST) -> list[tuple[Ids, ...]]:
+  """Rows (prompt, response, ...) of token ids, at most `longest` in all. Responses end with token 1; 0 is padding."""
   rng, scale = np.random.default_rng(0), longest / LONGEST
   wanted = [(42 * scale, 3 * longest // 8), *[(60 * scale, 5 * longest // 8)] * responses]
   lengths = np.stack([lognormal(rng, mean, most, n) for mean, most in wanted], axis=1)
@@ -103,19 +112,19 @@ def drawn(n, vocab, responses, longest=LONGEST):
   return [(prompt, *([*response[:-1], 1] for response in rest)) for prompt, *rest in ids]
 
 
-def lognormal(rng, mean, most, n, deviation=0.8):
+def lognormal(rng: np.random.Generator, mean: float, most: int, n: int, deviation: float = 0.8) -> np.ndarray:
   found = rng.lognormal(math.log(mean) - deviation**2 / 2, deviation, n)
   return np.clip(found.round(), 2, most).astype(int)
 
 
-def sequence(prompt, response):
-  """(tokens, which of them are learnt)"""
-  return prompt + response, [0] * len(prompt) + [1] * len(response)
+def sequence(prompt: Ids, response: Ids) -> Learnt:
+  """A prompt and its response, which alone is learnt."""
+  return Learnt(prompt + response, [0] * len(prompt) + [1] * len(response))
 
 
-def labels(ids, mask):
-  """What is learnt, as torch's losses are told."""
-  return [token if m else -100 for token, m in zip(ids, mask)]
+def labels(ids: Ids, mask: Ids) -> Ids:
+  """The targets in torch's form: -100 for a token that is not learnt."""
+  return [token if m else -100 for token, m in zip(ids, mask, strict=True)]
 
 
 # Both sides
@@ -124,12 +133,12 @@ def labels(ids, mask):
 @dataclasses.dataclass(frozen=True)
 class Trained:
   seconds: float  # of process time
-  losses: list  # of every step
-  weights: list  # arrays, in the order in which we have them
+  losses: list[float]  # of every step
+  weights: list[np.ndarray]  # in the order of our own model
 
 
-def in_turns(runs, repeats):
-  """{name: what `run()` gave, of its quickest turn}."""
+def in_turns(runs: Mapping[str, Callable[[], Trained]], repeats: int) -> dict[str, Trained]:
+  """The result of each run's quickest turn, by name."""
   found = {}
   for _ in range(repeats):
     for name, run in runs.items():
@@ -139,8 +148,13 @@ def in_turns(runs, repeats):
   return found
 
 
-def ours(directory, batches, steps, objective):
-  """(a run of `engine.fit`, seconds of process time that compiling took)."""
+class Ours(NamedTuple):
+  run: Callable[[], Trained]
+  compiling: float  # seconds of process time
+
+
+def ours(directory: str, batches: Callable[[int], Any], steps: int, objective: Any) -> Ours:
+  """A run of `train.fit`, compiled."""
   import jax
 
   from alma_jax.engine import train
@@ -151,18 +165,22 @@ def ours(directory, batches, steps, objective):
   plan = train.planned(weights.load(directory).c, mesh, optimizer, objective, batches(0))
   compiling = time.process_time() - start
 
-  def run():
+  def run() -> Trained:
     model, losses = weights.load(directory), []
-    report = lambda step, metrics: losses.append(metrics["loss"])
+
+    def report(step: int, metrics: Mapping[str, float]) -> None:
+      losses.append(metrics["loss"])
+
     start = time.process_time()
     model = jax.block_until_ready(train.fit(model, batches, steps, optimizer, objective, mesh, plan, report=report))
     return Trained(time.process_time() - start, losses, jax.tree.leaves(jax.device_get(model)))
 
-  run()  # what else there is to compile
-  return run, compiling
+  run()  # compiles the rest
+  return Ours(run, compiling)
 
 
-def one_device():
+def one_device() -> Any:
+  """A mesh of one device."""
   import jax
 
   from alma_jax.llama import sharding
@@ -170,20 +188,21 @@ def one_device():
   return sharding.make_mesh(1, devices=jax.devices()[:1])
 
 
-def in_order(data, batch, row_length):
+def in_order(data: Any, batch: int, row_length: int) -> Any:
+  """The batches of one epoch in the order of the data."""
   from alma_jax.runtime.batches import Batches
 
   return Batches(data, types.SimpleNamespace(batch=batch, row_length=row_length), seed=None, unit=1)
 
 
-def read(directory):
+def read(directory: str) -> Any:
   import transformers
 
   return transformers.LlamaForCausalLM.from_pretrained(directory, dtype="float32")
 
 
-def leaves(hf):
-  """The weights of transformers' model as we have them."""
+def leaves(hf: Any) -> list[np.ndarray]:
+  """The weights of a transformers model in the order of our own."""
   import jax
 
   from alma_jax.llama import weights
@@ -193,26 +212,29 @@ def leaves(hf):
     return jax.tree.leaves(jax.device_get(weights.load(directory)))
 
 
-def check(what, found, peer, start, most):
-  """Both have trained in the same way from the weights `start`."""
+def check(what: str, found: Trained, peer: Trained, start: Sequence[np.ndarray], most: float) -> None:
+  """Asserts that both have trained in the same way from the weights `start`: losses within `most` of themselves."""
   worst = max(abs(x - y) / abs(y) for x, y in zip(found.losses, peer.losses, strict=True))
   assert worst <= most, f"{what}: the loss of a step differs by {worst:.1e} of itself"
-  distance = lambda xs, ys: math.sqrt(sum(float(np.square(x - y, dtype=np.float64).sum()) for x, y in zip(xs, ys)))
+
+  def distance(xs: Iterable[np.ndarray], ys: Iterable[np.ndarray]) -> float:
+    return math.sqrt(sum(float(np.square(x - y, dtype=np.float64).sum()) for x, y in zip(xs, ys, strict=True)))
+
   apart = distance(found.weights, peer.weights) / distance(peer.weights, start)
-  assert apart <= 0.01, f"{what}: the weights end up apart by {apart:.1e} of the way that they have gone"
+  assert apart <= 0.01, f"{what}: the final weights differ by {apart:.1e} of the way that they have moved"
 
 
 # transformers
 
 
-def equal_rows(directory, vocab, rows, length, steps, repeats):
+def equal_rows(directory: str, vocab: int, rows: int, length: int, steps: int, repeats: int) -> list[Row]:
   from alma_jax.engine import train
   from alma_jax.runtime.batches import Examples
 
   ids, first = np.random.default_rng(0).integers(2, vocab, (rows, length)).tolist(), 2 * length // 5
   examples = [sequence(row[:first], row[first:]) for row in ids]
-  batch = in_order(Examples(examples, range(rows)), rows, length)(0)
-  run, compiling = ours(directory, lambda step: batch, steps, train.Objective("sft"))
+  batch = in_order(Examples(examples, list(range(rows))), rows, length)(0)
+  run, compiling = ours(directory, lambda step: batch, steps, train.Objective())
   found = in_turns({"ours": run, "theirs": lambda: steps_of_transformers(directory, examples, steps)}, repeats)
   check("SFT step", found["ours"], found["theirs"], leaves(read(directory)), 1e-4)
   mine, theirs = (found[name].seconds / steps for name in ("ours", "theirs"))
@@ -227,8 +249,8 @@ def equal_rows(directory, vocab, rows, length, steps, repeats):
   ]
 
 
-def steps_of_transformers(directory, examples, steps):
-  """Training as one writes it by hand, on one batch that is learnt by heart."""
+def steps_of_transformers(directory: str, examples: Sequence[Learnt], steps: int) -> Trained:
+  """A training loop written by hand, whose steps all take the same batch."""
   import torch
 
   hf = read(directory).train()
@@ -252,13 +274,13 @@ def steps_of_transformers(directory, examples, steps):
 # TRL
 
 
-def ragged(directory, vocab, n, batch, repeats, longest=LONGEST):
+def ragged(directory: str, vocab: int, n: int, batch: int, repeats: int, longest: int = LONGEST) -> list[Row]:
   from alma_jax.engine import train
   from alma_jax.runtime.batches import Examples
 
   examples = [sequence(*parts) for parts in drawn(n, vocab, 1, longest)]
-  batches = in_order(Examples(examples, range(n)), batch, longest)
-  mine = ours(directory, batches, batches.steps, train.Objective("sft"))
+  batches = in_order(Examples(examples, list(range(n))), batch, longest)
+  mine = ours(directory, batches, batches.steps, train.Objective())
   few, peers = max(1, batch // 4), {}
   if importlib.util.find_spec("trl"):
     packed = functools.partial(sft_trainer, directory, vocab, examples, 1, 4, packing=True, max_length=longest)
@@ -279,16 +301,16 @@ def ragged(directory, vocab, n, batch, repeats, longest=LONGEST):
   return rows
 
 
-def preferences(directory, vocab, n, batch, repeats, longest=LONGEST):
+def preferences(directory: str, vocab: int, n: int, batch: int, repeats: int, longest: int = LONGEST) -> list[Row]:
   from alma_jax.engine import losses, train
   from alma_jax.runtime.batches import Examples, Pairs
 
   parts = drawn(n, vocab, 2, longest)
   sides = [(sequence(prompt, chosen), sequence(prompt, rejected)) for prompt, chosen, rejected in parts]
   both = [side for pair in sides for side in pair]
-  reference = logprobs(directory, in_order(Examples(both, range(2 * n)), 2 * batch, longest)).reshape(n, 2)
-  batches = in_order(Pairs(sides, range(n), reference), batch, longest)
-  mine = ours(directory, batches, batches.steps, train.Objective("preference", losses.Preference("dpo", BETA)))
+  reference = logprobs(directory, in_order(Examples(both, list(range(2 * n))), 2 * batch, longest)).reshape(n, 2)
+  batches = in_order(Pairs(sides, list(range(n)), reference), batch, longest)
+  mine = ours(directory, batches, batches.steps, train.Objective(losses.Preference("dpo", BETA)))
   few, peers = max(1, batch // 4), {}
   if importlib.util.find_spec("trl"):
     peers = {
@@ -305,8 +327,10 @@ def preferences(directory, vocab, n, batch, repeats, longest=LONGEST):
   return rows
 
 
-def rated(what, tokens, target, mine, peers, repeats):
-  """(rows for the table, {name: Trained}); the target is for the first peer."""
+def rated(
+  what: str, tokens: int, target: float, mine: Ours, peers: Mapping[str, Callable[[], Any]], repeats: int
+) -> tuple[list[Row], dict[str, Trained]]:
+  """The rows for the table and what each has trained, by name; the target is for the first peer."""
   run, compiling = mine
   runs = {name: functools.partial(trained_by, make) for name, make in peers.items()}
   found = in_turns({"ours": run} | runs, repeats)
@@ -320,7 +344,8 @@ def rated(what, tokens, target, mine, peers, repeats):
   ], found
 
 
-def trained_by(make):
+def trained_by(make: Callable[[], Any]) -> Trained:
+  """What a TRL trainer trains."""
   trainer = make()
   start = time.process_time()
   trainer.train()
@@ -328,22 +353,26 @@ def trained_by(make):
   return Trained(seconds, [log["loss"] for log in trainer.state.log_history if "loss" in log], leaves(trainer.model))
 
 
-def sft_trainer(directory, vocab, examples, in_pass, in_step, max_length=None, **changes):
-  import datasets
-  import trl
+def sft_trainer(
+  directory: str, vocab: int, examples: Sequence[Learnt], in_pass: int, in_step: int, **changes: Any
+) -> Any:
+  import datasets  # pyright: ignore[reportMissingImports]  # of the extra `bench`
+  import trl  # pyright: ignore[reportMissingImports]
 
   data = datasets.Dataset.from_list([dict(input_ids=ids, labels=labels(ids, mask)) for ids, mask in examples])
-  config = trl.SFTConfig(**settings(directory, in_pass, in_step), max_length=max_length, **changes)
+  config = trl.SFTConfig(**settings(directory, in_pass, in_step), **{"max_length": None, **changes})
   return quiet(trl.SFTTrainer(read(directory), config, train_dataset=data, processing_class=tokenizer(vocab)))
 
 
-def dpo_trainer(directory, vocab, parts, in_pass, in_step):
-  import datasets
-  import trl
+def dpo_trainer(directory: str, vocab: int, parts: Sequence[tuple[Ids, ...]], in_pass: int, in_step: int) -> Any:
+  import datasets  # pyright: ignore[reportMissingImports]  # of the extra `bench`
+  import trl  # pyright: ignore[reportMissingImports]
 
-  text = lambda ids: "".join(f" {word}" for word in ids)
-  names = ("prompt", "chosen", "rejected")
-  data = [dict(zip(names, map(text, (p, c[:-1], r[:-1])))) for p, c, r in parts]  # TRL adds the last token
+  def text(ids: Ids) -> str:
+    return "".join(f" {word}" for word in ids)
+
+  # TRL adds the last token of a response itself.
+  data = [dict(prompt=text(p), chosen=text(c[:-1]), rejected=text(r[:-1])) for p, c, r in parts]
   config = trl.DPOConfig(
     **settings(directory, in_pass, in_step), beta=BETA, max_length=None, precompute_ref_log_probs=True
   )
@@ -351,7 +380,7 @@ def dpo_trainer(directory, vocab, parts, in_pass, in_step):
   return quiet(trl.DPOTrainer(read(directory), args=config, train_dataset=data, processing_class=tokenizer(vocab)))
 
 
-def settings(directory, in_pass, in_step):
+def settings(directory: str, in_pass: int, in_step: int) -> dict[str, Any]:
   return dict(
     output_dir=os.path.join(directory, "trl"), per_device_train_batch_size=in_pass,
     gradient_accumulation_steps=in_step // in_pass, num_train_epochs=1, train_sampling_strategy="sequential",
@@ -361,15 +390,16 @@ def settings(directory, in_pass, in_step):
   )  # fmt: skip
 
 
-def quiet(trainer):
+def quiet(trainer: Any) -> Any:
+  """The trainer without its printed log."""
   import transformers
 
   trainer.remove_callback(transformers.PrinterCallback)
   return trainer
 
 
-def tokenizer(vocab):
-  """Numbers are its words."""
+def tokenizer(vocab: int) -> Any:
+  """A tokenizer whose words are numbers: the token's own ids."""
   import tokenizers
   import transformers
 
@@ -379,22 +409,22 @@ def tokenizer(vocab):
   return transformers.PreTrainedTokenizerFast(tokenizer_object=found, eos_token="<end>", pad_token="<pad>")
 
 
-def same_packed_loss(directory, packed, loss, longest):
-  """The first step of TRL's packing, four rows, has the loss that we find for its examples."""
+def same_packed_loss(directory: str, packed: Any, loss: float, longest: int) -> None:
+  """Asserts that the first step of TRL's packing, four rows, has the loss that we compute for its examples."""
   from alma_jax.runtime.batches import Examples
 
   examples = []
   for row in packed.select(range(min(4, len(packed)))):
     cuts = np.cumsum(row["seq_lengths"])[:-1]
-    examples += zip(*(np.split(np.array(row[name]), cuts) for name in ("input_ids", "labels")))
-  examples = [(ids.tolist(), (learnt >= 0).astype(int).tolist()) for ids, learnt in examples]
-  found = logprobs(directory, in_order(Examples(examples, range(len(examples))), len(examples), longest))
+    examples += zip(*(np.split(np.array(row[name]), cuts) for name in ("input_ids", "labels")), strict=True)
+  examples = [Learnt(ids.tolist(), (learnt >= 0).astype(int).tolist()) for ids, learnt in examples]
+  found = logprobs(directory, in_order(Examples(examples, list(range(len(examples)))), len(examples), longest))
   found = -found.sum() / sum(sum(mask[1:]) for _, mask in examples)
   assert abs(found / loss - 1) <= 1e-4, f"packing: the first loss is {loss:.6g}, ours {found:.6g}"
 
 
-def logprobs(directory, batches):
-  """Of all sequences of the batches, under the model as it was saved."""
+def logprobs(directory: str, batches: Any) -> np.ndarray:
+  """The log-prob of every sequence under the saved model."""
   from alma_jax.engine import train
   from alma_jax.llama import weights
 
