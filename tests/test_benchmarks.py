@@ -269,7 +269,7 @@ def pool_id(text):
 
 
 def no_pairs(duplicates):
-  return lambda pool, unit: duplicates._save(duplicates._pairs_path(pool, unit), np.empty(0, np.uint64))
+  return lambda pool, unit: duplicates.save(pool.pairs_path(unit), np.empty(0, np.uint64))
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from rapidfuzz import process
 from rapidfuzz.distance import Indel
 
-from alma_jax.corpus import duplicates, words
-from alma_jax.corpus.duplicates import Pool, near_duplicates, rouge_l
+from alma_jax.corpus import duplicates, minhash, rouge, search, words
+from alma_jax.corpus.duplicates import Search, near_duplicates
+from alma_jax.corpus.rouge import rouge_l
 
 
 def ident(text):
@@ -100,7 +101,7 @@ def files(directory):
 @pytest.fixture(scope="module", autouse=True)
 def no_waiting_for_the_disk():
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(duplicates.os, "fsync", lambda file: None)
+    patch.setattr(search.os, "fsync", lambda file: None)
     yield
 
 
@@ -112,7 +113,7 @@ def texts():
 @pytest.fixture(scope="module")
 def whole(texts, tmp_path_factory):
   """The decision about all texts as one part."""
-  pool = Pool(tmp_path_factory.mktemp("whole"), (1,))
+  pool = Search(tmp_path_factory.mktemp("whole"), (1,))
   return pool, run(pool, [texts])
 
 
@@ -135,15 +136,15 @@ def test_planted_pairs_are_found_and_nothing_else_is_removed(texts, whole):
 @pytest.mark.parametrize("hosts, parts, slices", [(1, 1, 1), (3, 5, 3), (2, 16, 1)])
 def test_order_parts_slices_and_hosts_change_nothing(texts, whole, tmp_path, monkeypatch, hosts, parts, slices):
   monkeypatch.setattr(duplicates, "_SLICE", -(-len(texts) // slices))
-  monkeypatch.setattr(duplicates, "_TEXTS", 100 * hosts)
+  monkeypatch.setattr(minhash, "TEXTS", 100 * hosts)
   if parts > 1:  # and pieces of pairs
     monkeypatch.setattr(duplicates, "_PAIRS", 300)
     monkeypatch.setattr(duplicates, "_COMPARISONS", 97)
-    monkeypatch.setattr(duplicates, "_WORDS", 1500)
+    monkeypatch.setattr(rouge, "WORDS", 1500)
   shuffled = random.Random(parts).sample(texts, len(texts))
   cuts = [0, *sorted(random.Random(parts).sample(range(len(texts)), parts - 1)), len(texts)]
   mine = [shuffled[a:b] for a, b in itertools.pairwise(cuts)]
-  pool = Pool(tmp_path, (1,) * parts)
+  pool = Search(tmp_path, (1,) * parts)
   assert facts(run(pool, mine, hosts, order=-1)) == facts(whole[1])
   assert duplicates.pair_units(pool)[-2:] == [(31, slices - 1, slices), (32, 0, 1)]
 
@@ -155,7 +156,7 @@ def test_short_texts_are_found_by_what_they_share(tmp_path, monkeypatch):
   assert len(true) > 600
 
   def found(name, parts=1, hosts=1):
-    pool = Pool(tmp_path / name, (1,) * parts)
+    pool = Search(tmp_path / name, (1,) * parts)
     removals = run(pool, [texts[part::parts] for part in range(parts)], hosts, order=-1)
     assert min(x.similarity for x in removals) >= 0.7
     return pool, removals
@@ -168,7 +169,7 @@ def test_short_texts_are_found_by_what_they_share(tmp_path, monkeypatch):
   monkeypatch.setattr(duplicates, "_SLICE", 10_000)
   pool, others = found("divided", parts=4, hosts=3)
   assert facts(others) == facts(removals) and duplicates.pair_units(pool)[-1][1] > 3
-  monkeypatch.setattr(duplicates, "SHORT", 2)
+  monkeypatch.setattr(minhash, "SHORT", 2)
   assert len(found("signatures alone")[1]) < 0.9 * len(removals)
 
 
@@ -183,9 +184,9 @@ def test_one_call_gives_the_same(texts, whole, tmp_path):
 
 
 def test_another_seed_finds_them_too(texts, whole, tmp_path):
-  other = run(Pool(tmp_path, (1,), seed=2**40 + 5), [texts])
+  other = run(Search(tmp_path, (1,), seed=2**40 + 5), [texts])
   assert len(set(facts(other)) ^ set(facts(whole[1]))) < 0.04 * len(other)
-  assert not np.array_equal(*(duplicates._permutations(seed)[0] for seed in (0, 2**40 + 5)))
+  assert not np.array_equal(*(minhash.permutations(seed)[0] for seed in (0, 2**40 + 5)))
 
 
 def test_protected_texts_come_first_and_stay(texts):
@@ -228,7 +229,7 @@ def test_long_chains_and_dense_groups_end_as_a_plain_loop_says(tmp_path):
   for _ in range(400):  # each a neighbour of one before it
     texts.append(edited(draw.choice(texts[-20:]), 1, draw))
   parts = [list(dict.fromkeys(texts))]
-  pool = Pool(tmp_path, (1,))
+  pool = Search(tmp_path, (1,))
   removed = {x.row for x in run(pool, parts)}
   (path,) = tmp_path.glob("generation-1-*/edges-*.npy")
   edges = set(zip(*(np.load(path)[name].tolist() for name in ("later", "earlier"))))
@@ -241,18 +242,18 @@ def test_long_chains_and_dense_groups_end_as_a_plain_loop_says(tmp_path):
     assert (-x.similarity, x.kept_id) == min(kept)
   # Here buckets have more texts than are compared, and still their order does not matter.
   pairs = [np.load(path) for path in tmp_path.glob("generation-1-*/pairs-[012]*.npy")]
-  assert max(np.unique(column >> duplicates.ROW_BITS, return_counts=True)[1].max() for column in pairs) == 8
+  assert max(np.unique(column >> minhash.ROW_BITS, return_counts=True)[1].max() for column in pairs) == 8
   shuffled = draw.sample(parts[0], len(parts[0]))
-  again = run(Pool(tmp_path / "again", (1, 1)), [shuffled[:100], shuffled[100:]])
+  again = run(Search(tmp_path / "again", (1, 1)), [shuffled[:100], shuffled[100:]])
   assert facts(again) == facts(run(pool, parts))
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(texts, tmp_path, monkeypatch):
   some = [texts[:100], texts[100:200], texts[-150:]]
-  pool = Pool(tmp_path / "whole", (0, 1, 1))
+  pool = Search(tmp_path / "whole", (0, 1, 1))
   run(pool, some)
   expected = {path: content for path, (content, _) in files(pool.directory).items()}
-  save, saved = duplicates._save, []
+  save, saved = search.save, []
 
   def killed(path, array):
     saved.append(path)
@@ -262,9 +263,9 @@ def test_a_killed_run_goes_on_to_the_same_bytes(texts, tmp_path, monkeypatch):
       raise KeyboardInterrupt
     save(path, array)
 
-  monkeypatch.setattr(duplicates, "_save", killed)
+  monkeypatch.setattr(duplicates, "save", killed)
   for stop in [*range(1, 14, 2), 30, *range(len(expected) - 4, len(expected) + 1)]:
-    pool = Pool(tmp_path / f"killed at {stop}", (0, 1, 1))
+    pool = Search(tmp_path / f"killed at {stop}", (0, 1, 1))
     saved.clear()
     with pytest.raises(KeyboardInterrupt):
       run(pool, some)
@@ -281,23 +282,23 @@ def test_a_killed_run_goes_on_to_the_same_bytes(texts, tmp_path, monkeypatch):
 def test_a_later_generation_leaves_the_earlier_ones_as_they_are(texts, tmp_path):
   shuffled = random.Random(0).sample(texts, len(texts))
   first, second = shuffled[:1500], shuffled[1500:]
-  pool = Pool(tmp_path, (1, 1))
+  pool = Search(tmp_path, (1, 1))
   before = run(pool, [first[:700], first[700:]])
   assert len(before) > 100
   written = files(tmp_path)
-  grown = Pool(tmp_path, (1, 1, 2))
+  grown = Search(tmp_path, (1, 1, 2))
   after = run(grown, [first[:700], first[700:], second])
   assert all(files(tmp_path)[path] == this for path, this in written.items())
   assert [x for part in (0, 1) for x in duplicates.decisions(grown, part)[1]] == before
   for path in tmp_path.glob("generation-2-*/pairs-*.npy"):  # what is decided is not looked at again
-    assert (np.load(path) >> duplicates.ROW_BITS >= len(first)).all()
+    assert (np.load(path) >> minhash.ROW_BITS >= len(first)).all()
   gone = {x.id for x in before}
   stay = set(map(ident, texts)) - gone - {x.id for x in after}
   assert all(x.kept_id in stay and (x.kept_part < 2 or x.kept_id < x.id) for x in after)
   by_first = {x.id for x in after if x.kept_part < 2}
   # The same as with the survivors as protected texts, but for what a seat in a bucket decides.
   survivors_of_first = [text for text in first if ident(text) not in gone]
-  other = run(Pool(tmp_path / "other", (0, 1)), [survivors_of_first, second])
+  other = run(Search(tmp_path / "other", (0, 1)), [survivors_of_first, second])
   assert {x.id for x in other} == {x.id for x in after} and by_first == {x.id for x in other if x.kept_part == 0}
   assert len(by_first) > 100
 
@@ -305,21 +306,21 @@ def test_a_later_generation_leaves_the_earlier_ones_as_they_are(texts, tmp_path)
 def test_a_removed_text_of_an_earlier_generation_removes_nobody(tmp_path):
   text = chain()
   first = sorted([text["a"], text["b"]], key=ident)
-  before = run(Pool(tmp_path, (1,)), [first])
+  before = run(Search(tmp_path, (1,)), [first])
   assert [(x.row, x.kept_row) for x in before] == [(1, 0)]
   other = text["c"] if first[1] == text["b"] else " ".join([*text["a"].split()[8:], *(f"d{i}" for i in range(8))])
   assert rouge_l([other] * 2, first).tolist() == [0.6, 0.8]
-  assert run(Pool(tmp_path, (1, 2)), [first, [other]]) == []
+  assert run(Search(tmp_path, (1, 2)), [first, [other]]) == []
 
 
 def test_a_template_that_all_share_costs_no_square(tmp_path):
   template = "please write a short and friendly letter to my neighbour about the topic of"
   draw = random.Random(0)
   parts = [[f"{template} x{i} y{draw.randrange(50)}" for i in range(4000)]]
-  pool = Pool(tmp_path, (1,))
+  pool = Search(tmp_path, (1,))
   removals = run(pool, parts)
   pairs = sum(len(np.load(path)) for path in tmp_path.glob("generation-1-*/pairs-*.npy"))
-  assert 4000 < pairs <= duplicates.BANDS * duplicates.COMPARED * 4000
+  assert 4000 < pairs <= minhash.BANDS * duplicates.COMPARED * 4000
   assert len(removals) == 3999 and {x.kept_id for x in removals} == {min(map(ident, parts[0]))}
   assert min(x.similarity for x in removals) >= 0.7
 
@@ -343,7 +344,7 @@ def test_the_threshold_is_reached_exactly():
 @given(st.lists(st.tuples(*[st.lists(st.sampled_from("abcde"), max_size=9)] * 2), max_size=8), st.integers(1, 30))
 def test_rouge_l_is_that_of_the_dynamic_program(pairs, at_once):
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(duplicates, "_WORDS", at_once)
+    patch.setattr(rouge, "WORDS", at_once)
     found = rouge_l([" ".join(a) for a, _ in pairs], [" ".join(b) for _, b in pairs])
   assert found == pytest.approx([2 * lcs(a, b) / max(len(a) + len(b), 1) for a, b in pairs], abs=1e-12)
 
@@ -361,22 +362,22 @@ def test_signatures_estimate_the_jaccard_similarity_of_bigrams():
   sides = [(bigrams(a), bigrams(b)) for a, b in zip(left, right)]
   true = np.array([len(a & b) / len(a | b) for a, b in sides])
   for seed in (0, 1):
-    a, b = (duplicates.signatures(*words.hashes(side), seed) for side in (left, right))
+    a, b = (minhash.signatures(*words.hashes(side), seed) for side in (left, right))
     error = (a == b).mean(axis=0) - true
-    theory = np.sqrt((true * (1 - true)).mean() / duplicates.PERMUTATIONS)
+    theory = np.sqrt((true * (1 - true)).mean() / minhash.PERMUTATIONS)
     assert 0.9 < np.sqrt((error**2).mean()) / theory < 1.1 and abs(error.mean()) < 0.1 * theory
-    together = (duplicates.band_keys(a) == duplicates.band_keys(b)).mean()
+    together = (minhash.band_keys(a) == minhash.band_keys(b)).mean()
     assert together == pytest.approx((true**4).mean(), rel=0.05)
 
 
 def test_what_cannot_be_right_is_named(tmp_path):
   with pytest.raises(ValueError, match="threshold=0"):
-    Pool(tmp_path, (0, 1), threshold=0)
+    Search(tmp_path, (0, 1), threshold=0)
   with pytest.raises(ValueError, match="protected"):
-    Pool(tmp_path, (0, 0))
+    Search(tmp_path, (0, 0))
   with pytest.raises(ValueError, match="same id"):
     near_duplicates(["a b", "a c"], ["0" * 16] * 2)
-  pool = Pool(tmp_path, (1, 1))
+  pool = Search(tmp_path, (1, 1))
   with pytest.raises(ValueError, match="'xyz'"):
     duplicates.sign(pool, 0, ["xyz"], ["a b"])
   with pytest.raises(ValueError, match="2 ids for 1 texts"):
@@ -388,4 +389,4 @@ def test_what_cannot_be_right_is_named(tmp_path):
     duplicates.pair_units(pool)
   duplicates.sign(pool, 1, ["1" * 16], ["a b c"])
   with pytest.raises(ValueError, match="part 0 is not decided"):
-    run(Pool(tmp_path / "empty", (1, 2)), [[], []])
+    run(Search(tmp_path / "empty", (1, 2)), [[], []])

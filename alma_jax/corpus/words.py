@@ -43,6 +43,13 @@ def hashes(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
   return values, np.cumsum(counts)
 
 
+def taken(hashes: np.ndarray, offsets: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """The hashes and offsets of the texts in these rows alone."""
+  lengths = offsets[rows + 1] - offsets[rows]
+  ends = np.cumsum(lengths)
+  return hashes[np.arange(lengths.sum()) + np.repeat(offsets[rows] - (ends - lengths), lengths)], np.append(0, ends)
+
+
 def mixed(values: np.ndarray) -> np.ndarray:
   """The uint64 numbers, changed in place so that every bit depends on all of theirs (the end of MurmurHash3)."""
   for factor in _MIX:
