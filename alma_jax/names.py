@@ -51,7 +51,7 @@ JUDGE_TEMPLATES = Names(
 JUDGES = Names("a judge", {"finetuned": "", "few_shot": ""})  # trained or shown by stages/judge.py
 EVALUATORS = Names("an evaluator", {"none": "", "mini": "alma_jax.mini.truth:Truth"})
 MODELS = Names("a model", {"mini": "alma_jax.mini:CHECKPOINT"})  # -> a directory
-DATA = Names("data", {"mini": "alma_jax.mini.seeds:write"})  # -> (directory, seed) -> its files by name
+DATA = Names("data", {"mini": "alma_jax.mini.seeds:make"})  # called with (directory, seed)
 
 _folders: list[str] = []  # where modules are looked up first
 

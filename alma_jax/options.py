@@ -1,110 +1,243 @@
-"""A run's config: checks at the start, and the config of a round.
+"""Options: what may be set, declared once and checked before anything runs.
 
-`rounds` holds overrides, {3: {"responses": {"temperature": 0.9}}}; `for_round(config, 3)` is the config with them
-applied. A name that does not exist is an error that gives the nearest one, wherever it was written.
+A stage, a judge or a call of the engine has one frozen dataclass: its fields are what may be set, its types, bounds and
+`__post_init__` what is allowed, its comments the documentation.
+
+  @dataclasses.dataclass(frozen=True)
+  class Options(Checked):
+    n: int = option(200, least=1)                            # responses per prompt
+    method: Literal["diverse", "random"] = "diverse"
+    template: str = option("a2", names=names.JUDGE_TEMPLATES)  # a known word or "package.module:NAME"
+    decoding: Decoding = spread(Decoding)                    # its fields stand in the same section of the config
+    passes: int = option(1, least=1, practical=True)         # changes a result only by rounding
+
+`build(Options, config.responses, "config.responses")` makes them from a section of a config file, and
+`fingerprint(options)` is what decides a result. `for_round` applies a config's per-round overrides, such as
+{3: {"responses": {"temperature": 0.9}}}. Every mistake is a ConfigError of one line: field, value, what is allowed, the
+nearest name.
 """
 
 import copy
+import dataclasses
 import difflib
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
 
 from ml_collections import ConfigDict
 
+from alma_jax import names as known_names
 from alma_jax.errors import UserError
+
+T = TypeVar("T")
 
 
 class ConfigError(UserError):
-  """A config that cannot be meant; the message names the field."""
+  """An invalid config value; the message names the field and what is allowed."""
 
 
-def for_round(config, round):
+# Declaring
+
+
+def option(
+  default: Any = dataclasses.MISSING,
+  *,
+  least: float | None = None,
+  most: float | None = None,
+  above: float | None = None,
+  names: known_names.Names | None = None,
+  practical: bool = False,
+) -> Any:
+  """A field with bounds, with the table of its known words, or one that changes a result only by rounding."""
+  allowed = {"least": least, "most": most, "above": above, "names": names, "practical": practical}
+  return dataclasses.field(default=default, metadata=allowed)
+
+
+def spread(kind: type[T]) -> T:
+  """A field that holds another dataclass, whose fields stand in the same section of the config."""
+  # Every annotated class that is spread has a default for each field that a config may leave out.
+  return dataclasses.field(metadata={"spread": kind})  # pyright: ignore[reportReturnType]
+
+
+def section(kind: type[T]) -> T:
+  """A field that holds another dataclass, with its defaults where the config has no such section."""
+  return dataclasses.field(default_factory=kind)
+
+
+class Checked:
+  """Checks types and bounds when Options are made. A class with more to check calls `super().__post_init__()`."""
+
+  def __post_init__(self) -> None:
+    hints = typing.get_type_hints(type(self))
+    for field in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
+      _check(field, hints[field.name], getattr(self, field.name))
+
+
+def refuse(name: str, value: object, allowed: str, words: Iterable[str] = ()) -> NoReturn:
+  """Raise the ConfigError of a field: its value, what is allowed, and the nearest of `words`."""
+  near = difflib.get_close_matches(value, list(words), n=1, cutoff=0.4) if isinstance(value, str) else []
+  raise ConfigError(f"{name} is {value!r}; it {allowed}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+
+
+def _check(field: dataclasses.Field, hint: Any, value: Any) -> None:
+  if dataclasses.is_dataclass(value):
+    return
+  name, allowed = field.name, field.metadata
+  if not _is_a(value, hint):
+    words = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
+    if words:
+      refuse(name, value, f"may be {_listed(words)}", words)
+    refuse(name, value, f"must be {_in_words(hint)}")
+  least, most, above = (allowed.get(bound) for bound in ("least", "most", "above"))
+  if least is not None and not value >= least:
+    refuse(name, value, f"must be at least {least:g}")
+  if above is not None and not value > above:
+    refuse(name, value, f"must be above {above:g}")
+  if most is not None and not value <= most:
+    refuse(name, value, f"must be at most {most:g}")
+  if table := allowed.get("names"):
+    known_names.check(table, value, name)
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+  origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+  if origin is typing.Literal:
+    return value in arguments
+  if origin in (typing.Union, types.UnionType):
+    return any(_is_a(value, one) for one in arguments)
+  if origin is tuple:
+    kinds = (arguments[0],) * len(value) if isinstance(value, tuple) and arguments[1:] == (...,) else arguments
+    return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_is_a, value, kinds))
+  if hint is float:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+  if hint is int:
+    return isinstance(value, int) and not isinstance(value, bool)
+  return hint is Any or isinstance(value, origin or hint)
+
+
+def _in_words(hint: Any) -> str:
+  origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+  if origin in (typing.Union, types.UnionType):
+    return " or ".join(map(_in_words, arguments))
+  if origin is tuple:
+    return f"a tuple, each item {_in_words(arguments[0])}"
+  words = {int: "a whole number", float: "a number", str: "a text", bool: "True or False", types.NoneType: "None"}
+  return words.get(hint, str(getattr(hint, "__name__", hint)))
+
+
+def _listed(words: Iterable[object]) -> str:
+  return ", ".join(map(repr, words))
+
+
+# From a config's section to Options, and from Options to what decides a result
+
+
+def build(kind: type[T], values: Mapping[str, Any] | ConfigDict, where: str) -> T:
+  """The Options of a section; `where` is the section's name, for errors."""
+  values = values.to_dict() if isinstance(values, ConfigDict) else values
+  unknown = sorted(values.keys() - set(fields_of(kind)))
+  if unknown:
+    near = difflib.get_close_matches(unknown[0], list(fields_of(kind)), n=1, cutoff=0.5)
+    raise ConfigError(f"{where} has no field {unknown[0]!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+  hints, given = typing.get_type_hints(kind), {}
+  for field in dataclasses.fields(kind):  # pyright: ignore[reportArgumentType]
+    hint = hints[field.name]
+    if part := field.metadata.get("spread"):
+      own = {name: value for name, value in values.items() if name in fields_of(part)}
+      given[field.name] = build(part, own, where)
+    elif field.name not in values:
+      if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+        raise ConfigError(f"{where}.{field.name} is missing")
+    elif dataclasses.is_dataclass(hint):
+      if not isinstance(values[field.name], Mapping):
+        raise ConfigError(f"{where}.{field.name} is a section; give it a dict, not {values[field.name]!r}")
+      given[field.name] = build(hint, values[field.name], f"{where}.{field.name}")  # pyright: ignore[reportArgumentType]
+    else:
+      value = values[field.name]
+      given[field.name] = tuple(value) if isinstance(value, list) else value
+  try:
+    return kind(**given)
+  except ConfigError as error:
+    raise ConfigError(f"{where}.{error}") from None
+  except (ValueError, UserError) as error:
+    raise ConfigError(f"{where}.{error}") from None
+
+
+def fields_of(kind: type) -> dict[str, dataclasses.Field]:
+  """The fields that a section of the config may have, by name."""
+  found = {}
+  for field in dataclasses.fields(kind):
+    found |= fields_of(field.metadata["spread"]) if "spread" in field.metadata else {field.name: field}
+  return found
+
+
+def fingerprint(options: Any, without: Sequence[str] = ()) -> dict[str, Any]:
+  """The values that decide a result: all but the practical ones and those named in `without`."""
+  found = {}
+  for field in dataclasses.fields(options):
+    value = getattr(options, field.name)
+    if field.metadata.get("practical") or field.name in without:
+      continue
+    if "spread" in field.metadata:
+      found |= fingerprint(value, without)
+    else:
+      found[field.name] = fingerprint(value) if dataclasses.is_dataclass(value) else value
+  return found
+
+
+# Rounds
+
+
+def of_rounds(config: ConfigDict, kind: type[T], rounds: Iterable[int]) -> dict[int, T]:
+  """The Options of the whole run, under 0, and of each of the feedback rounds."""
+  rounds, where = list(rounds), "config"
+  for key in config.get("rounds", {}):
+    if not str(key).isdigit() or int(key) not in rounds:
+      span = f"the feedback rounds are {rounds[0]} .. {rounds[-1]}" if rounds else "this run has no feedback rounds"
+      raise ConfigError(f"config.rounds has an entry for round {key!r}; {span}")
+  found = {0: build(kind, for_round(config, 0), where)}
+  for round in rounds:
+    try:
+      found[round] = build(kind, for_round(config, round), where)
+    except ConfigError as error:
+      if not any(str(key) == str(round) for key in config.get("rounds", {})):
+        raise
+      raise ConfigError(f"in round {round}: {error}") from None
+  return found
+
+
+def for_round(config: ConfigDict, round: int) -> ConfigDict:
   """The config with the round's overrides, without `rounds` itself."""
   resolved = ConfigDict(copy.deepcopy(config.to_dict()))
-  for key, changes in config.rounds.items():
+  for key, changes in config.get("rounds", {}).items():
     if str(key) == str(round):
       _apply(resolved, _plain(changes), f"rounds[{key}]")
-  del resolved["rounds"]
+  if "rounds" in resolved:
+    del resolved["rounds"]
   return resolved
 
 
-# Values that are words: what each may be.
-WORDS = {
-  "model.chat": ("llama3", "llama2", "plain", "mini"),
-  "model.dtype": ("auto", "float32", "bfloat16"),
-  "model.save_dtype": ("float32", "bfloat16", "float16"),
-  "draw.method": ("diverse", "random", "proportional"),
-  "draw.coverage": ("round", "fresh"),
-  "embeddings.pooling": ("mean", "last"),
-  "clusters.method": ("flat", "two_level"),
-  "judge.kind": ("finetuned", "few_shot"),
-  "judge.mode": ("expected", "integer"),
-  "judge.template": ("a1", "a2", "mini"),
-  "judge.distil.target": ("two_hot", "rounded"),
-  "trainset.method": ("best_of_n", "dpo", "random", "grpo"),
-  "policy.history": ("all", "latest"),
-  "dpo.history": ("all", "latest"),
-  "dpo.loss": ("dpo", "cdpo", "rdpo", "ipo", "ipo_sum", "dpo_norm", "simpo", "hinge", "kto"),
-  "eval.evaluator": ("mini", "none"),
-}
-
-
-def check(config, last_round):
-  """Words must be known ones, and every override must name an existing field of a round that is run."""
-  _check_words(for_round(config, 0), "config")
-  for key in config.rounds:
-    if not str(key).isdigit() or not 2 <= int(key) <= last_round:
-      raise ConfigError(f"config.rounds has an entry for round {key!r}; the feedback rounds are 2 .. {last_round}")
-    _check_words(for_round(config, int(key)), f"config in round {key}")
-
-
-def _check_words(config, where):
-  values = dict(_items(config.to_dict()))
-  for name, words in WORDS.items():
-    if name in values and values[name] not in words:
-      raise ConfigError(f"{where}: {name} is {values[name]!r}; it may be {', '.join(map(repr, words))}")
-  models = ("sft", "latest", *(f"sft_{i + 1}" for i in range(len(values.get("sft_seeds", ())))))
-  chosen = values.get("responses.checkpoints", ("sft",))
-  if isinstance(chosen, str) or not chosen or not set(chosen) <= set(models):
-    raise ConfigError(
-      f"{where}: responses.checkpoints is {chosen!r}; give a tuple of {', '.join(map(repr, models))},"
-      " on the command line as \"('sft','latest')\""
-    )
-  own = (values.get("grpo.init_from"),)
-  if values.get("trainset.method") == "grpo" and tuple(chosen) != own:
-    raise ConfigError(
-      f"{where}: trainset.method is 'grpo', which learns from a model's own responses: set responses.checkpoints to"
-      f" {own!r}, as grpo.init_from is"
-    )
-  starts = ("base", *models[1:])
-  for name in ("policy.init_from", "dpo.init_from", "grpo.init_from", "dpo.ref_from", "grpo.ref_from"):
-    words = ("init", *starts) if name == "dpo.ref_from" else starts
-    if name in values and values[name] not in words:
-      raise ConfigError(f"{where}: {name} is {values[name]!r}; it may be {', '.join(map(repr, words))}")
-
-
-def nearest(config, path):
-  """What to say about a dotted path that does not exist in the config."""
-  names = list(leaves(config.to_dict()))
-  sections = sorted({name.rpartition(".")[0] for name in names} - {""})
-  last = [n for n in names if n.rpartition(".")[2] == path.rpartition(".")[2]]  # right leaf, wrong section
-  near = difflib.get_close_matches(path, names + sections, n=3, cutoff=0.5) or last[:1]
+def nearest(config: ConfigDict, path: str) -> str:
+  """What to say about a dotted path that the config does not have."""
+  known = list(leaves(config.to_dict()))
+  sections = sorted({name.rpartition(".")[0] for name in known} - {""})
+  last = [n for n in known if n.rpartition(".")[2] == path.rpartition(".")[2]]  # right leaf, wrong section
+  near = difflib.get_close_matches(path, known + sections, n=3, cutoff=0.5) or last[:1]
   near.sort(key=lambda name: sorted(name) != sorted(path))  # letters in another order come before other letters
   return f"config has no field {path!r}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
-def leaves(tree):
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
   """The dotted names of all values."""
-  return (name for name, _ in _items(tree))
-
-
-def _items(tree, prefix=""):
   for key, value in tree.items():
     if isinstance(value, dict) and value:
-      yield from _items(value, f"{prefix}{key}.")
+      yield from leaves(value, f"{prefix}{key}.")
     else:
-      yield f"{prefix}{key}", value
+      yield f"{prefix}{key}"
 
 
-def _apply(config, changes, where, prefix=""):
+def _apply(config: ConfigDict, changes: Mapping[str, Any], where: str, prefix: str = "") -> None:
   for key, value in changes.items():
     node = config
     for part in filter(None, prefix.split(".")):
@@ -126,5 +259,5 @@ def _apply(config, changes, where, prefix=""):
         ) from None
 
 
-def _plain(x):
+def _plain(x: Any) -> Any:
   return x.to_dict() if isinstance(x, ConfigDict) else x

@@ -1,29 +1,48 @@
-"""From a config to a running recipe: devices, hosts, the run directory; and errors that a person can read."""
+"""From a config to a running recipe: options, devices, hosts, the run directory; and errors that a person can read."""
 
 import contextlib
+import dataclasses
+import difflib
+import importlib
 import json
 import os
 import pathlib
+import pkgutil
+import platform
 import signal
+import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import absl.logging
 import jax
 from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
 
+import alma_jax
+from alma_jax import options as options_lib
+from alma_jax import recipes
 from alma_jax.errors import UserError
 from alma_jax.llama import sharding
+from alma_jax.options import ConfigError
 from alma_jax.report import page
+from alma_jax.runtime.display import Display
+from alma_jax.runtime.host import Host
+from alma_jax.runtime.sampling import Options as SamplingOptions
 from alma_jax.runtime.session import Session
 from alma_jax.store.runs import Run
 
+Recipe = Any  # a module of alma_jax/recipes: Options, check(options by round), run(session)
 
-def run(recipe, config, workdir):
-  """Run the recipe; the exit status."""
 
-  def work():
+def run(config: ConfigDict, workdir: str) -> int:
+  """Run the config's recipe; the exit status."""
+
+  def work() -> None:
+    recipe = recipe_of(config)
     with open_session(config, workdir) as session:
       began = time.monotonic()
       try:
@@ -41,9 +60,11 @@ def run(recipe, config, workdir):
   return status(work, MEMORY)
 
 
-def status(work, memory, more=None):
-  """The exit status of `work()`. What the user can mend is printed as one message without a traceback: `memory` says
-  what helps where a device has too little, `more(error)` gives a line to print after another error, or None."""
+def status(work: Callable[[], None], memory: str, more: Callable[[UserError], str | None] | None = None) -> int:
+  """The exit status of `work()`. A UserError is printed as one message, without a traceback.
+
+  `memory` says what helps where a device has too little; `more(error)` may give a line to print after a UserError.
+  """
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that what is written is whole and unlocked
   sys.unraisablehook = _not_dropped
   try:
@@ -64,8 +85,9 @@ def status(work, memory, more=None):
     return 1
 
 
-def _not_dropped(found):
-  """Inside a callback, of the garbage collector say, Python drops what a SIGTERM raised: then it comes once more."""
+def _not_dropped(found: "sys.UnraisableHookArgs") -> None:
+  """Python discards exceptions raised inside callbacks such as GC hooks. If SIGTERM's SystemExit was discarded there,
+  send SIGTERM again."""
   if found.exc_type is SystemExit:
     threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
   else:
@@ -78,23 +100,98 @@ row_length or batch, or weights spread over more devices with config.mesh.fsdp. 
 command again."""
 
 
+# What is checked before anything is written
+
+
+def recipe_of(config: ConfigDict) -> Recipe:
+  """The module of the config's recipe."""
+  name, known = str(config.get("recipe")), [found.name for found in pkgutil.iter_modules(recipes.__path__)]
+  if name not in known:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    raise ConfigError(f"config.recipe is {name!r}; it may be {', '.join(map(repr, known))}{hint}")
+  return importlib.import_module(f"alma_jax.recipes.{name}")
+
+
+def checked_options(config: ConfigDict) -> dict[int, Any]:
+  """The Options of all rounds, or a ConfigError; no file is read."""
+  recipe = recipe_of(config)
+  rounds = range(2, 2 + config.get("feedback_rounds", 0))
+  found = options_lib.of_rounds(config, recipe.Options, rounds)
+  recipe.check(found)
+  return found
+
+
+def check_lengths(by_round: Mapping[int, Any], positions: int) -> None:
+  """Raise a ConfigError where a prompt with its response may be longer than the model's positions."""
+  for round, options in by_round.items():
+    where = f"in round {round}: config" if round else "config"
+    for name, found in _sampling_options(options, where):
+      if found.longest > positions:
+        raise ConfigError(
+          f"{name}: max_prompt_tokens + max_new_tokens is {found.max_prompt_tokens} +"
+          f" {found.decoding.max_new_tokens} = {found.longest}; it must be at most {positions}, the model's positions"
+        )
+
+
+def _sampling_options(options: Any, where: str) -> Iterator[tuple[str, SamplingOptions]]:
+  if isinstance(options, SamplingOptions):
+    yield where, options
+  for field in dataclasses.fields(options):
+    value = getattr(options, field.name)
+    if dataclasses.is_dataclass(value):
+      yield from _sampling_options(value, where if "spread" in field.metadata else f"{where}.{field.name}")
+
+
+# The session
+
+
 @contextlib.contextmanager
-def open_session(config, workdir):
+def open_session(config: ConfigDict, workdir: str | pathlib.Path) -> Iterator[Session[Any]]:
   """A Session on the run directory, with all hosts joined; its log says what it ran on."""
   absl.logging.set_verbosity(absl.logging.WARNING)
+  by_round = checked_options(config)
   join_hosts()
   cache_compilations()
-  with Run(workdir, config, jax.process_index(), jax.process_count(), barrier) as run_directory:
+  options = by_round[0]
+  mesh = sharding.make_mesh(**dataclasses.asdict(options.mesh))
+  host = host_of(options)
+  check_lengths(by_round, host.config.max_positions)
+  with Run(workdir, jax.process_index(), jax.process_count(), barrier, made_with()) as run_directory:
     run_directory.save_config(json.loads(json.dumps(config.to_dict(), default=str)))
     run_directory.log(
       "start", devices=[d.device_kind for d in jax.devices()], hosts=jax.process_count(), jax=jax.__version__
     )
-    yield Session(run_directory, config, *meshes(config))
+    yield Session(run_directory, host, mesh, by_round, config)
 
 
-def join_hosts():
-  """One program over all hosts when the launcher started several: Slurm, TPU pods and GKE are recognised by JAX
-  itself, other launchers set the three JAX_* variables (launch/local.sh does)."""
+def host_of(options: Any) -> Host:
+  """This host's devices with the model that the Options of a run name."""
+  local = sharding.make_mesh(data=-1, tensor=options.engine.tensor, devices=jax.local_devices())
+  return Host(options.model, options.engine, local, Display(speaks=jax.process_index() == 0))
+
+
+def made_with() -> dict[str, Any]:
+  """The versions and devices that every manifest names; `commit` is None for an installed package."""
+  checkout, commit = pathlib.Path(alma_jax.__file__).parents[1], None
+  if (checkout / ".git").exists():
+    describe = ["git", "--no-optional-locks", "-C", str(checkout), "describe", "--always", "--dirty"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):  # no git here, or another user's checkout
+      commit = subprocess.run(describe, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+  return {
+    "alma_jax": alma_jax.__version__,
+    "commit": commit,
+    "jax": jax.__version__,
+    "python": platform.python_version(),
+    "devices": sorted({device.device_kind for device in jax.devices()}),
+  }
+
+
+def join_hosts() -> None:
+  """Join all hosts into one program where the launcher started several.
+
+  JAX itself recognises Slurm, TPU pods and GKE; other launchers set the three JAX_* variables (launch/local.sh does).
+  """
   names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
   address, count, index = (os.environ.get(name) for name in names)
   if address and count and index:
@@ -108,10 +205,12 @@ def join_hosts():
     jax.distributed.initialize()
 
 
-def cache_compilations():
-  """Compiled programs are kept between starts, where the user has not said where in a directory of our own. Not those
-  of several processes on CPUs: read back, XLA's CPU programs have lost the order of collectives that do not depend on
-  each other, and two processes then wait for ever, each in another one."""
+def cache_compilations() -> None:
+  """Keep compiled programs between starts, in a directory of our own unless the user names one.
+
+  Several processes on CPUs keep none: a program that is read back has lost the order of collectives that do not depend
+  on each other, and two processes can then wait for ever, each in another one.
+  """
   if jax.process_count() > 1 and jax.default_backend() == "cpu":
     jax.config.update("jax_enable_compilation_cache", False)
     return
@@ -121,14 +220,7 @@ def cache_compilations():
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-def barrier(name):
+def barrier(name: str) -> None:
+  """Wait until all processes are here."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
-
-
-def meshes(config):
-  """(training mesh over all devices, mesh of this host's devices)."""
-  return (
-    sharding.make_mesh(**config.mesh),
-    sharding.make_mesh(data=-1, tensor=config.engine.tensor, devices=jax.local_devices()),
-  )

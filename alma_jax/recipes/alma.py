@@ -4,82 +4,247 @@ From a base model, a few thousand demonstrations and a few thousand annotated re
 
   python -m alma_jax.main --config=configs/alma.py:mini --workdir=runs/mini
 
-Every line below is a stage of the run directory; a finished one is read, not made again. Ablations are config values:
-draw.method, responses.checkpoints, judge.kind / mode / distil, trainset.method, and any of them per round.
+Every line of `run` is a stage of the run directory; a finished one is read, not made again. Ablations are config
+values: draw.method, responses.checkpoints, judge.kind / mode / distil, trainset.method, and any of them per round.
 """
 
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from alma_jax import names
+from alma_jax.judges import contract
+from alma_jax.judges.contract import Judge
+from alma_jax.options import Checked, ConfigError, option, refuse, spread
+from alma_jax.runtime import training
+from alma_jax.runtime.host import Checkpoint, EngineOptions, Host, ModelOptions
+from alma_jax.runtime.sampling import ManyOptions
+from alma_jax.runtime.session import MeshOptions
+from alma_jax.runtime.session import Session as AnySession
 from alma_jax.stages import clusters, drafts, draw, evaluation, judge, judgments, policy, prompts, responses, trainset
-from alma_jax.stages import data as data_stage
+from alma_jax.stages import data as human
+from alma_jax.store import layout
+from alma_jax.store.handles import Data, Pool, Trainset
+from alma_jax.store.records import Prompt
+from alma_jax.store.runs import Artefact
+from alma_jax.text.judge import score_paths
 
 
-def run(session):
-  c = session.config
-  base = session.base  # M_0
-  data = data_stage.build(session, c)  # D_1, the annotations, the evaluation prompts
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PoolOptions(Checked):
+  """The section `prompts`: how drafts are written, and which of them enter the pool."""
+
+  writing: drafts.Options = spread(drafts.Options)
+  entering: prompts.Options = spread(prompts.Options)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ResponseOptions(Checked):
+  """The section `responses`: how they are sampled, and which models write them."""
+
+  sampling: ManyOptions = spread(ManyOptions)
+  checkpoints: tuple[str, ...] = ("sft", "latest")  # "sft": all initial models; "sft_1": one; "latest" (Table 5)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(Checked):
+  """What a config of this recipe sets; each stage's Options say what is allowed."""
+
+  recipe: str
+  seed: int = 0
+  feedback_rounds: int = option(least=0)  # rounds 2, 3, ...; round 1 is the initial SFT
+  shards: int = option(least=1)  # parts per stage: the unit of resuming and of splitting over hosts
+  model: ModelOptions
+  mesh: MeshOptions
+  engine: EngineOptions
+  data: human.Options
+  sft_seeds: tuple[int, ...]  # one initial model for each order of the data
+  sft: training.Options
+  prompts: PoolOptions
+  embeddings: clusters.EmbeddingOptions
+  clusters: clusters.Options
+  draw: draw.Options
+  responses: ResponseOptions
+  judge: judge.Options
+  trainset: trainset.Options
+  policy_seed: int
+  policy: training.PolicyOptions
+  dpo: training.PreferenceOptions
+  grpo: training.GrpoOptions
+  eval: evaluation.Options
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    if not self.sft_seeds:
+      refuse("sft_seeds", self.sft_seeds, "must name at least one seed")
+    initial = tuple(layout.sft_name(i) for i, _ in enumerate(self.sft_seeds, start=1))
+    for name in self.responses.checkpoints or ("",):
+      if name not in ("sft", "latest", *initial):
+        known = ("sft", "latest", *initial)
+        refuse("responses.checkpoints", self.responses.checkpoints, f"must be a tuple of {', '.join(known)}")
+    for section in ("policy", "dpo", "grpo"):
+      for field in ("init_from", "ref_from"):
+        name, allowed = getattr(getattr(self, section), field, None), ("base", "latest", *initial)
+        allowed = ("init", *allowed) if (section, field) == ("dpo", "ref_from") else allowed
+        if name is not None and name not in allowed:
+          refuse(f"{section}.{field}", name, f"may be {', '.join(map(repr, allowed))}", allowed)
+    if self.trainset.method == "grpo" and self.responses.checkpoints != (self.grpo.init_from,):
+      raise ConfigError(
+        "trainset.method is 'grpo', which learns from a model's own responses: set responses.checkpoints to"
+        f" {(self.grpo.init_from,)!r}, as grpo.init_from is"
+      )
+
+  @property
+  def draws(self) -> int:
+    return self.prompts.writing.draws
+
+  @property
+  def embedder(self) -> clusters.Embedder:
+    return clusters.Embedder(self.embeddings, self.prompts.writing.max_prompt_tokens)
+
+
+Session = AnySession[Options]
+
+
+def run(s: Session) -> None:
+  o = s.options
+  data = human.build(s, o.data)  # D_1, the annotations, the evaluation prompts
 
   # Initial SFT: base on D_1, once per seed                                    M_1^(1), M_1^(2)
-  sft = [policy.sft(session, f"sft_{i}", base, data, [], c.sft, seed) for i, seed in enumerate(c.sft_seeds, start=1)]
+  jobs = [policy.Job(layout.sft_name(i), s.base, o.sft, seed) for i, seed in enumerate(o.sft_seeds, start=1)]
+  sft = [policy.sft(s, job, data) for job in jobs]
 
   # Prompts (3.1): few-shot synthesis, each once, clustered                    P
-  pools = [clusters.build(session, prompts.build(session, data, drafts.build(session, data, c), c), c)]
-
-  draws, drawn = c.prompts.draws, []
+  drafted = drafts.build(s, data, o.prompts.writing, layout.pool_name())
+  pools = [clusters.build(s, prompts.build(s, data, drafted, o.prompts.entering), o.embedder, o.clusters)]
 
   # Judge (3.3): fine-tuned on the annotations, distilled on its own scores    J
-  if c.judge.kind == "few_shot":
-    judge_ = judge.few_shot(session, data, c)
-  else:
-    judge_ = judge.finetune(session, data, c)
-    if c.judge.distil.prompts:
-      c_1 = judge.practice(c)
-      asked = draw.build(session, 1, pools, [], c_1)
-      drawn.append(asked)
-      sampled = responses.build(session, 1, asked, sft, c_1)
-      scored = judgments.build(session, 1, asked, sampled, judge.real_valued(judge_), c_1)
-      judge_ = judge.distil(session, judge_, data, asked, sampled, scored, c)
+  judge_, drawn = made_judge(s, data, sft, pools)
 
-  evaluation.build(session, 0, base, judge_, data, c, shots=c.eval.shots)
-  evaluation.build(session, 1, sft[0], judge_, data, c)
+  evaluation.build(s.at(0), s.base, judge_, data, o.eval, shots=o.eval.shots)
+  evaluation.build(s.at(1), sft[0], judge_, data, o.eval)
 
   # Learning from feedback (3.4), rounds 2, 3, ...
-  latest, trainsets = None, []
-  for r in session.feedback_rounds():
-    c_r = session.config_for(r)  # the config with this round's overrides
-    if c_r.prompts.draws > draws:  # more prompts from this round on
-      drafted = drafts.build(session, data, c_r, f"pool_{r:02d}", draws)
-      more = prompts.build(session, data, drafted, c_r, [pool.prompts for pool in pools])
-      pools.append(clusters.added(session, more, pools[0], c_r))
-      draws = c_r.prompts.draws
-    drawn.append(draw.build(session, r, pools, drawn, c_r))  # K unused prompts
-    checkpoints = _checkpoints(sft, latest, c_r.responses.checkpoints)  # M_1^(i), and M_{r-1} if r >= 3
-    sampled = responses.build(session, r, drawn[-1], checkpoints, c_r)  # N responses per prompt
-    scored = judgments.build(session, r, drawn[-1], sampled, judge_, c_r)  # J
-    trainsets.append(trainset.build(session, r, drawn[-1], sampled, scored, c_r))  # D_r
-    name, seed = f"round_{r:02d}/policy", c_r.policy_seed + r
-    method = c_r.trainset.method
-    options = c_r[{"dpo": "dpo", "grpo": "grpo"}.get(method, "policy")]
-    models = {"base": base, "latest": latest or sft[0], **{m.name: m for m in sft}}
-    init = models[options.init_from]
-    if method == "grpo":
-      reference = models[options.ref_from]
-      latest = policy.grpo(session, name, init, reference, trainsets[-1], options, seed)  # on D_r, which it wrote
-    else:
-      learnt = trainsets if options.history == "all" else trainsets[-1:]
-      if method == "dpo":
-        reference = init if options.ref_from == "init" else models[options.ref_from]
-        latest = policy.dpo(session, name, init, reference, learnt, options, seed)  # from M_1, on D_2 .. D_r
-      else:
-        latest = policy.sft(session, name, init, data, learnt, options, seed)  # from M_0, on D_1 .. D_r
-    evaluation.build(session, r, latest, judge_, data, c_r)  # M_r
+  latest, trainsets, draws = None, [], o.draws
+  for r in s.rounds():  # r.options are this round's
+    if r.options.draws > draws:
+      pools.append(grown(r, data, pools, draws))
+      draws = r.options.draws
+    asked = draw.build(r, pools, drawn, r.options.draw)  # K unused prompts
+    answered = responses.build(r, asked, writers(r, sft, latest), r.options.responses.sampling)  # N responses each
+    scored = judgments.build(r, asked, answered, judge_)  # J
+    drawn.append(asked)
+    trainsets.append(trainset.build(r, asked, answered, scored, r.options.trainset))  # D_r
+    latest = trained(r, sft, latest, data, trainsets)  # M_r
+    evaluation.build(r, latest, judge_, data, r.options.eval)
 
 
-def _checkpoints(sft, latest, names):
-  """The models that write a round's responses: "sft" is all initial SFT models, "sft_1" one of them, "latest" the last
-  round's. Before there is a last round, an initial model stands in for it."""
+def made_judge(
+  s: Session, data: Data, sft: Sequence[Checkpoint], pools: Sequence[Pool]
+) -> tuple[Judge, list[Artefact[Prompt]]]:
+  """The judge of all rounds, and the prompts that it was distilled on."""
+  o = s.options.judge
+  if o.kind == "few_shot":
+    return judge.few_shot(s, data, o), []
+  if o.kind != "finetuned":
+    return judge.of_user(s, o), []
+  own = judge.finetuned(s, data, o)
+  if not o.distil.prompts:
+    return own, []
+  one = s.at(1)  # a round of its own
+  asked = draw.build(one, pools, [], draw.Options(prompts=o.distil.prompts, method="random"))
+  answered = responses.build(one, asked, sft, o.distil.sample)
+  scored = judgments.build(one, asked, answered, judge.real_valued(own))
+  return judge.distilled(s, own, data, judge.Practice(asked, answered, scored), o), [asked]
+
+
+def grown(r: Session, data: Data, pools: Sequence[Pool], first: int) -> Pool:
+  """More prompts from this round on: the drafts from number `first`, in the clusters of the first pool."""
+  o = r.options
+  drafted = drafts.build(r, data, o.prompts.writing, layout.pool_name(r.round), first)
+  more = prompts.build(r, data, drafted, o.prompts.entering, [pool.prompts for pool in pools])
+  return clusters.added(r, more, pools[0], o.embedder, o.clusters)
+
+
+def writers(r: Session, sft: Sequence[Checkpoint], latest: Checkpoint | None) -> list[Checkpoint]:
+  """The models that write a round's responses: M_1^(i), and M_{r-1} if r >= 3.
+
+  "sft" is all initial models, "sft_1" one of them, "latest" the last round's. Before there is a last round, an initial
+  model stands in for it.
+  """
   chosen = []
-  for name in names:
+  for name in r.options.responses.checkpoints:
     if name == "latest":
       chosen += [latest] if latest else []
     else:
       chosen += [m for m in sft if name in ("sft", m.name)]
-  return chosen or sft[:1]
+  return chosen or list(sft[:1])
+
+
+def trained(
+  r: Session, sft: Sequence[Checkpoint], latest: Checkpoint | None, data: Data, trainsets: Sequence[Trainset]
+) -> Checkpoint:
+  """M_r: SFT of M_0 on D_1 .. D_r, DPO of M_1 on D_2 .. D_r, or GRPO of M_{r-1} on D_r, which it wrote."""
+  o, name, seed = r.options, layout.stage_name(r.round, layout.POLICY), r.options.policy_seed + r.round
+  models = {"base": r.base, "latest": latest or sft[0], **{m.name: m for m in sft}}
+  if o.trainset.method == "grpo":
+    job = policy.Job(name, models[o.grpo.init_from], o.grpo, seed)
+    return policy.grpo(r, job, models[o.grpo.ref_from], trainsets[-1])
+  options = o.dpo if o.trainset.method == "dpo" else o.policy
+  learnt = trainsets if options.history == "all" else trainsets[-1:]
+  init = models[options.init_from]
+  if isinstance(options, training.PreferenceOptions):
+    reference = init if options.ref_from == "init" else models[options.ref_from]
+    return policy.dpo(r, policy.Job(name, init, options, seed), reference, learnt)
+  return policy.sft(r, policy.Job(name, init, options, seed), data, learnt)
+
+
+def check(by_round: Mapping[int, Options]) -> None:
+  """Raise a ConfigError for values that are wrong together: rounds that draw more prompts than can be there."""
+  first = by_round[0]
+  asked = first.judge.distil.prompts if first.judge.distils else 0
+  draws = first.draws
+  for round in sorted(by_round.keys() - {0}):
+    o = by_round[round]
+    asked, draws = asked + o.draw.prompts, max(draws, o.draws)
+    if asked > draws:
+      raise ConfigError(
+        f"config.draw.prompts is {o.draw.prompts}: up to round {round} {asked:,} prompts are drawn, each once, and"
+        f" config.prompts.draws makes {draws:,} at most; it must be at least {asked:,}"
+      )
+
+
+# What `--check` asks
+
+
+def checks(host: Host, by_round: Mapping[int, Options]) -> Iterator[Callable[[], object]]:
+  """Steps that raise a UserError where a template does not suit the tokenizer, or a user's judge cannot be made."""
+  o = by_round[0]
+  yield lambda: score_paths(host.tokenizer, o.judge.judge_template())
+  if o.judge.kind not in names.JUDGES.words:
+    yield lambda: contract.by_name(names.JUDGES, o.judge.kind, host, o.judge, "judge.kind")
+  if o.eval.evaluator not in names.EVALUATORS.words:
+    yield lambda: contract.by_name(names.EVALUATORS, o.eval.evaluator, host, o.eval, "eval.evaluator")
+
+
+def models(by_round: Mapping[int, Options]) -> int:
+  """How many trained models a run keeps."""
+  o = by_round[0]
+  judges = 0 if o.judge.kind != "finetuned" else 1 + o.judge.distils
+  return len(o.sft_seeds) + judges + len(by_round) - 1
+
+
+def plan(by_round: Mapping[int, Options]) -> Iterator[str]:
+  """What a run would do, a line for each kind of work."""
+  o = by_round[0]
+  yield f"sft       {len(o.sft_seeds)} models, {o.sft.epochs:g} epochs"
+  yield f"pool      {o.draws:,} drafts, at most {o.clusters.k:,} clusters"
+  distilled = f", distilled on the responses to {o.judge.distil.prompts:,} prompts" if o.judge.distils else ""
+  yield f"judge     {o.judge.kind}, {o.judge.mode} scores, template {o.judge.template}{distilled}"
+  for round, r in sorted(by_round.items()):
+    if round:
+      n = r.responses.sampling.n
+      yield (
+        f"round {round:<3} {r.draw.prompts:,} prompts x {n:,} responses = {r.draw.prompts * n:,} from"
+        f" {', '.join(r.responses.checkpoints)}, of at most {r.responses.sampling.decoding.max_new_tokens:,} tokens;"
+        f" {r.trainset.method}"
+      )

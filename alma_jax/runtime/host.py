@@ -1,12 +1,10 @@
-"""What sampling and scoring need, with or without a run directory: a model's tokenizer and chat format, models on this
-host's devices, progress bars.
+"""Models on this host's devices, with the tokenizer and chat format that a model is asked in.
 
-  host = Host(config, local_mesh)  # config.model: path, chat, dtype; config.engine: slots, rows
+  host = Host(ModelOptions(path="models/llama", chat="llama3"), EngineOptions(), local_mesh)
   checkpoint = Checkpoint("policy", host.directory, content_of(host.directory))
   model = host.model(checkpoint, "unrolled")
 
-`Session` adds what a run has. Everything here lives on `local_mesh`, this host's devices, so that no host waits for
-another inside a stage.
+Everything here lives on `local_mesh`, this host's devices, so that no host waits for another inside a stage.
 """
 
 import dataclasses
@@ -14,53 +12,106 @@ import functools
 import hashlib
 import os
 import pathlib
-import sys
+from collections.abc import Mapping
+from typing import Literal
 
 import jax
-import tqdm
 
+from alma_jax import names
 from alma_jax.llama import config as llama_config
 from alma_jax.llama import model as llama
 from alma_jax.llama import sharding, weights
+from alma_jax.options import Checked, ConfigError, option
+from alma_jax.runtime.display import Display
 from alma_jax.text import chat, tokenizer
 
-MINI_CHECKPOINT = pathlib.Path(__file__).parent.parent / "mini" / "checkpoint"
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions(Checked):
+  path: str = ""  # a Hugging Face directory, or a known word of names.MODELS
+  chat: str = option("llama3", names=names.CHAT_FORMATS)
+  dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of forward passes: bfloat16, on CPUs float32
+  save_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # of every trained checkpoint's weights
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineOptions(Checked):
+  tensor: int = option(1, least=1)  # devices that share one copy of the model in sampling and scoring
+  slots: int = option(0, least=0)  # sequences that decode together, per copy; 0: as many as fit
+  rows: int = option(32, least=1)  # rows per scoring or embedding call, per copy
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-  """A model directory in Hugging Face format and the digest of what is in it."""
+  """A model directory in Hugging Face format, and the digest of its content."""
 
   name: str
   directory: pathlib.Path
   content: str
 
 
-def model_directory(path):
-  """The directory that `path` names; "mini" is the base model that comes with the package."""
-  return MINI_CHECKPOINT if str(path) == "mini" else pathlib.Path(path).expanduser()
+def model_directory(path: str) -> pathlib.Path:
+  """The directory of a model that a config or flag names."""
+  if path in names.MODELS.words:
+    return names.resolve(names.MODELS, path, "model.path")
+  return pathlib.Path(path).expanduser()
 
 
 class Host:
-  def __init__(self, config, local_mesh, speaks=True):
-    """`speaks`: whether this process shows bars and lines."""
-    self.config, self.local_mesh, self._speaks = config, local_mesh, speaks
-    self.directory = model_directory(config.model.path)
-    llama_config.read_config(self.directory)  # the clearest error first
-    self.chat, self.tokenizer = None, tokenizer.load_tokenizer(self.directory)
-    if config.model.chat:  # else plain text alone is read and written
-      self.chat = chat.format_by_name(config.model.chat)
-      self.tokenizer, _ = chat.prepare(self.tokenizer, self.chat)
-    self._held = {}
+  """The devices of one host, and the models that are on them."""
+
+  def __init__(
+    self,
+    options: ModelOptions,
+    engine: EngineOptions,
+    local_mesh: jax.sharding.Mesh,
+    display: Display = Display(),
+    raw: bool = False,
+  ):
+    """With `raw` there is no chat format: plain text alone is read and written."""
+    if not options.path:
+      raise ConfigError("config.model.path is empty: give the directory of a base model in Hugging Face format")
+    self.options, self.engine, self.local_mesh, self.display = options, engine, local_mesh, display
+    self.directory = model_directory(options.path)
+    self.config = llama_config.read_config(self.directory)  # its errors are clearer than the tokenizer's
+    self.tokenizer = tokenizer.load_tokenizer(self.directory)
+    self._chat = None if raw else names.resolve(names.CHAT_FORMATS, options.chat, "model.chat")
+    if self._chat:
+      self.tokenizer, _ = chat.prepare(self.tokenizer, self._chat)
+    self._held: dict[tuple[str, str], llama.Llama] = {}
+
+  @property
+  def raw(self) -> bool:
+    return self._chat is None
+
+  @property
+  def chat(self) -> chat.ChatFormat:
+    """The chat format; a raw host has none."""
+    if self._chat is None:
+      raise RuntimeError("a raw host has no chat format")
+    return self._chat
+
+  @property
+  def save_dtype(self) -> str:
+    return self.options.save_dtype
 
   @functools.cached_property
-  def dtype(self):
-    name = self.config.model.dtype
-    return name if name != "auto" else ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+  def dtype(self) -> str:
+    """Of forward passes on these devices."""
+    if self.options.dtype != "auto":
+      return self.options.dtype
+    return "float32" if self.local_mesh.devices.flat[0].platform == "cpu" else "bfloat16"
 
-  def model(self, checkpoint, layout):
-    """The checkpoint on this host's devices, "stacked" or "unrolled". The last ones asked for stay there, as many as
-    `models_kept`, so that switching between them reads no file."""
+  @functools.cached_property
+  def trained_config(self) -> llama_config.LlamaConfig:
+    """The architecture that is trained: the base model's, with rows for the tokens that the chat format added."""
+    return dataclasses.replace(self.config, vocab=max(self.config.vocab, self.tokenizer.size))
+
+  def model(self, checkpoint: Checkpoint, layout: str) -> llama.Llama:
+    """The checkpoint on this host's devices, "stacked" or "unrolled".
+
+    The last `models_kept` of them stay there, so that switching between them reads no file.
+    """
     key = (checkpoint.content, layout)
     if key in self._held:
       self._held[key] = self._held.pop(key)  # the latest goes last
@@ -71,76 +122,56 @@ class Host:
     self._held[key] = jax.jit(llama.unrolled)(model) if layout == "unrolled" else model
     return self._held[key]
 
-  @functools.cached_property
-  def model_bytes(self):
-    """Of one model's weights, on each device."""
-    c = llama_config.read_config(self.directory)
-    return c.parameters * jax.numpy.dtype(self.dtype).itemsize // self.local_mesh.shape["tensor"]
-
-  @functools.cached_property
-  def device_bytes(self):
-    """The memory of the smallest of this host's devices; None where the device does not tell (CPUs)."""
-    stats = [device.memory_stats() for device in self.local_mesh.local_devices]
-    return min(s["bytes_limit"] for s in stats) if all(s and "bytes_limit" in s for s in stats) else None
-
-  @property
-  def models_kept(self):
-    """Three, the checkpoints that a round samples from, where they leave most of the memory for sequences."""
-    return 3 if 3 * self.model_bytes <= 0.4 * (self.device_bytes or _host_bytes()) else 1
-
-  @property
-  def training_bytes(self):
-    """What training may fill on each device; devices that do not tell (CPUs) share the host's memory."""
-    return self.device_bytes or _host_bytes() // jax.local_device_count()
-
-  @property
-  def free_bytes(self):
-    """What sampling may fill on each device, beside the models; None where the device does not tell."""
-    if self.device_bytes is None:
-      return None
-    return int(0.9 * self.device_bytes) - self.models_kept * self.model_bytes  # the allocator wastes some
-
-  def load(self, checkpoint, mesh, rules, dtype):
-    """The weights as they are on disk, with rows for the tokens that the chat format added to the tokenizer."""
+  def load(self, checkpoint: Checkpoint, mesh: jax.sharding.Mesh, rules: Mapping[str, str], dtype: str) -> llama.Llama:
+    """The weights from disk, with rows for the tokens that the chat format added to the tokenizer."""
     model = weights.load(checkpoint.directory, mesh, rules, dtype)
     if self.tokenizer.size > model.c.vocab:
       model = weights.resize(model, self.tokenizer.size, mesh, rules)
     return model
 
-  def free(self):
-    """Forget the loaded model, before training takes the memory."""
+  def free(self) -> None:
+    """Forget the loaded models, before training takes the memory."""
     self._held.clear()
 
+  @functools.cached_property
+  def model_bytes(self) -> int:
+    """The bytes of one model's weights on each device."""
+    return self.config.parameters * jax.numpy.dtype(self.dtype).itemsize // self.local_mesh.shape["tensor"]
+
+  @functools.cached_property
+  def device_bytes(self) -> int | None:
+    """The memory of the smallest of this host's devices; None where the device does not tell (CPUs)."""
+    stats = [device.memory_stats() for device in self.local_mesh.local_devices]
+    return min(s["bytes_limit"] for s in stats) if all(s and "bytes_limit" in s for s in stats) else None
+
   @property
-  def local_ways(self):
-    """Over how many groups of this host's devices a batch is spread."""
+  def models_kept(self) -> int:
+    """Three, the checkpoints that a round samples from, where they leave most of the memory for sequences."""
+    return 3 if 3 * self.model_bytes <= 0.4 * (self.device_bytes or _host_bytes()) else 1
+
+  @property
+  def training_bytes(self) -> int:
+    """What training may fill on each device; devices that do not tell (CPUs) share the host's memory."""
+    return self.device_bytes or _host_bytes() // jax.local_device_count()
+
+  @property
+  def free_bytes(self) -> int | None:
+    """What sampling may fill on each device, beside the models; None where the device does not tell."""
+    if self.device_bytes is None:
+      return None
+    return int(0.9 * self.device_bytes) - self.models_kept * self.model_bytes  # the allocator wastes some
+
+  @property
+  def local_ways(self) -> int:
+    """The number of groups of this host's devices that a batch is spread over."""
     return sharding.replicas(self.local_mesh)
 
-  def bar(self, description, total, unit, done=0):
-    """A progress bar with rate and time left, from the first host only; `done` of the total was there before."""
-    return tqdm.tqdm(
-      total=total,
-      initial=done,
-      desc=f"{description:<28}",
-      unit=f" {unit}",
-      disable=not self._speaks,
-      file=sys.stderr,
-      mininterval=0.5,
-      dynamic_ncols=True,
-      smoothing=0.1,
-    )
 
-  def say(self, text):
-    """A line above the progress bars, from the first host only."""
-    if self._speaks:
-      tqdm.tqdm.write(text, file=sys.stderr)
-
-
-def _host_bytes():
+def _host_bytes() -> int:
   return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def content_of(directory):
+def content_of(directory: pathlib.Path) -> str:
   """A digest of a model directory: all of every small file, size and both ends of every large one."""
   digest = hashlib.sha256()
   for path in sorted(p for p in directory.iterdir() if p.suffix in (".json", ".safetensors", ".model")):

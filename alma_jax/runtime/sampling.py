@@ -2,8 +2,43 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable, Sequence
 
-from alma_jax.engine import sample as engine
+from alma_jax.engine import sample
+from alma_jax.engine.choose import Decoding
+from alma_jax.engine.sample import Limits, Request, SamplingHooks
+from alma_jax.engine.slots import Load, slots_that_fit
+from alma_jax.options import Checked, option, spread
+from alma_jax.runtime.display import Bar
+from alma_jax.runtime.host import Checkpoint, Host
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(Checked):
+  """How responses are drawn. Prompts longer than `max_prompt_tokens` are left out and counted."""
+
+  decoding: Decoding = spread(Decoding)
+  max_prompt_tokens: int = option(least=1)
+
+  @property
+  def longest(self) -> int:
+    """The tokens of the longest prompt with the longest response."""
+    return self.max_prompt_tokens + self.decoding.max_new_tokens
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ManyOptions(Options):
+  """Several responses to each prompt."""
+
+  n: int = option(least=1)  # N per prompt, over all checkpoints
+
+
+@dataclasses.dataclass(frozen=True)
+class Stops:
+  """What ends a response: one of these tokens, or one of these strings."""
+
+  ids: tuple[int, ...]
+  strings: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -11,71 +46,55 @@ class Draft:
   """One sampled continuation."""
 
   text: str  # up to a stop string, without it
-  tokens: tuple  # without the stop token, but with those that a stop string is in
+  tokens: tuple[int, ...]  # without the stop token, but with those that a stop string is in
   finished: bool  # ended by a stop token or string
-  logprobs: tuple  # of every drawn token as the model gives them; a stop token's own comes last
+  logprobs: tuple[float, ...]  # of every drawn token as the model gives them; a stop token's own comes last
 
   @property
-  def logprob(self):
+  def logprob(self) -> float:
     return sum(self.logprobs)
 
 
-def decoding_of(options, stop_ids=()):
-  """The Decoding that a section of the config describes."""
-  names = [field.name for field in dataclasses.fields(engine.Decoding) if field.name in options]
-  return engine.Decoding(**{"stop_ids": tuple(stop_ids)} | {name: options[name] for name in names})
-
-
-def drafts(host, checkpoint, prompts, keys, stop_ids, options, bar, stop_strings=()):
-  """list[Draft]: one per (prompt ids, key). `options` has max_new_tokens, max_prompt_tokens (the room for prompts, into
-  which every prompt must fit) and how tokens are drawn, see `engine.choose.Decoding`."""
-  decoding = decoding_of(options, stop_ids)
-  requests = [engine.Request(tuple(prompt), key) for prompt, key in zip(prompts, keys)]
+def drafts(
+  host: Host, checkpoint: Checkpoint, requests: Sequence[Request], options: Options, stops: Stops, bar: Bar
+) -> list[Draft]:
+  """One Draft for each request. `options.max_prompt_tokens` is the room for prompts: each of them must fit."""
+  decoding = dataclasses.replace(options.decoding, stop_ids=tuple(stops.ids))
   model, decode = host.model(checkpoint, "unrolled"), host.tokenizer.decode
   share = len(requests) / max(1, len({r.prompt for r in requests}))
-  longest, mesh, wanted = options.max_prompt_tokens, host.local_mesh, host.config.engine.slots
-
-  def progress(finished, tokens):
-    bar.update(finished)
-    bar.tokens = getattr(bar, "tokens", 0) + tokens
-    bar.set_postfix_str(f"{bar.tokens / max(bar.format_dict['elapsed'], 1e-3):,.0f} tokens/s", refresh=False)
-
-  sampled = engine.sample(
-    model,
-    requests,
-    decoding,
-    engine.slots_that_fit(model, decoding, longest, share, host.free_bytes, mesh, wanted),
-    longest,
-    mesh,
-    progress=progress,
-    ends=functools.partial(_end, decode, tuple(stop_strings)) if stop_strings else None,
-  )
+  longest, mesh = options.max_prompt_tokens, host.local_mesh
+  slots = slots_that_fit(model, decoding, Load(longest, share), host.free_bytes, mesh, wanted=host.engine.slots)
+  ends = functools.partial(_end, decode, stops.strings) if stops.strings else None
+  hooks = SamplingHooks(bar.advance, ends)
+  sampled = sample.sample(model, requests, decoding, Limits(slots, longest), mesh, hooks)
   found = []
   for s in sampled:
-    text = _before(decode(s.tokens), stop_strings)
+    text = _before(decode(s.tokens), stops.strings)
     # What continues a raw text may begin with a space; a chat's turn has none around it.
-    found.append(Draft(text.strip() if host.chat else text, s.tokens, s.finished, s.logprobs))
+    found.append(Draft(text if host.raw else text.strip(), s.tokens, s.finished, s.logprobs))
   return found
 
 
-def _before(text, stop_strings):
+def _before(text: str, stop_strings: Sequence[str]) -> str:
   """The text up to the first of the stop strings."""
   return text[: min((at for at in (text.find(stop) for stop in stop_strings) if at >= 0), default=len(text))]
 
 
-def _end(decode, stop_strings, request, tokens, seen):
+def _end(
+  decode: Callable[[Sequence[int]], str], strings: Sequence[str], request: int, tokens: Sequence[int], seen: int
+) -> int | None:
   """The least number of tokens whose text holds a stop string, or None. The text of the first `seen` holds none."""
-  # What is new, and as much before it as a stop string may begin in. A cut inside a character shows as up to four
-  # other ones, which do not count.
-  start, before = seen, max(map(len, stop_strings)) + 4
+  # Decode the new tokens, and as many before them as a stop string may begin in. A cut inside a character shows as up
+  # to four replacement characters, which do not count.
+  start, before = seen, max(map(len, strings)) + 4
   while start and len(decode(tokens[start:seen])) < before:
     start -= 1
   text = decode(tokens[start:])
   # Bytes that are no text yet can hide a stop string that stood there before them.
-  if "\ufffd" not in text and not _holds(text, stop_strings):
+  if "\ufffd" not in text and not _holds(text, strings):
     return None
-  return next((n for n in range(seen + 1, len(tokens) + 1) if _holds(decode(tokens[:n]), stop_strings)), None)
+  return next((n for n in range(seen + 1, len(tokens) + 1) if _holds(decode(tokens[:n]), strings)), None)
 
 
-def _holds(text, stop_strings):
-  return any(stop in text for stop in stop_strings)
+def _holds(text: str, strings: Sequence[str]) -> bool:
+  return any(stop in text for stop in strings)

@@ -1,71 +1,101 @@
-"""What every stage has at hand: the run directory, the meshes, the tokenizer and chat format, models on devices.
+"""What every stage has at hand: the run directory, this host's devices, the mesh of all hosts, the round's Options.
 
-One `Session` per process. Training uses `mesh`, which spans all hosts; sampling, scoring and embedding use
-`local_mesh`, which spans this host's devices only, so that no host waits for another inside a stage.
+A `Session` is a view of the run at one round; `s.rounds()` yields the views of the feedback rounds. Training and
+k-means use `mesh`, which spans all hosts; sampling, scoring and embedding use `host`, so that no host waits for another
+inside a stage.
 """
 
 import dataclasses
+import functools
 import json
+from collections.abc import Iterator, Mapping
+from typing import Any, Generic, Protocol, TypeVar
 
+import jax
 from ml_collections import ConfigDict
 
-from alma_jax import options as configs
-from alma_jax.engine.choose import DecodingError
-from alma_jax.runtime import sampling, training
-from alma_jax.runtime.host import Checkpoint, Host, content_of
-from alma_jax.store import shards
+from alma_jax import options as options_lib
+from alma_jax.options import Checked, refuse
+from alma_jax.runtime.display import Display
+from alma_jax.runtime.host import Checkpoint, EngineOptions, Host, ModelOptions, content_of
+from alma_jax.store import layout, shards
+from alma_jax.store.runs import Run, Stage
 
 
-class Session(Host):
-  def __init__(self, run, config, mesh, local_mesh):
-    configs.check(config, 1 + config.feedback_rounds)
-    if not config.model.path:
-      raise configs.ConfigError("config.model.path is empty: give the directory of a base model in Hugging Face format")
-    super().__init__(config, local_mesh, speaks=run.process == 0)
-    self.run, self.mesh = run, mesh
-    for round in (0, *self.feedback_rounds()):
-      resolved = configs.for_round(config, round)
-      _check_sampling(resolved, "config")
-      _check_training(resolved, f"config in round {round}" if round else "config", self.dtype)
-    self.base = Checkpoint("base", self.directory, content_of(self.directory))
+@dataclasses.dataclass(frozen=True)
+class MeshOptions(Checked):
+  """The mesh of training, over all hosts; -1: what the other axes leave."""
 
-  def feedback_rounds(self):
-    """2, 3, ...: round 1 is the initial SFT."""
-    return range(2, 2 + self.config.feedback_rounds)
+  data: int = 1
+  fsdp: int = -1
+  tensor: int = 1
 
-  def config_for(self, round):
-    """The config with the round's overrides; also written to the run directory."""
-    resolved = configs.for_round(self.config, round)
-    if self.run.process == 0:
-      directory = self.run.dir / f"round_{round:02d}"
-      directory.mkdir(exist_ok=True)
-      shards.write_json(directory / "config.json", json.loads(json.dumps(resolved.to_dict(), default=str)))
-    return resolved
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    for name in ("data", "fsdp", "tensor"):
+      if getattr(self, name) < 1 and getattr(self, name) != -1:
+        refuse(name, getattr(self, name), "must be at least 1, or -1 for what the other axes leave")
 
-  def describe_text(self):
+
+class RunOptions(Protocol):
+  """What the Options of every recipe have."""
+
+  @property
+  def seed(self) -> int: ...
+
+  @property
+  def shards(self) -> int: ...  # parts per stage: the unit of resuming and of splitting over hosts
+
+  @property
+  def model(self) -> ModelOptions: ...
+
+  @property
+  def engine(self) -> EngineOptions: ...
+
+
+O = TypeVar("O", bound=RunOptions)
+
+
+@dataclasses.dataclass(frozen=True)
+class Session(Generic[O]):
+  run: Run
+  host: Host
+  mesh: jax.sharding.Mesh
+  by_round: Mapping[int, O]  # under 0 those of the whole run
+  config: ConfigDict  # as the user gave it, to be kept with the run
+  round: int = 0
+
+  @property
+  def options(self) -> O:
+    """The Options of this round."""
+    return self.by_round[self.round]
+
+  @property
+  def display(self) -> Display:
+    return self.host.display
+
+  @functools.cached_property
+  def base(self) -> Checkpoint:
+    return Checkpoint("base", self.host.directory, content_of(self.host.directory))
+
+  def at(self, round: int, options: O | None = None) -> "Session[O]":
+    """The view of a round, under other `options` where they are given."""
+    by_round = self.by_round if options is None else {**self.by_round, round: options}
+    return dataclasses.replace(self, round=round, by_round={round: by_round[0]} | by_round)
+
+  def rounds(self) -> Iterator["Session[O]"]:
+    """The feedback rounds, whose resolved config is written to the run directory."""
+    for round in sorted(self.by_round.keys() - {0}):
+      if self.run.process == 0:
+        resolved = options_lib.for_round(self.config, round).to_dict()
+        path = self.run.dir / layout.round_name(round) / layout.CONFIG
+        shards.write_json(path, json.loads(json.dumps(resolved, default=str)))
+      yield self.at(round)
+
+  def stage(self, artefact: str, fields: dict[str, Any], inputs: Mapping[str, Any] | None = None) -> Stage:
+    """The stage of this round that makes `artefact`."""
+    return self.run.stage(layout.stage_name(self.round, artefact), fields, inputs)
+
+  def describe_text(self) -> dict[str, Any]:
     """The part of every fingerprint that says how text becomes tokens."""
-    return {"tokenizer": self.tokenizer.fingerprint, "chat": dataclasses.asdict(self.chat)}
-
-
-def _check_sampling(section, where):
-  """A way of sampling that there is not is found now, not after hours of training."""
-  if "max_new_tokens" in section:
-    try:
-      sampling.decoding_of(section)
-    except DecodingError as error:
-      raise configs.ConfigError(f"{where}.{error}") from None
-  for name, value in section.items():
-    if isinstance(value, ConfigDict):
-      _check_sampling(value, f"{where}.{name}")
-
-
-def _check_training(section, where, dtype):
-  """Nor a training that there is not; `where` is the section's name."""
-  if "epochs" in section:
-    try:
-      training.check(section, dtype)
-    except ValueError as error:
-      raise configs.ConfigError(f"{where}: {error}") from None
-  for name, value in section.items():
-    if isinstance(value, ConfigDict):
-      _check_training(value, f"{where}.{name}", dtype)
+    return {"tokenizer": self.host.tokenizer.fingerprint, "chat": dataclasses.asdict(self.host.chat)}

@@ -7,16 +7,21 @@ shards, and the 12 bytes of a prompt that a draw reads.
 
 import dataclasses
 import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import numpy as np
 
-from alma_jax.corpus import draw as engine
+from alma_jax.corpus import draw
 from alma_jax.engine import embed, kmeans
 from alma_jax.errors import RunError
-from alma_jax.keys import key_of
-from alma_jax.store import shards
+from alma_jax.keys import Key, key_of
+from alma_jax.options import Checked, fingerprint, option
+from alma_jax.runtime.session import Session
+from alma_jax.store import layout, shards
+from alma_jax.store.handles import Pool
 from alma_jax.store.records import Prompt
-from alma_jax.store.runs import Stage, rows_of
+from alma_jax.store.runs import Artefact, Stage
 from alma_jax.text import chat
 
 EVERY = 60.0  # seconds between two checkpoints of k-means
@@ -24,56 +29,98 @@ FEW = 39  # prompts per cluster; with fewer, centroids follow single prompts
 
 
 @dataclasses.dataclass(frozen=True)
-class Pool:
-  """Prompts, and for each of them its cluster; the first pool's centroids are everybody's."""
+class EmbeddingOptions(Checked):
+  layers: int = option(0, least=0)  # of the base model; 0: all
+  pooling: Literal["mean", "last"] = "mean"  # "last": the last token's state
+  dims: int = option(1024, least=1)  # principal dimensions that are kept
+  sample: int = option(131_072, least=1)  # prompts from which these follow
 
-  prompts: Stage
-  projection: Stage
-  clusters: Stage
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(Checked):
+  k: int = option(least=1)  # at most the number of prompts in the pool
+  iterations: int = option(10, least=0)
+  spherical: bool = False
+  method: Literal["flat", "two_level"] = "flat"  # "two_level": cheaper and coarser
+  per_centroid: int = option(0, least=0)  # train on so many prompts for each cluster; 0: on all
 
 
-def build(session, prompts, c):
+@dataclasses.dataclass(frozen=True)
+class Embedder:
+  """How prompts become points: with the base model, of which states, cut to how many tokens."""
+
+  options: EmbeddingOptions
+  max_prompt_tokens: int
+
+  def fields(self, s: Session[Any]) -> dict[str, Any]:
+    return {
+      "config": {"embeddings": fingerprint(self.options), "max_prompt_tokens": self.max_prompt_tokens},
+      "base": s.base.content,
+      "text": s.describe_text(),
+      "dtype": s.host.dtype,
+    }
+
+  def points(
+    self,
+    s: Session[Any],
+    prompts: Sequence[Prompt],
+    projection: embed.Projection | None,
+    progress: Callable[[int], object],
+  ) -> np.ndarray:
+    """[prompts, dimensions]; without a `projection` the hidden states themselves."""
+    host = s.host
+    rows = [chat.encode_prompt(host.tokenizer, host.chat, p.messages)[: self.max_prompt_tokens] for p in prompts]
+    model = host.model(s.base, embed.layout())
+    kind = embed.Embedding(self.options.layers or None, self.options.pooling, projection)
+    return embed.embeddings(model, rows, host.engine.rows, host.local_mesh, progress, kind)
+
+
+def build(s: Session[Any], prompts: Artefact[Prompt], embedder: Embedder, options: Options) -> Pool:
   """The Pool of these prompts, with the finished stages `pool/projection`, `pool/embeddings`, `pool/clusters`."""
   if not prompts.manifest["rows"]:
     raise RunError("the pool is empty: every drafted prompt was dropped; see pool/drafts/manifest.json for why")
-  projection = _projection(session, prompts, c)
-  embedded = _embeddings(session, prompts, projection, c)
-  fields = {"config": {"seed": c.seed, "clusters": c.clusters.to_dict()}}
-  stage = session.run.stage("pool/clusters", fields, {"prompts": prompts, "embeddings": embedded})
+  seed = s.options.seed
+  projection = _projection(s, prompts, embedder)
+  embedded = _embeddings(s, prompts, projection, embedder)
+  fields = {"config": {"seed": seed, "clusters": fingerprint(options)}}
+  inputs = {"prompts": prompts, "embeddings": embedded}
+  stage = s.run.stage(layout.beside(prompts.name, layout.CLUSTERS), fields, inputs)
   if not stage.done:
     points = _points(embedded)
-    k = min(c.clusters.k, len(points))
+    k = min(options.k, len(points))
     if len(points) < FEW * k:
-      session.run.log("few prompts per cluster", prompts=len(points), clusters=k)
-    options = {name: value for name, value in c.clusters.to_dict().items() if name != "k"}
-    found = _fitted(session, stage, points, kmeans.Settings(k, **options), key_of(c.seed, "k-means"))
-    _finish(session, stage, prompts, found.labels, found)
+      s.run.log("few prompts per cluster", prompts=len(points), clusters=k)
+    settings = kmeans.Settings(**(dataclasses.asdict(options) | {"k": k}))
+    found = _fitted(s, stage, points, settings, key_of(seed, "k-means"))
+    _finish(s, stage, prompts, found.labels, found)
   return Pool(prompts, projection, stage)
 
 
-def added(session, prompts, first, c):
+def added(s: Session[Any], prompts: Artefact[Prompt], first: Pool, embedder: Embedder, options: Options) -> Pool:
   """The Pool of prompts that were added to the Pool `first`, in its clusters."""
-  name = prompts.name.partition("/")[0]
-  embedded = _embeddings(session, prompts, first.projection, c)
+  embedded = _embeddings(s, prompts, first.projection, embedder)
   inputs = {"prompts": prompts, "embeddings": embedded, "first": first.clusters}
-  stage = session.run.stage(f"{name}/clusters", {"config": {"spherical": c.clusters.spherical}}, inputs)
+  fields = {"config": {"spherical": options.spherical}}
+  stage = s.run.stage(layout.beside(prompts.name, layout.CLUSTERS), fields, inputs)
   if not stage.done:
     centroids = shards.load_array(first.clusters.dir / "centroids.npy")
-    _finish(session, stage, prompts, _nearest(_points(embedded), centroids, c))
+    key = key_of(s.options.seed, "k-means")
+    _finish(s, stage, prompts, _nearest(_points(embedded), centroids, options.spherical, key))
   return Pool(prompts, first.projection, stage)
 
 
-def _projection(session, prompts, c):
+def _projection(s: Session[Any], prompts: Artefact[Prompt], embedder: Embedder) -> Stage:
   """Stage `pool/projection`: how hidden states become points, from a sample of the pool."""
-  options, name = c.embeddings, "pool/projection"
-  stage = session.run.stage(name, _fields(session, c) | {"seed": c.seed}, {"prompts": prompts})
+  options, seed = embedder.options, s.options.seed
+  name = layout.beside(prompts.name, layout.PROJECTION)
+  stage = s.run.stage(name, embedder.fields(s) | {"seed": seed}, {"prompts": prompts})
   if stage.done:
     return stage
   if stage.mine(1):
     n = prompts.manifest["rows"]
-    rows = np.sort(np.argsort(engine.hashed(c.seed, engine.SAMPLE, np.arange(n)), kind="stable")[: options.sample])
-    with session.bar("pool: sample of embeddings", len(rows), "prompts") as bar:
-      states = _embedded(session, rows_of(prompts, Prompt, rows), c, None, bar.update)
+    rows = np.sort(np.argsort(draw.hashed(seed, draw.SAMPLE, np.arange(n)), kind="stable")[: options.sample])
+    with s.display.bar("pool: sample of embeddings", len(rows), "prompts") as bar:
+      states = embedder.points(s, prompts.rows(rows), None, bar.update)
     found, kept = embed.projection(states, options.dims)
     shards.save_array(stage.dir / "mean.npy", found.mean)
     shards.save_array(stage.dir / "matrix.npy", found.matrix)
@@ -83,90 +130,79 @@ def _projection(session, prompts, c):
   return stage
 
 
-def _embeddings(session, prompts, projection, c):
-  """Stage `NAME/embeddings`: one .npy for each part of the prompts, rows in its order, 16 bits."""
-  name = f"{prompts.name.partition('/')[0]}/embeddings"
-  stage = session.run.stage(name, _fields(session, c), {"prompts": prompts, "projection": projection})
+def _embeddings(s: Session[Any], prompts: Artefact[Prompt], projection: Stage, embedder: Embedder) -> Stage:
+  """Stage `POOL/embeddings`: one .npy for each part of the prompts, rows in its order, 16 bits."""
+  name = layout.beside(prompts.name, layout.EMBEDDINGS)
+  stage = s.run.stage(name, embedder.fields(s), {"prompts": prompts, "projection": projection})
   if stage.done:
     return stage
-  names = [f"rows-{part:05d}-of-{prompts.parts:05d}.npy" for part in range(prompts.parts)]
+  files = [f"rows-{part:05d}-of-{prompts.parts:05d}.npy" for part in range(prompts.parts)]
   rows = [part["rows"] for part in prompts.manifest["parts"]]
-  mine = range(session.run.process, prompts.parts, session.run.processes)
-  missing = [i for i in mine if not (stage.dir / names[i]).exists()]
+  mine = range(s.run.process, prompts.parts, s.run.processes)
+  missing = [i for i in mine if not (stage.dir / files[i]).exists()]
   how = embed.Projection(*(np.array(shards.load_array(projection.dir / f"{x}.npy")) for x in ("mean", "matrix")))
-  with session.bar("pool: embeddings", sum(rows[i] for i in missing), "prompts") as bar:
+  with s.display.bar("pool: embeddings", sum(rows[i] for i in missing), "prompts") as bar:
     for part in missing:
-      found = _embedded(session, prompts.read(Prompt, part), c, how, bar.update)
-      shards.save_array(stage.dir / names[part], found.astype(np.float16))
+      found = embedder.points(s, prompts.read(part), how, bar.update)
+      shards.save_array(stage.dir / files[part], found.astype(np.float16))
       stage.beat()
-  stage.finish(files=names)
+  stage.finish(files=files)
   return stage
 
 
-def _fields(session, c):
-  return {
-    "config": {"embeddings": c.embeddings.to_dict(), "max_prompt_tokens": c.prompts.max_prompt_tokens},
-    "base": session.base.content,
-    "text": session.describe_text(),
-    "dtype": session.dtype,
-  }
-
-
-def _embedded(session, prompts, c, projection, progress):
-  longest = c.prompts.max_prompt_tokens
-  rows = [chat.encode_prompt(session.tokenizer, session.chat, p.messages)[:longest] for p in prompts]
-  model, layers = session.model(session.base, embed.layout()), c.embeddings.layers or None
-  how = layers, c.embeddings.pooling, projection
-  return embed.embeddings(model, rows, c.engine.rows, session.local_mesh, progress, *how)
-
-
-def _points(embedded):
+def _points(embedded: Stage) -> embed.Rows:
   return embed.Rows(tuple(shards.load_array(embedded.dir / name) for name in sorted(embedded.manifest["files"])))
 
 
-def _fitted(session, stage, points, settings, key):
-  """The Clustering by all hosts together; what a killed start has saved of it counts."""
+def _fitted(
+  s: Session[Any], stage: Stage, points: embed.Rows, settings: kmeans.Settings, key: Key
+) -> kmeans.Clustering:
+  """The clustering by all hosts together; it goes on from what a killed start has saved."""
   path, saved = stage.dir / "iteration.npz", None
   if path.exists():
     with np.load(path, allow_pickle=False) as file:
       saved = int(file["step"]), {name: file[name] for name in file.files if name != "step"}
-  session.run.barrier(f"{stage.name}: begun")  # all have read the same
+  s.run.barrier(f"{stage.name}: begun")  # all have read the same
   last = time.monotonic()
 
-  def save(step, arrays):
+  def save(step: int, arrays: dict[str, np.ndarray]) -> None:
     nonlocal last
-    if session.run.process == 0 and time.monotonic() - last >= EVERY:
+    if s.run.process == 0 and time.monotonic() - last >= EVERY:
       with shards.atomic(path) as file:
-        np.savez(file, step=step, **arrays)
+        np.savez(file, step=step, **arrays)  # pyright: ignore[reportArgumentType]  # NumPy's allow_pickle comes by name
       stage.beat()
       last = time.monotonic()
 
   mesh = kmeans.mesh_for(settings.k, points.shape[1])
-  with session.bar("pool: k-means", settings.steps, "iterations", done=saved[0] if saved else 0) as bar:
-    return kmeans.fit(points, settings, key, mesh, progress=bar.update, save=save, restore=lambda: saved)
+  with s.display.bar("pool: k-means", settings.steps, "iterations", done=saved[0] if saved else 0) as bar:
+    return kmeans.fit(points, settings, key, mesh, hooks=kmeans.FitHooks(bar.update, save, lambda: saved))
 
 
-def _nearest(points, centroids, c):
-  """int32 [n]: the nearest of the centroids for each point, of which there may be few or none."""
+def _nearest(points: embed.Rows, centroids: np.ndarray, spherical: bool, key: Key) -> np.ndarray:
+  """int32 [n]: the nearest of the centroids for each of n points, few or none perhaps."""
   n, k = len(points), len(centroids)
   if not n:
     return np.zeros(0, np.int32)
   if n < k:  # k-means has at least one point for each cluster
     points = embed.Rows((*points.arrays, np.zeros((k - n, points.shape[1]), np.float16)))
-  settings = kmeans.Settings(k, iterations=0, spherical=c.clusters.spherical)
-  key, mesh = key_of(c.seed, "k-means"), kmeans.mesh_for(*centroids.shape)
-  return kmeans.fit(points, settings, key, mesh, restore=kmeans.starting_at(centroids)).labels[:n]
+  settings, mesh = kmeans.Settings(k, iterations=0, spherical=spherical), kmeans.mesh_for(*centroids.shape)
+  return kmeans.fit(points, settings, key, mesh, hooks=kmeans.starting_at(centroids)).labels[:n]
 
 
-def _finish(session, stage, prompts, labels, clustering=None):
-  """What was added to a pool has no `clustering` of its own."""
-  if session.run.process == 0:
-    ids = shards.read_ids([prompts.part_path(part, prompts.parts) for part in range(prompts.parts)])
+def _finish(
+  s: Session[Any],
+  stage: Stage,
+  prompts: Artefact[Prompt],
+  labels: np.ndarray,
+  clustering: kmeans.Clustering | None = None,
+) -> None:
+  """Write the arrays of a stage of clusters; prompts that were added to a pool have no `clustering` of their own."""
+  if s.run.process == 0:
     shards.save_array(stage.dir / "labels.npy", labels)
-    shards.save_array(stage.dir / "ids.npy", ids)
+    shards.save_array(stage.dir / "ids.npy", prompts.ids())
     if clustering:
       shards.save_array(stage.dir / "centroids.npy", clustering.centroids)
-      shards.write_json(stage.dir / "report.json", clustering.report)
+      shards.write_json(stage.dir / layout.REPORT, clustering.report)
     (stage.dir / "iteration.npz").unlink(missing_ok=True)
   facts = {name: x for name, x in clustering.report.items() if not isinstance(x, list)} if clustering else {}
-  stage.finish(facts, ["labels.npy", "ids.npy", *(["centroids.npy", "report.json"] if clustering else [])])
+  stage.finish(facts, ["labels.npy", "ids.npy", *(["centroids.npy", layout.REPORT] if clustering else [])])

@@ -1,70 +1,76 @@
-"""The seeds: the run's own checked copy of the human data (demonstrations, annotations, evaluation prompts).
+"""The human data: the run's own checked copy of the demonstrations, the annotations and the evaluation prompts.
 
-Everything later reads this copy, so a run can be understood, resumed and moved without the files it began with. The
-names "mini" stand for data that the miniature world writes for the run's seed.
+Everything later reads this copy, so a run can be understood, resumed and moved without the files it began with. A known
+word of `names.DATA` stands for data that is made for the run's seed.
 """
 
 import dataclasses
 import json
 import pathlib
+from typing import Any
 
+from alma_jax import names
 from alma_jax.corpus.normalise import prompt_id
 from alma_jax.keys import key_of
-from alma_jax.options import ConfigError
-from alma_jax.store import shards
-from alma_jax.store.data import load_examples
+from alma_jax.options import Checked, ConfigError, fingerprint, option
+from alma_jax.runtime.session import Session
+from alma_jax.store import layout, shards
+from alma_jax.store.data import SeedRow, load_examples
+from alma_jax.store.handles import Data
 
-FILES = {"sft": ("response",), "judge": ("response", "score"), "eval": ()}  # name -> what a row must have
+NEEDED = {"sft": ("response",), "judge": ("response", "score"), "eval": ()}  # what the rows of a file must have
 
 
 @dataclasses.dataclass(frozen=True)
-class Seeds:
-  sft: list  # of SeedRow
-  judge: list
-  eval: list
-  digests: dict  # of the three files, for fingerprints
+class Options(Checked):
+  """Each source is a JSONL or Parquet file, "tfds:NAME:SPLIT" or a known word of names.DATA."""
 
-  def ids(self, name):
-    return {prompt_id(row.messages) for row in getattr(self, name)}
+  sft: str = ""  # demonstrations: messages, or prompt and response
+  judge: str = ""  # annotations: the same with a score 0..10
+  eval: str = ""  # evaluation prompts; empty: hold some demonstrations out
+  held_out: int = option(200, least=1)  # how many, then
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    for name in ("sft", "judge"):
+      if not getattr(self, name):
+        raise ConfigError(f"{name} is empty: give a JSONL or Parquet file or a TFDS name")
+
+  @property
+  def sources(self) -> dict[str, str]:
+    return {name: getattr(self, name) for name in NEEDED}
 
 
-def build(session, c):
-  """The Seeds of the finished stage `seeds`."""
-  sources = {name: c.data[name] for name in FILES}
-  for name in ("sft", "judge"):
-    if not sources[name]:
-      raise ConfigError(f"config.data.{name} is empty: give a JSONL or Parquet file or a TFDS name")
-  fields = {"config": {"data": c.data.to_dict()}, "contents": {n: _digest(s) for n, s in sources.items()}}
-  if "mini" in sources.values():
-    fields["config"]["seed"] = c.seed
-  stage = session.run.stage("seeds", fields)
+def build(s: Session[Any], options: Options) -> Data:
+  """The Data of the finished stage `seeds`."""
+  contents = {name: _content(source) for name, source in options.sources.items()}
+  fields = {"config": {"data": fingerprint(options)}, "contents": contents}
+  if _made(options):
+    fields["config"]["seed"] = s.options.seed
+  stage = s.run.stage(layout.SEEDS, fields)
   if not stage.done:
-    counts = {}
-    if session.run.process == 0:
-      counts = _write(stage.dir, sources, c)
-    stage.finish(counts=counts, files=[f"{name}.jsonl" for name in FILES])
+    counts = _write(stage.dir, options, s.options.seed) if s.run.process == 0 else {}
+    stage.finish(counts=counts, files=[f"{name}.jsonl" for name in NEEDED])
     for name, count in stage.manifest["counts"].items():
-      session.run.log("data", file=name, **count)
-  rows = (load_examples(stage.dir / f"{name}.jsonl", need)[0] for name, need in FILES.items())
-  return Seeds(*rows, digests={name: stage.manifest["files"][f"{name}.jsonl"]["digest"] for name in FILES})
+      s.run.log("data", file=name, **count)
+  rows = (load_examples(stage.dir / f"{name}.jsonl", need)[0] for name, need in NEEDED.items())
+  return Data(*rows, digests={name: stage.manifest["files"][f"{name}.jsonl"]["digest"] for name in NEEDED})
 
 
-def _write(directory, sources, c):
-  """Write the three files; counts of what was read, dropped and moved."""
-  if "mini" in sources.values():
-    from alma_jax.mini import seeds as mini
-
-    mini.make(directory / ".mini", c.seed)
+def read(options: Options, directory: pathlib.Path, seed: int) -> tuple[dict[str, list[SeedRow]], dict[str, dict]]:
+  """The rows of each source, and counts of what was read, dropped and moved. `directory` takes what is made."""
+  for made in dict.fromkeys(_made(options).values()):
+    names.resolve(names.DATA, made, "data")(directory, seed)
   counts, rows = {}, {}
-  for name, source in sources.items():
+  for name, source in options.sources.items():
     if name == "eval" and not source:
       continue
-    path = directory / ".mini" / f"{name}.jsonl" if source == "mini" else source
-    rows[name], report = load_examples(path, FILES[name])
+    path = directory / f"{name}.jsonl" if name in _made(options) else source
+    rows[name], report = load_examples(path, NEEDED[name])
     counts[name] = {key: report[key] for key in ("rows", "kept", "empty", "duplicate")}
-  if not sources["eval"]:  # nobody gave evaluation prompts: some demonstrations' prompts become them
+  if not options.eval:  # some demonstrations' prompts become the evaluation prompts
     ids = sorted({prompt_id(r.messages) for r in rows["sft"]}, key=lambda i: key_of("eval", i))
-    held = set(ids[: max(1, min(c.data.held_out, len(ids) // 10))])
+    held = set(ids[: max(1, min(options.held_out, len(ids) // 10))])
     rows["eval"] = [r for r in rows["sft"] if prompt_id(r.messages) in held]
     rows["sft"] = [r for r in rows["sft"] if prompt_id(r.messages) not in held]
     counts["eval"] = {"held_out_of_sft": len(rows["eval"])}
@@ -74,16 +80,27 @@ def _write(directory, sources, c):
     clean = [r for r in rows[name] if prompt_id(r.messages) not in asked]
     counts[name]["equals_eval_prompt"] = len(rows[name]) - len(clean)
     rows[name] = clean
+  return rows, counts
+
+
+def _write(directory: pathlib.Path, options: Options, seed: int) -> dict[str, dict]:
+  """Write the three files; the counts of `read`."""
+  rows, counts = read(options, directory / ".made", seed)
   for name, kept in rows.items():
     with shards.atomic(directory / f"{name}.jsonl") as file:
-      file.write("".join(json.dumps(_plain(row, FILES[name]), ensure_ascii=False) + "\n" for row in kept).encode())
+      file.write("".join(json.dumps(_plain(row, NEEDED[name]), ensure_ascii=False) + "\n" for row in kept).encode())
   return counts
 
 
-def _plain(row, need):
+def _made(options: Options) -> dict[str, str]:
+  """The sources that are known words, by name."""
+  return {name: source for name, source in options.sources.items() if source in names.DATA.words}
+
+
+def _plain(row: SeedRow, need: tuple[str, ...]) -> dict[str, Any]:
   return {"messages": list(row.messages)} | {key: getattr(row, key) for key in need}
 
 
-def _digest(source):
+def _content(source: str) -> str:
   path = pathlib.Path(source)
   return shards.digest(path) if source and path.is_file() else source

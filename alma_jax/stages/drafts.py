@@ -6,73 +6,101 @@ a draft; stages/prompts.py decides which drafts enter the pool.
 
 import collections
 import dataclasses
+from typing import Any
 
 import numpy as np
 
+from alma_jax import names
 from alma_jax.corpus.normalise import prompt_id
+from alma_jax.engine.sample import Request
 from alma_jax.keys import key_of, random_numbers
-from alma_jax.runtime.sampling import drafts
+from alma_jax.options import ConfigError, fingerprint, option
+from alma_jax.runtime import sampling
+from alma_jax.runtime.session import Session
+from alma_jax.store import layout
+from alma_jax.store.handles import Data
 from alma_jax.store.records import Prompt
+from alma_jax.store.runs import Artefact
 from alma_jax.text import fewshot
 
 
-def build(session, data, c, name="pool", first=0):
-  """The finished stage `NAME/drafts` of the draws from `first` on, a part per share of them."""
-  p = c.prompts
-  template = fewshot.few_shot_by_name(fewshot.LISTS, p.template)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(sampling.Options):
+  draws: int = option(least=1)  # of all rounds together; a larger number in a later round adds to the pool
+  shots: tuple[int, int] = (3, 5)  # the fewest and the most prompts that a draw shows
+  template: str = option("requests", names=names.LISTS)
+  max_characters: int = option(4000, least=1)
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    if not 1 <= self.shots[0] <= self.shots[1]:
+      raise ConfigError(f"shots is {self.shots}; it must be the fewest and the most prompts shown, at least (1, 1)")
+
+
+def build(s: Session[Any], data: Data, options: Options, pool: str, first: int = 0) -> Artefact[Prompt]:
+  """Stage `POOL/drafts` of the draws from `first` on, a part per share of them."""
+  template = names.resolve(names.LISTS, options.template, "prompts.template")
   shown = list(dict.fromkeys(fewshot.first_user_turn(row.messages) for row in data.sft))
-  options = {key: value for key, value in p.to_dict().items() if key not in ("similarity", "ngram")}
+  seed, parts = s.options.seed, s.options.shards
   fields = {
-    "config": {"seed": c.seed, "first": first, "prompts": options},
-    "text": {"few_shot": dataclasses.asdict(template), **session.describe_text()},
+    "config": {"seed": seed, "first": first, "prompts": fingerprint(options)},
+    "text": {"few_shot": dataclasses.asdict(template), **s.describe_text()},
     "data": {"sft": data.digests["sft"]},
-    "base": session.base.content,
+    "base": s.base.content,
   }
-  stage = session.run.stage(f"{name}/drafts", fields)
-  missing = stage.mine(c.shards)
+  stage = s.run.stage(f"{pool}/{layout.DRAFTS}", fields)
+  missing = stage.mine(parts)
   if stage.done:
-    return stage
-  tok = session.tokenizer
-  eos = () if tok.eos_id is None else (tok.eos_id,)
-  shots = _shots(random_numbers(c.seed, "shots"), p.draws, len(shown), p.shots)
+    return Artefact(stage, Prompt)
+  tok = s.host.tokenizer
+  stops = sampling.Stops(() if tok.eos_id is None else (tok.eos_id,), (template.stop,))
+  shots = _shots(random_numbers(seed, "shots"), options.draws, len(shown), options.shots)
   # Neighbours in this order begin with the same shots, which the sampler then reads once.
-  parts = np.array_split(first + np.lexsort(shots[first:].T[::-1]), c.shards)
-  with session.bar("pool: prompts", sum(len(parts[i]) for i in missing), "prompts") as bar:
+  shares = np.array_split(first + np.lexsort(shots[first:].T[::-1]), parts)
+  with s.display.bar("pool: prompts", sum(len(shares[i]) for i in missing), "prompts") as bar:
     for part in missing:
-      contexts, keys = [], []
-      for draw in parts[part].tolist():
-        show = [{"prompt": shown[i]} for i in shots[draw] if i >= 0]
-        contexts.append(fewshot.few_shot_ids(tok, template, show))
-        keys.append(key_of(c.seed, 0, "prompts", draw))
-      fit = [i for i, ids in enumerate(contexts) if len(ids) <= p.max_prompt_tokens]
-      asked = [contexts[i] for i in fit], [keys[i] for i in fit]
-      written = drafts(session, session.base, *asked, eos, p, bar, stop_strings=(template.stop,))
-      records, counts = [], collections.Counter(context_too_long=len(contexts) - len(fit))
+      requests, too_long = [], 0
+      for draw in shares[part].tolist():
+        ids = fewshot.few_shot_ids(tok, template, [{"prompt": shown[i]} for i in shots[draw] if i >= 0])
+        if len(ids) > options.max_prompt_tokens:
+          too_long += 1
+        else:
+          requests.append(Request(tuple(ids), key_of(seed, 0, "prompts", draw)))
+      written = sampling.drafts(s.host, s.base, requests, options, stops, bar)
+      records, counts = [], collections.Counter(context_too_long=too_long)
       for draft in written:
-        text, reason = draft.text, None if draft.finished else "cut_off"
-        reason = reason or ("empty" if not text else "too_long" if len(text) > p.max_characters else None)
+        reason = _dropped(draft, options)
         counts[reason or "usable"] += 1
         if not reason:
-          records.append(Prompt(prompt_id(_user(text)), _user(text), "synthetic"))
-      stage.write_part(part, c.shards, records, Prompt, {"draws": len(contexts), **counts})
+          messages = ({"role": "user", "content": draft.text},)
+          records.append(Prompt(prompt_id(messages), messages, "synthetic"))
+      stage.write_part(part, parts, records, Prompt, {"draws": len(shares[part]), **counts})
   stage.finish()
-  return stage
+  return Artefact(stage, Prompt)
 
 
-def _shots(random, draws, seeds, sizes):
-  """[draws, most] seeds that each draw shows, different ones in random order, then -1: a size between the two of
-  `sizes` for every draw. More draws leave the first ones as they are."""
+def _dropped(draft: sampling.Draft, options: Options) -> str | None:
+  """Why a draft is left out, None if it is usable."""
+  if not draft.finished:
+    return "cut_off"
+  if not draft.text:
+    return "empty"
+  return "too_long" if len(draft.text) > options.max_characters else None
+
+
+def _shots(random: np.random.Generator, draws: int, seeds: int, sizes: tuple[int, int]) -> np.ndarray:
+  """[draws, most] seeds that each draw shows, different ones in random order, then -1.
+
+  Each draw shows a number of seeds between the two of `sizes`. More draws leave the first ones unchanged.
+  """
   least, most = (min(size, seeds) for size in sizes)
   numbers = random.random((draws, most + 1))
   shots = np.empty((draws, most), np.int64)
   for place in range(most):
-    # One of those not shown yet, by its rank among them: every smaller one that is shown moves it up.
+    # Choose one of the seeds not shown yet by its rank among them: 0 .. seeds - place - 1. Every smaller seed that is
+    # shown moves it up by one. With 0 and 3 shown, rank 2 is seed 4: past 0 it is 3, past 3 it is 4.
     shots[:, place] = numbers[:, place] * (seeds - place)
     for shown in np.sort(shots[:, :place], axis=1).T:
       shots[:, place] += shots[:, place] >= shown
   size = least + (numbers[:, most] * (most - least + 1)).astype(int)
   return np.where(np.arange(most) < size[:, None], shots, -1)
-
-
-def _user(text):
-  return ({"role": "user", "content": text},)

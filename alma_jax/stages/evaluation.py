@@ -1,70 +1,130 @@
-"""How good a checkpoint is: its answers to the evaluation prompts, scored by the judge and, if there is one, by an
-evaluator that the pipeline never sees. One row of progress.csv per round."""
+"""How good a checkpoint is: its answers to the evaluation prompts, scored by the run's judge and, if the config names
+one, by an evaluator that the pipeline never sees. One row of progress.csv per round."""
 
 import dataclasses
-import math
+from collections.abc import Sequence
+from typing import Any
 
+from alma_jax import names
 from alma_jax.corpus.normalise import prompt_id
-from alma_jax.evals.evaluators import evaluator_by_name
-from alma_jax.judges.own import verdicts
+from alma_jax.engine.sample import Request
+from alma_jax.judges import contract
+from alma_jax.judges.contract import Answered, Judge
 from alma_jax.keys import key_of
-from alma_jax.runtime.sampling import drafts
+from alma_jax.options import fingerprint, option
+from alma_jax.runtime import sampling
+from alma_jax.runtime.display import Bar
+from alma_jax.runtime.host import Checkpoint
+from alma_jax.runtime.session import Session
+from alma_jax.store import layout, statistics
+from alma_jax.store.data import SeedRow
+from alma_jax.store.handles import Data
 from alma_jax.store.records import Evaluation
+from alma_jax.store.runs import Artefact
 from alma_jax.text import chat, fewshot
 
+Summary = dict[str, float]
 
-def build(session, round, checkpoint, judge, data, c, shots=0):
-  """The finished stage `round_RR/eval`; the prompts are `data.eval`. With `shots` the checkpoint is a base model that
-  answers after that many of the demonstrations."""
-  rows, shots = data.eval, data.sft[:shots]
-  template = fewshot.few_shot_by_name(fewshot.DIALOGUES, c.eval.few_shot) if shots else None
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(sampling.Options):
+  evaluator: str = option("none", names=names.EVALUATORS)
+  few_shot: str = option("dialogue", names=names.DIALOGUES)  # how a base model is shown its examples
+  shots: int = option(3, least=0)
+
+  def template(self) -> fewshot.FewShot:
+    return names.resolve(names.DIALOGUES, self.few_shot, "eval.few_shot")
+
+
+@dataclasses.dataclass(frozen=True)
+class Asker:
+  """How a checkpoint is asked: in the chat format, or, with `shots`, as a base model that continues examples."""
+
+  s: Session[Any]
+  template: fewshot.FewShot
+  shots: Sequence[SeedRow]
+
+  def ids(self, row: SeedRow) -> tuple[int, ...]:
+    host = self.s.host
+    if not self.shots:
+      return tuple(chat.encode_prompt(host.tokenizer, host.chat, row.messages))
+    shown = [{"prompt": fewshot.last_user_turn(x.messages), "response": x.response} for x in self.shots]
+    return tuple(fewshot.few_shot_ids(host.tokenizer, self.template, shown, fewshot.last_user_turn(row.messages)))
+
+  @property
+  def stops(self) -> sampling.Stops:
+    host = self.s.host
+    return sampling.Stops(chat.stop_ids(host.tokenizer, host.chat), (self.template.stop,) if self.shots else ())
+
+
+def build(
+  s: Session[Any], checkpoint: Checkpoint, judge: Judge, data: Data, options: Options, shots: int = 0
+) -> Summary:
+  """The round's `eval` on the prompts `data.eval`, summarised.
+
+  With `shots` the checkpoint is a base model that answers after that many of the demonstrations.
+  """
+  seed, shares = s.options.seed, s.options.shards
+  evaluator = None
+  if options.evaluator != "none":
+    evaluator = contract.by_name(names.EVALUATORS, options.evaluator, s.host, options, "eval.evaluator")
+  asker = Asker(s, options.template(), data.sft[:shots])
   fields = {
-    "config": {"seed": c.seed, "eval": c.eval.to_dict(), "shards": c.shards, "dtype": session.dtype},
+    "config": {"seed": seed, "eval": fingerprint(options), "shards": shares, "dtype": s.host.dtype},
     "checkpoint": checkpoint.content,
     "judge": judge.identity,
+    "evaluator": evaluator and evaluator.identity,
     "data": {"eval": data.digests["eval"]} | ({"sft": data.digests["sft"]} if shots else {}),
-    "text": session.describe_text() | {"few_shot": dataclasses.asdict(template) if template else None},
+    "text": s.describe_text() | {"few_shot": dataclasses.asdict(asker.template) if shots else None},
   }
-  stage = session.run.stage(f"round_{round:02d}/eval", fields)
+  stage = s.stage(layout.EVALUATION, fields)
   if not stage.done:
-    missing = stage.mine(c.shards)
-    with session.bar(f"{stage.name}", sum(len(rows[i :: c.shards]) for i in missing), "answers") as bar:
+    missing = stage.mine(shares)
+    with s.display.bar(stage.name, sum(len(data.eval[i::shares]) for i in missing), "answers") as bar:
       for part in missing:
-        records = _evaluated(session, round, checkpoint, judge, rows[part :: c.shards], template, shots, c, bar)
-        stage.write_part(part, c.shards, records, Evaluation, _sums(records))
-    stage.finish()
-    session.say(in_words(round, checkpoint.name, summarised(stage.manifest["counts"])))
-  summary = summarised(stage.manifest["counts"])
-  session.run.progress({"round": round, "checkpoint": checkpoint.name, **summary})
+        answers = _answers(asker, checkpoint, data.eval[part::shares], options, bar)
+        records = _graded(answers, judge, evaluator)
+        stage.write_part(part, shares, records, Evaluation, _sums(records))
+    scorers = {"judge": judge.identity, "evaluator": evaluator and evaluator.identity}
+    stage.finish(checkpoint=checkpoint.name, scorers=scorers)
+    s.display.say(in_words(s.round, checkpoint.name, summarised(stage.manifest["counts"])))
+  summary = summarised(Artefact(stage, Evaluation).manifest["counts"])
+  s.run.progress({"round": s.round, "checkpoint": checkpoint.name, **summary})
   return summary
 
 
-def _evaluated(session, round, checkpoint, judge, rows, template, shots, c, bar):
-  tok = session.tokenizer
-  if template:
-    shown = [{"prompt": fewshot.last_user_turn(s.messages), "response": s.response} for s in shots]
-    ask = lambda row: fewshot.few_shot_ids(tok, template, shown, fewshot.last_user_turn(row.messages))
-  else:
-    ask = lambda row: tuple(chat.encode_prompt(tok, session.chat, row.messages))
-  stops, strings = chat.stop_ids(tok, session.chat), (template.stop,) if template else ()
-  prompts = [ask(row) for row in rows]
-  fit = [i for i, ids in enumerate(prompts) if len(ids) <= c.eval.max_prompt_tokens]
-  keys = [key_of(c.seed, round, "eval", prompt_id(rows[i].messages)) for i in fit]
-  written = dict(zip(fit, drafts(session, checkpoint, [prompts[i] for i in fit], keys, stops, c.eval, bar, strings)))
-  answers = []
-  for i, row in enumerate(rows):
-    draft = written.get(i)
-    text, finished = (draft.text, draft.finished) if draft else ("", False)  # no room for the prompt: no answer
-    answers.append((row.messages, text, finished, len(draft.tokens) if draft else 0))
-  scored = verdicts(session, judge, [(messages, text) for messages, text, _, _ in answers])
-  truth = evaluator_by_name(c.eval.evaluator)
+@dataclasses.dataclass(frozen=True)
+class Answer:
+  row: SeedRow
+  text: str
+  finished: bool
+  tokens: int
+
+
+def _answers(asker: Asker, checkpoint: Checkpoint, rows: Sequence[SeedRow], options: Options, bar: Bar) -> list[Answer]:
+  """The checkpoint's answer to each row; a prompt that finds no room gets an empty one."""
+  s = asker.s
+  prompts = [asker.ids(row) for row in rows]
+  fit = [i for i, ids in enumerate(prompts) if len(ids) <= options.max_prompt_tokens]
+  requests = [Request(prompts[i], key_of(s.options.seed, s.round, "eval", prompt_id(rows[i].messages))) for i in fit]
+  written = sampling.drafts(s.host, checkpoint, requests, options, asker.stops, bar)
+  found = [Answer(row, "", False, 0) for row in rows]
+  for i, draft in zip(fit, written, strict=True):
+    found[i] = Answer(rows[i], draft.text, draft.finished, len(draft.tokens))
+  return found
+
+
+def _graded(answers: Sequence[Answer], judge: Judge, evaluator: Judge | None) -> list[Evaluation]:
+  pairs = [Answered(a.row.messages, a.text, a.finished) for a in answers]
+  judged = contract.scores(judge, pairs)
+  scores = [v.score for v in contract.scores(evaluator, pairs)] if evaluator else [None] * len(pairs)
   return [
-    Evaluation(prompt_id(m), m, text, tokens, finished, v.score, truth(m, text, finished) if truth else None)
-    for (m, text, finished, tokens), v in zip(answers, scored)
+    Evaluation(prompt_id(a.row.messages), a.row.messages, a.text, a.tokens, a.finished, verdict.score, score)
+    for a, verdict, score in zip(answers, judged, scores, strict=True)
   ]
 
 
-def _sums(records):
+def _sums(records: Sequence[Evaluation]) -> dict[str, float]:
   graded = [r.score for r in records if r.score is not None]
   return {
     "n": len(records),
@@ -78,22 +138,20 @@ def _sums(records):
   }
 
 
-def in_words(round, name, summary):
+def summarised(sums: dict[str, Any]) -> Summary:
+  """Means with 95 % intervals from a manifest's sums."""
+  n = sums["n"]
+  out: Summary = {"n": n}
+  for name, count in (("score", sums["graded"]), ("judge_score", n)):
+    if mean := statistics.mean_of_sums(count, sums[name], sums[f"{name}_squared"]):
+      out |= {name: round(mean.value, 4), f"{name}_ci95": round(mean.ci95 or 0.0, 4)}
+  return out | {"finished": round(sums["finished"] / n, 4), "tokens": round(sums["tokens"] / n, 2)}
+
+
+def in_words(round: int, name: str, summary: Summary) -> str:
   scores = [
     f"{label} {summary[key]:.2f} +- {summary[f'{key}_ci95']:.2f}"
     for key, label in (("score", "score"), ("judge_score", "judge"))
     if key in summary
   ]
   return f"round {round}, {name}: {', '.join(scores)} ({summary['n']} prompts)"
-
-
-def summarised(s):
-  """Means with 95 % intervals from a manifest's sums."""
-  n = s["n"]
-  out = {"n": n}
-  for name, count in (("score", s["graded"]), ("judge_score", n)):
-    if count:
-      mean = s[name] / count
-      variance = max(0.0, s[f"{name}_squared"] / count - mean**2) * count / max(1, count - 1)
-      out |= {name: round(mean, 4), f"{name}_ci95": round(1.96 * math.sqrt(variance / count), 4)}
-  return out | {"finished": round(s["finished"] / n, 4), "tokens": round(s["tokens"] / n, 2)}

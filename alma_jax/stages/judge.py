@@ -5,154 +5,211 @@ Self-distillation needs a target that is not the judge's own distribution, or no
 taken only if it orders held-out annotations no worse than before; the manifest says which one was taken.
 """
 
-import copy
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 
+from alma_jax import names
 from alma_jax.corpus.normalise import prompt_id
 from alma_jax.errors import RunError
-from alma_jax.judges.own import Judge, template_by_name, verdicts
+from alma_jax.judges import contract
+from alma_jax.judges.contract import Answered, Judge
+from alma_jax.judges.own import OwnJudge
 from alma_jax.keys import key_of
-from alma_jax.runtime import training
+from alma_jax.options import Checked, fingerprint, option
+from alma_jax.runtime import sampling, training
 from alma_jax.runtime.batches import Examples
 from alma_jax.runtime.host import Checkpoint
+from alma_jax.runtime.session import Session
+from alma_jax.store import layout
+from alma_jax.store.data import SeedRow
+from alma_jax.store.handles import Data
 from alma_jax.store.records import Judgment, Prompt, Response
-from alma_jax.text.judge import judge_example
+from alma_jax.store.runs import Artefact
+from alma_jax.text import judge as templates
+from alma_jax.text.chat import Messages
 
 
-def few_shot(session, data, c):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistilOptions(Checked):
+  prompts: int = option(0, least=0)  # synthetic prompts, answered by the initial models; 0: no distillation
+  target: Literal["two_hot", "rounded"] = "two_hot"
+  sample: sampling.ManyOptions
+  train: training.Options
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(Checked):
+  # "finetuned", "few_shot": the base model with three examples (Table 3), or "package.module:NAME"
+  kind: str = option("finetuned", names=names.JUDGES)
+  mode: Literal["expected", "integer"] = "expected"  # "integer": the likeliest score (Table 3)
+  template: str = option("a2", names=names.JUDGE_TEMPLATES)
+  held_out: float = option(0.05, least=0, most=0.5)  # of the annotated prompts, to accept or refuse the distilled judge
+  train: training.Options
+  distil: DistilOptions
+
+  def judge_template(self) -> templates.JudgeTemplate:
+    return names.resolve(names.JUDGE_TEMPLATES, self.template, "judge.template")
+
+  @property
+  def distils(self) -> bool:
+    return self.kind == "finetuned" and self.distil.prompts > 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+  """What the judge is trained on: a response and the integer score it should get."""
+
+  name: str
+  messages: Messages
+  response: str
+  score: float
+  weight: float = 1.0
+
+
+def of_user(s: Session[Any], options: Options) -> Judge:
+  """A judge of the user's own, named "package.module:NAME"."""
+  return contract.by_name(names.JUDGES, options.kind, s.host, options, "judge.kind")
+
+
+def few_shot(s: Session[Any], data: Data, options: Options) -> OwnJudge:
   """The untrained judge: the base model with three worked examples (low, middle, high score)."""
   ranked = sorted(
-    data.judge, key=lambda row: (row.score, key_of(c.seed, "shots", prompt_id(row.messages), row.response))
+    data.judge,
+    key=lambda row: (row.score, key_of(s.options.seed, "shots", prompt_id(row.messages), row.response)),
   )
   shown = [ranked[len(ranked) * at // 10] for at in (8, 1, 5)]
-  shots = tuple((row.messages, row.response, round(row.score)) for row in shown)
-  return Judge(session.base, template_by_name(c.judge.template), c.judge.mode, shots)
+  shots = tuple((row.messages, row.response or "", round(row.score or 0.0)) for row in shown)
+  return OwnJudge(s.host, s.base, options.judge_template(), options.mode, shots)
 
 
-def finetune(session, data, c):
-  """The Judge of the finished stage `judge`."""
-  train, held_out = _split(data.judge, c)
-  template = template_by_name(c.judge.template)
-  fields = _fields(session, session.base, c, train=training.fingerprint(c.judge.train))
+def finetuned(s: Session[Any], data: Data, options: Options) -> OwnJudge:
+  """The judge that the stage `judge` trains on the annotations."""
+  seed = s.options.seed
+  train, held_out = _split(data.judge, options.held_out, seed)
+  fields = _fields(s, s.base, options, train=fingerprint(options.train))
   fields |= {"data": {"judge": data.digests["judge"]}}
-  stage = session.run.stage("judge", fields)
+  stage = s.run.stage(layout.JUDGE, fields)
   if not stage.done:
-    rows = [(f"annotation of {prompt_id(r.messages)}", r.messages, r.response, r.score, 1.0) for r in train]
-    examples, counts = _examples(session, template, rows, c.judge.train)
-    _, facts = training.train(session, stage, session.base, examples, c.judge.train, key_of(c.seed, "judge")[0])
+    rows = [
+      Scored(f"annotation of {prompt_id(r.messages)}", r.messages, r.response or "", r.score or 0.0) for r in train
+    ]
+    examples, counts = _examples(s, options.judge_template(), rows, options.train)
+    _, facts = training.train(s, stage, s.base, examples, options.train, key_of(seed, "judge")[0])
     counts |= {"annotations": len(train), "held_out": len(held_out)}
-    training.finish(session, stage, counts | facts, c.judge.train)
-  return Judge(training.trained(stage), template, c.judge.mode)
+    training.finish(s, stage, counts | facts, options.train)
+  return OwnJudge(s.host, training.trained(stage), options.judge_template(), options.mode)
 
 
-def practice(c):
-  """The config under which the pairs for self-distillation are drawn and sampled, as a round of its own."""
-  c = copy.deepcopy(c)
-  c.draw.update(dict(prompts=c.judge.distil.prompts, method="random"))
-  c.responses.update(c.judge.distil.sample)
-  return c
-
-
-def real_valued(judge):
+def real_valued(judge: OwnJudge) -> OwnJudge:
   """The judge with the probability-weighted score, whatever score the rounds are to use."""
   return dataclasses.replace(judge, mode="expected")
 
 
-def distil(session, judge, data, prompts, responses, judgments, c):
-  """The Judge after training on its own mean scores of those responses, or `judge` itself if that is no worse."""
-  _, held_out = _split(data.judge, c)
-  section = c.judge.distil.to_dict() | {"train": training.fingerprint(c.judge.distil.train)}
-  fields = _fields(session, judge.checkpoint, c, distil=section)
+@dataclasses.dataclass(frozen=True)
+class Practice:
+  """The responses that a judge is distilled on, with its own scores of them."""
+
+  asked: Artefact[Prompt]
+  answered: Artefact[Response]
+  judged: Artefact[Judgment]
+
+  def rows(self, target: str) -> list[Scored]:
+    """The judge's mean score of every response that is not empty, as integers with weights."""
+    messages = {p.id: p.messages for p in self.asked.read()}
+    mean = {(j.prompt_id, j.sample_id): j.score for j in self.judged.read()}
+    return [
+      Scored(f"{r.prompt_id}/{r.sample_id}", messages[r.prompt_id], r.text, score, weight)
+      for r in self.answered.read()
+      if r.text
+      for score, weight in targets(mean[r.prompt_id, r.sample_id], target)
+    ]
+
+
+def distilled(s: Session[Any], judge: OwnJudge, data: Data, practice: Practice, options: Options) -> OwnJudge:
+  """The judge after training on its own mean scores, or `judge` itself if the training made it worse."""
+  seed, how = s.options.seed, options.distil
+  _, held_out = _split(data.judge, options.held_out, seed)
+  fields = _fields(s, judge.checkpoint, options, distil=fingerprint(how))
   fields |= {"data": {"judge": data.digests["judge"]}}
-  inputs = {"prompts": prompts, "responses": responses, "judgments": judgments}
-  stage = session.run.stage("judge_distilled", fields, inputs)
+  inputs = {"prompts": practice.asked, "responses": practice.answered, "judgments": practice.judged}
+  stage = s.run.stage(layout.DISTILLED, fields, inputs)
   if not stage.done:
-    options = c.judge.distil.train
-    rows = _scored_rows(prompts, responses, judgments, c.judge.distil.target)
-    examples, counts = _examples(session, judge.template, rows, options)
-    seed = key_of(c.seed, "judge_distilled")[0]
-    model, facts = training.train(session, stage, judge.checkpoint, examples, options, seed)
-    candidate = Checkpoint("judge_distilled", model, f"candidate of {judge.checkpoint.content}")
-    before, error_before = agreement(session, judge, held_out)
-    after, error_after = agreement(session, dataclasses.replace(judge, checkpoint=candidate), held_out)
-    session.free()
-    accepted = after >= before
+    examples, counts = _examples(s, judge.template, practice.rows(how.target), how.train)
+    order = key_of(seed, "judge_distilled")[0]
+    model, facts = training.train(s, stage, judge.checkpoint, examples, how.train, order)
+    candidate = Checkpoint(layout.DISTILLED, model, f"candidate of {judge.checkpoint.content}")
+    before, error_before = agreement(judge, held_out)
+    after, error_after = agreement(dataclasses.replace(judge, checkpoint=candidate), held_out)
+    s.host.free()
     held = {"rows": len(held_out), "before": before, "after": after}
     held |= {"error_before": error_before, "error_after": error_after}
-    training.finish(session, stage, counts | facts, options, held_out=held, accepted=accepted)
+    training.finish(s, stage, counts | facts, how.train, held_out=held, accepted=after >= before)
   if not stage.manifest["accepted"]:
     return judge
   return dataclasses.replace(judge, checkpoint=training.trained(stage))
 
 
-def targets(score, kind):
-  """[(integer score, weight)] that a score is distilled to."""
+def targets(score: float, kind: str) -> list[tuple[int, float]]:
+  """The integer scores that a score is distilled to, with their weights: 7.3 to 7 (.7) and 8 (.3) if two-hot."""
   if kind == "rounded":
     return [(min(10, math.floor(score + 0.5)), 1.0)]
   low = min(9, math.floor(score))
   return [(s, w) for s, w in ((low, low + 1 - score), (low + 1, score - low)) if w > 0]
 
 
-def agreement(session, judge, rows):
-  """(share of pairs of annotated rows that the judge orders as the annotator did, a tie counting half; mean absolute
-  error of the judge's mean score)."""
-  scores = np.array(
-    [v.score for v in verdicts(session, real_valued(judge), [(row.messages, row.response) for row in rows])]
-  )
+def agreement(judge: OwnJudge, rows: Sequence[SeedRow]) -> tuple[float, float]:
+  """The share of pairs of annotated rows that the judge orders as the annotator did, a tie counting half, and the mean
+  absolute error of the judge's mean score."""
+  pairs = [Answered(row.messages, row.response or "") for row in rows]
+  scores = np.array([v.score for v in real_valued(judge).scores(pairs)])
   labels = np.array([row.score for row in rows])
   return ordered_share(scores, labels), float(np.abs(scores - labels).mean())
 
 
-def ordered_share(scores, labels):
+def ordered_share(scores: np.ndarray, labels: np.ndarray) -> float:
   """Of all pairs with different labels, the share whose scores differ the same way; equal scores count half."""
   told, meant = (np.sign(x[:, None] - x[None, :]) for x in (scores, labels))
   different = meant != 0
   return float((0.5 + 0.5 * (told * meant))[different].mean()) if different.any() else 0.5
 
 
-def _scored_rows(prompts, responses, judgments, target):
-  """(name, messages, response, integer score, weight) rows: the judge's mean score of every non-empty response."""
-  messages = {p.id: p.messages for p in prompts.read(Prompt)}
-  mean = {(j.prompt_id, j.sample_id): j.score for j in judgments.read(Judgment)}
-  return [
-    (f"{r.prompt_id}/{r.sample_id}", messages[r.prompt_id], r.text, score, weight)
-    for r in responses.read(Response)
-    if r.text
-    for score, weight in targets(mean[r.prompt_id, r.sample_id], target)
-  ]
+def _split(annotations: Sequence[SeedRow], share: float, seed: int) -> tuple[list[SeedRow], list[SeedRow]]:
+  """The training rows and the held-out rows, split by prompt."""
+  ids = sorted({prompt_id(row.messages) for row in annotations}, key=lambda i: key_of(seed, "held_out", i))
+  held = set(ids[: max(1, round(len(ids) * share))])
+  train, held_out = [], []
+  for row in annotations:
+    (held_out if prompt_id(row.messages) in held else train).append(row)
+  return train, held_out
 
 
-def _split(annotations, c):
-  """(training rows, held-out rows), split by prompt."""
-  ids = sorted({prompt_id(row.messages) for row in annotations}, key=lambda i: key_of(c.seed, "held_out", i))
-  held = set(ids[: max(1, round(len(ids) * c.judge.held_out))])
-  is_held = lambda row: prompt_id(row.messages) in held
-  return [r for r in annotations if not is_held(r)], [r for r in annotations if is_held(r)]
-
-
-def _examples(session, template, rows, options):
-  """(Examples, counts): the template with the score as the answer; rows too long to hold it are dropped."""
-  kept, names, dropped = [], [], 0
-  for name, messages, response, score, weight in rows:
-    ids, mask = judge_example(session.tokenizer, session.chat, template, messages, response, math.floor(score + 0.5))
+def _examples(
+  s: Session[Any], template: templates.JudgeTemplate, rows: Sequence[Scored], options: training.Options
+) -> tuple[Examples, dict[str, int]]:
+  """The template with the score as the answer, and counts: rows too long to hold it are dropped."""
+  kept, row_names, dropped = [], [], 0
+  for row in rows:
+    score = math.floor(row.score + 0.5)
+    ids, mask = templates.judge_example(s.host.tokenizer, s.host.chat, template, row.messages, row.response, score)
     if len(ids) > options.row_length:
       dropped += 1
     else:
-      kept.append((ids, np.asarray(mask, np.float32) * weight))
-      names.append(name)
+      kept.append((ids, np.asarray(mask, np.float32) * row.weight))
+      row_names.append(row.name)
   if not kept:
     raise RunError(f"no judge example fits into {options.row_length} tokens (row_length)")
-  return Examples(kept, names, options.average), {"examples_too_long": dropped}
+  return Examples(kept, row_names, options.average), {"examples_too_long": dropped}
 
 
-def _fields(session, init, c, **parts):
+def _fields(s: Session[Any], init: Checkpoint, options: Options, **parts: Any) -> dict[str, Any]:
   return {
-    "config": {"seed": c.seed, "held_out": c.judge.held_out, **parts},
+    "config": {"seed": s.options.seed, "held_out": options.held_out, **parts},
     "init": init.content,
-    "text": session.describe_text(),
-    "template": dataclasses.asdict(template_by_name(c.judge.template)),
-    "dtype": session.dtype,
+    "text": s.describe_text(),
+    "template": dataclasses.asdict(options.judge_template()),
+    "dtype": s.host.dtype,
   }

@@ -1,31 +1,53 @@
-"""Judgments: the judge's score of every response of a round."""
+"""Judgments: the judge's score of every response of a round, share by share."""
 
-from alma_jax.judges.own import verdicts
+from typing import Any
+
+from alma_jax.judges import contract
+from alma_jax.judges.contract import Answered, Judge, Verdict
+from alma_jax.runtime.session import Session
+from alma_jax.store import layout
 from alma_jax.store.records import Judgment, Prompt, Response
+from alma_jax.store.runs import Artefact
+
+BINS = 11  # of the histogram over the judge's scale
 
 
-def build(session, round, prompts, responses, judge, c):
-  """The finished stage `round_RR/judgments`, a part per share of the prompts."""
-  fields = {"judge": judge.identity, "text": session.describe_text(), "dtype": session.dtype, "shards": c.shards}
-  inputs = {"prompts": prompts, "responses": responses}
-  stage = session.run.stage(f"round_{round:02d}/judgments", fields, inputs)
+def build(s: Session[Any], asked: Artefact[Prompt], answered: Artefact[Response], judge: Judge) -> Artefact[Judgment]:
+  """The round's `judgments`, a part for each share of the prompts, in the order of the responses to them."""
+  shares = s.options.shards
+  fields = {"judge": judge.identity, "text": s.describe_text(), "dtype": s.host.dtype, "shards": shares}
+  stage = s.stage(layout.JUDGMENTS, fields, {"prompts": asked, "responses": answered})
   if stage.done:
-    return stage
-  messages = {p.id: p.messages for p in prompts.read(Prompt)}
-  missing = stage.mine(c.shards)
-  parts_of = lambda share: range(share, responses.parts, c.shards)
-  total = sum(responses.manifest["parts"][i]["rows"] for share in missing for i in parts_of(share))
-  with session.bar(stage.name, total, "responses") as bar:
+    return Artefact(stage, Judgment)
+  messages = {p.id: p.messages for p in asked.read()}
+  missing = stage.mine(shares)
+  total = sum(answered.manifest["parts"][i]["rows"] for share in missing for i in parts_of(share, answered, shares))
+  with s.display.bar(stage.name, total, "responses") as bar:
     for share in missing:
-      written = [r for i in parts_of(share) for r in responses.read(Response, i)]
-      found = verdicts(session, judge, [(messages[r.prompt_id], r.text) for r in written], bar)
-      records = [Judgment(r.prompt_id, r.sample_id, v.score, v.probs, v.mass) for r, v in zip(written, found)]
-      counts = {
-        "judged": len(records),
-        "score_sum": sum(v.score for v in found),
-        "mass_sum": sum(v.mass for v in found),
-        "histogram": {f"{s:02d}": sum(int(v.score + 0.5) == s for v in found) for s in range(11)},
-      }
-      stage.write_part(share, c.shards, records, Judgment, counts)
-  stage.finish()
-  return stage
+      responses = [r for part in parts_of(share, answered, shares) for r in answered.read(part)]
+      pairs = [Answered(messages[r.prompt_id], r.text, r.finished) for r in responses]
+      found = contract.scores(judge, pairs, bar)
+      records = [
+        Judgment(r.prompt_id, r.sample_id, v.score, v.probs, v.mass) for r, v in zip(responses, found, strict=True)
+      ]
+      stage.write_part(share, shares, records, Judgment, _counts(found, judge.scale))
+  stage.finish(judge={"identity": judge.identity, "scale": judge.scale})
+  return Artefact(stage, Judgment)
+
+
+def parts_of(share: int, answered: Artefact[Response], shares: int) -> range:
+  """The parts of the responses to one share of the prompts: a part for each checkpoint that wrote them."""
+  return range(share, answered.parts, shares)
+
+
+def _counts(found: list[Verdict], scale: contract.Scale | None) -> dict[str, Any]:
+  counts: dict[str, Any] = {"judged": len(found), "score_sum": sum(v.score for v in found)}
+  masses = [v.mass for v in found if v.mass is not None]
+  if masses:
+    counts["mass_sum"] = sum(masses)
+  if scale:
+    # The nearest of eleven evenly spaced marks from the lowest score to the highest.
+    low, width = scale[0], (scale[1] - scale[0]) / (BINS - 1)
+    marks = [int((v.score - low) / width + 0.5) for v in found]
+    counts["histogram"] = {f"{mark:02d}": marks.count(mark) for mark in range(BINS)}
+  return counts

@@ -1,127 +1,153 @@
 """Training a policy: SFT on everything so far, on preference pairs, or by policy gradients on graded responses."""
 
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Generic, TypeVar
+
 import numpy as np
 
 from alma_jax.errors import RunError
+from alma_jax.options import fingerprint
 from alma_jax.runtime import training
 from alma_jax.runtime.batches import Examples, Graded, Pairs
-from alma_jax.store import records, shards
-from alma_jax.store.records import Example, Pair
+from alma_jax.runtime.host import Checkpoint
+from alma_jax.runtime.session import Session
+from alma_jax.store import layout, records, shards
+from alma_jax.store.handles import Data, Trainset
+from alma_jax.store.records import Pair
+from alma_jax.store.runs import Stage
 from alma_jax.text import chat, packing
 
+T = TypeVar("T", bound=training.Options)
+Sequences = list[tuple[Any, Any]]  # (token ids, weights) of each
 
-def sft(session, name, init, data, trainsets, options, seed):
-  """Checkpoint of the finished stage `name`: `init` fine-tuned on the demonstrations and all `trainsets`, which hold
-  Examples."""
-  fields = _fields(session, init, options, seed) | {"data": {"sft": data.digests["sft"]}}
-  stage = session.run.stage(name, fields, {stage.name: stage for stage in trainsets})
+
+@dataclasses.dataclass(frozen=True)
+class Job(Generic[T]):
+  """One training: the stage's name, what is trained, how, and the seed of the data's order."""
+
+  name: str
+  init: Checkpoint
+  options: T
+  seed: int
+
+  def fields(self, s: Session[Any]) -> dict[str, Any]:
+    return {
+      "config": fingerprint(self.options),
+      "init": self.init.content,
+      "seed": self.seed,
+      "text": s.describe_text(),
+      "dtype": s.host.dtype,
+    }
+
+
+def sft(s: Session[Any], job: Job, data: Data, trainsets: Sequence[Trainset] = ()) -> Checkpoint:
+  """`job.init` fine-tuned on the demonstrations and all `trainsets`, which hold Examples."""
+  fields = job.fields(s) | {"data": {"sft": data.digests["sft"]}}
+  stage = s.run.stage(job.name, fields, {trainset.name: trainset for trainset in trainsets})
   if stage.done:
     return training.trained(stage)
   examples = [(f"demonstration {i}", row.messages, row.response) for i, row in enumerate(data.sft, start=1)]
-  examples += [(x.prompt_id, x.messages, x.response) for trainset in trainsets for x in trainset.read(Example)]
-  sequences = [chat.encode_example(session.tokenizer, session.chat, m, r) for _, m, r in examples]
-  kept, sequences, counts = _clipped(sequences, options)
-  chosen = Examples(sequences, [examples[i][0] for i in kept], options.average)
-  _, facts = training.train(session, stage, init, chosen, options, seed)
-  return training.finish(session, stage, counts | facts, options)
+  examples += [(x.prompt_id, x.messages, x.response) for trainset in trainsets for x in trainset.in_order()]
+  sequences = [chat.encode_example(s.host.tokenizer, s.host.chat, m, r) for _, m, r in examples]
+  kept, sequences, counts = _clipped(sequences, job.options.row_length)
+  chosen = Examples(sequences, [examples[i][0] for i in kept], job.options.average)
+  _, facts = training.train(s, stage, job.init, chosen, job.options, job.seed)
+  return training.finish(s, stage, counts | facts, job.options)
 
 
-def dpo(session, name, init, reference, trainsets, options, seed):
-  """Checkpoint of the finished stage `name`: `init` trained on the pairs of all `trainsets` with the loss of `options`,
-  and with `reference` as the reference, if the loss has one."""
-  loss = training.preference(options)
+def dpo(
+  s: Session[Any], job: Job[training.PreferenceOptions], reference: Checkpoint, trainsets: Sequence[Trainset]
+) -> Checkpoint:
+  """`job.init` trained on the pairs of all `trainsets`, against `reference` if the loss has one."""
+  loss = job.options.preference
   compared = trainsets if loss.has_reference else []
-  references = [_reference(session, reference, trainset, options) for trainset in compared]
+  references = [_reference(s, reference, trainset, job.options) for trainset in compared]
   inputs = {stage.name: stage for stage in (*trainsets, *references)}
-  stage = session.run.stage(name, _fields(session, init, options, seed), inputs)
+  stage = s.run.stage(job.name, job.fields(s), inputs)
   if stage.done:
     return training.trained(stage)
-  sides, names, counts = [], [], {}
-  logprobs = []
+  sides, names, counts, logprobs = [], [], {}, []
   for i, trainset in enumerate(trainsets):
-    found, ids, more = _pairs(session, trainset, options)
-    sides, names, counts = sides + found, names + ids, {k: counts.get(k, 0) + n for k, n in more.items()}
+    found = _pairs(s, trainset, job.options)
+    sides, names = sides + found.sides, names + found.prompts
+    counts = {k: counts.get(k, 0) + n for k, n in found.counts.items()}
     if references:
-      logprobs.append(_stored(references[i], len(found), loss.sides))
+      logprobs.append(_stored(references[i], len(found.sides), loss.sides))
   pairs = Pairs(
     sides=[tuple(of[:2]) for of in sides],
     names=names,
     reference=np.concatenate(logprobs) if logprobs else None,
     others=[of[2] for of in sides] if loss.sides == 3 else None,
   )
-  _, facts = training.train(session, stage, init, pairs, options, seed)
-  return training.finish(session, stage, counts | facts, options)
+  _, facts = training.train(s, stage, job.init, pairs, job.options, job.seed)
+  return training.finish(s, stage, counts | facts, job.options)
 
 
-def grpo(session, name, init, reference, trainset, options, seed):
-  """Checkpoint of the finished stage `name`: `init`, which wrote the graded responses of `trainset`, after policy
-  gradients on them, held near `reference`."""
-  fields = _fields(session, init, options, seed) | {"reference": reference.content}
-  stage = session.run.stage(name, fields, {trainset.name: trainset})
+def grpo(s: Session[Any], job: Job[training.GrpoOptions], reference: Checkpoint, trainset: Trainset) -> Checkpoint:
+  """`job.init`, which wrote the graded responses of `trainset`, after policy gradients held near `reference`."""
+  fields = job.fields(s) | {"reference": reference.content}
+  stage = s.run.stage(job.name, fields, {trainset.name: trainset})
   if stage.done:
     return training.trained(stage)
-  rows = trainset.read(records.Graded)
+  rows: list[records.Graded] = trainset.in_order()  # pyright: ignore[reportAssignmentType]  # by the trainset's method
   sequences = []
   for row in rows:
-    ids, mask = chat.encode_example(session.tokenizer, session.chat, row.messages, row.response, last_only=True)
-    cut = len(ids) if row.finished else len(ids) - 1  # it never said that it was at the end
+    ids, mask = chat.encode_example(s.host.tokenizer, s.host.chat, row.messages, row.response, last_only=True)
+    cut = len(ids) if row.finished else len(ids) - 1  # a response that was cut off did not choose the stop token
     sequences.append((ids[:cut], mask[:cut]))
-  kept, sequences, counts = _clipped(sequences, options)
-  old = training.token_logprobs(session, init, sequences, options)
-  same = reference.content == init.content
+  kept, sequences, counts = _clipped(sequences, job.options.row_length)
+  old = training.token_logprobs(s, job.init, sequences, job.options)
+  same = reference.content == job.init.content
   graded = Graded(
     sequences,
     [f"{rows[i].prompt_id}/{rows[i].sample_id}" for i in kept],
     np.array([rows[i].advantage for i in kept]),
     old,
-    old if same else training.token_logprobs(session, reference, sequences, options),
+    old if same else training.token_logprobs(s, reference, sequences, job.options),
   )
-  _, facts = training.train(session, stage, init, graded, options, seed)
-  return training.finish(session, stage, counts | facts, options)
+  _, facts = training.train(s, stage, job.init, graded, job.options, job.seed)
+  return training.finish(s, stage, counts | facts, job.options)
 
 
-def _fields(session, init, options, seed):
-  return {
-    "config": training.fingerprint(options),
-    "init": init.content,
-    "seed": seed,
-    "text": session.describe_text(),
-    "dtype": session.dtype,
-  }
-
-
-def _clipped(sequences, options, group=1):
-  """(which groups are kept, their sequences cut to the row length, counts)."""
-  clipped, counts = packing.clip(sequences, options.row_length, group)
+def _clipped(sequences: Sequences, row_length: int, group: int = 1) -> tuple[list[int], Sequences, dict[str, int]]:
+  """Which groups are kept, their sequences cut to the row length, and counts of what was dropped."""
+  clipped, counts = packing.clip(sequences, row_length, group)
   if not any(x is not None for x in clipped):
     raise RunError(
-      f"{len(sequences)} training examples, and none has a response token within {options.row_length} tokens"
+      f"{len(sequences)} training examples, and none has a response token within {row_length} tokens"
       " (row_length): nothing to train on"
     )
   kept = [i for i, of in enumerate(clipped) if of is not None]
   return kept, [x for i in kept for x in clipped[i]], counts
 
 
-def _pairs(session, trainset, options):
-  """([(chosen, rejected, ...)] as tokens, their prompts' ids, counts) of a trainset, with as many sides as the loss
-  of `options` has."""
-  pairs = trainset.read(Pair)
-  count = training.preference(options).sides
+@dataclasses.dataclass(frozen=True)
+class _EncodedPairs:
+  sides: list[tuple[Any, ...]]  # chosen, rejected and perhaps a third sequence, as (ids, weights)
+  prompts: list[str]  # their prompts' ids
+  counts: dict[str, int]
+
+
+def _pairs(s: Session[Any], trainset: Trainset, options: training.PreferenceOptions) -> _EncodedPairs:
+  """The pairs of a trainset as tokens, with as many sides as the loss has."""
+  pairs: list[Pair] = trainset.in_order()  # pyright: ignore[reportAssignmentType]  # by the trainset's method
+  count = options.preference.sides
   texts = [(pair.chosen, pair.rejected) for pair in pairs]
   if count == 3:
-    texts = [(*of, other) for of, other in zip(texts, _mismatched(pairs))]
+    texts = [(*of, other) for of, other in zip(texts, _mismatched(pairs), strict=True)]
   sequences = [
-    chat.encode_example(session.tokenizer, session.chat, pair.messages, text, last_only=True)
-    for pair, of in zip(pairs, texts)
+    chat.encode_example(s.host.tokenizer, s.host.chat, pair.messages, text, last_only=True)
+    for pair, of in zip(pairs, texts, strict=True)
     for text in of
   ]
-  kept, sequences, counts = _clipped(sequences, options, count)
+  kept, sequences, counts = _clipped(sequences, options.row_length, count)
   sides = [tuple(sequences[at : at + count]) for at in range(0, len(sequences), count)]
-  return sides, [pairs[i].prompt_id for i in kept], counts
+  return _EncodedPairs(sides, [pairs[i].prompt_id for i in kept], counts)
 
 
-def _mismatched(pairs):
-  """For every pair the chosen response to another prompt, the nearest before in the list (which goes around)."""
+def _mismatched(pairs: Sequence[Pair]) -> list[str]:
+  """For every pair the chosen response to another prompt: the nearest before it in the list, which goes around."""
   others = []
   for i, pair in enumerate(pairs):
     other = next((p for p in (pairs[i - k] for k in range(1, len(pairs))) if p.prompt_id != pair.prompt_id), None)
@@ -133,29 +159,33 @@ def _mismatched(pairs):
   return others
 
 
-def _reference(session, reference, trainset, options):
-  """The finished stage `.../reference_NAME` beside a trainset: the log-probs of its pairs under the reference, computed
-  once for all rounds that train on it."""
-  name = f"{trainset.name.rpartition('/')[0]}/reference_{reference.name.replace('/', '_')}".lstrip("/")
+def _reference(
+  s: Session[Any], reference: Checkpoint, trainset: Trainset, options: training.PreferenceOptions
+) -> Stage:
+  """Stage `reference_NAME` beside a trainset: the log-probs of its pairs under the reference.
+
+  They are computed once for all rounds that train on the trainset.
+  """
+  name = layout.beside(trainset.name, f"reference_{reference.name.replace('/', '_')}")
   fields = {
     "reference": reference.content,
-    "config": {"row_length": options.row_length, "sides": training.preference(options).sides},
-    "text": session.describe_text(),
-    "dtype": session.dtype,
+    "config": {"row_length": options.row_length, "sides": options.preference.sides},
+    "text": s.describe_text(),
+    "dtype": s.host.dtype,
   }
-  stage = session.run.stage(name, fields, {trainset.name: trainset})
+  stage = s.run.stage(name, fields, {trainset.name: trainset})
   if stage.done:
     return stage
-  sides, _, _ = _pairs(session, trainset, options)
+  sides = _pairs(s, trainset, options).sides
   # By the same code that trains, so that the loss starts at ln 2.
-  logprobs = training.sequence_logprobs(session, reference, [x for of in sides for x in of], options)
-  if session.run.process == 0:
+  logprobs = training.sequence_logprobs(s, reference, [x for of in sides for x in of], options)
+  if s.run.process == 0:
     shards.save_array(stage.dir / "logprobs.npy", logprobs.reshape(len(sides), -1))
   stage.finish(counts={"pairs": len(sides)}, files=["logprobs.npy"])
   return stage
 
 
-def _stored(stage, pairs, sides):
+def _stored(stage: Stage, pairs: int, sides: int) -> np.ndarray:
   logprobs = np.array(shards.load_array(stage.dir / "logprobs.npy"))
   finite = int(np.isfinite(logprobs).sum())
   if logprobs.shape != (pairs, sides) or finite < logprobs.size:

@@ -4,50 +4,59 @@ Parts come checkpoint by checkpoint, so that each model is loaded once; a part h
 share of the prompts. A prompt's remainder of N goes to a checkpoint that rotates with the prompt's id.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
+from alma_jax.engine.sample import Request
 from alma_jax.keys import key_of
-from alma_jax.runtime.sampling import drafts
+from alma_jax.options import fingerprint
+from alma_jax.runtime import sampling
+from alma_jax.runtime.host import Checkpoint
+from alma_jax.runtime.session import Session
+from alma_jax.store import layout
 from alma_jax.store.records import Prompt, Response
+from alma_jax.store.runs import Artefact
 from alma_jax.text import chat
 
 
-def build(session, round, prompts, checkpoints, c):
-  """The finished stage `round_RR/responses`."""
-  r = c.responses
-  decides = {key: value for key, value in r.to_dict().items() if key != "checkpoints"}  # the models themselves do
+def build(
+  s: Session[Any], asked: Artefact[Prompt], writers: Sequence[Checkpoint], options: sampling.ManyOptions
+) -> Artefact[Response]:
+  """The round's `responses` to the prompts `asked`."""
+  seed, shares = s.options.seed, s.options.shards
   fields = {
-    "config": {"seed": c.seed, "responses": decides, "shards": c.shards, "dtype": session.dtype},
-    "round": round,
-    "text": session.describe_text(),
-    "checkpoints": {checkpoint.name: checkpoint.content for checkpoint in checkpoints},
+    "config": {"seed": seed, "responses": fingerprint(options), "shards": shares, "dtype": s.host.dtype},
+    "round": s.round,
+    "text": s.describe_text(),
+    "checkpoints": {writer.name: writer.content for writer in writers},
   }
-  stage = session.run.stage(f"round_{round:02d}/responses", fields, {"prompts": prompts})
+  stage = s.stage(layout.RESPONSES, fields, {"prompts": asked})
   if stage.done:
-    return stage
-  asked = prompts.read(Prompt)
-  parts = len(checkpoints) * c.shards
+    return Artefact(stage, Response)
+  prompts, parts = asked.read(), len(writers) * shares
   missing = stage.mine(parts)
   total = sum(
-    len(_samples(p, i // c.shards, len(checkpoints), r.n)) for i in missing for p in asked[i % c.shards :: c.shards]
+    len(_samples(prompt, part // shares, len(writers), options.n))
+    for part in missing
+    for prompt in prompts[part % shares :: shares]
   )
-  stops = chat.stop_ids(session.tokenizer, session.chat)
-  with session.bar(stage.name, total, "samples") as bar:
+  stops = sampling.Stops(chat.stop_ids(s.host.tokenizer, s.host.chat))
+  with s.display.bar(stage.name, total, "samples") as bar:
     for part in missing:
-      which, share = divmod(part, c.shards)
-      rows, keys, samples, too_long = [], [], [], 0
-      for prompt in asked[share :: c.shards]:
-        ids = tuple(chat.encode_prompt(session.tokenizer, session.chat, prompt.messages))
-        if len(ids) > r.max_prompt_tokens:
+      which, share = divmod(part, shares)
+      requests, samples, too_long = [], [], 0
+      for prompt in prompts[share::shares]:
+        ids = tuple(chat.encode_prompt(s.host.tokenizer, s.host.chat, prompt.messages))
+        if len(ids) > options.max_prompt_tokens:
           too_long += 1
           continue
-        for sample in _samples(prompt, which, len(checkpoints), r.n):
-          rows.append(ids)
-          keys.append(key_of(c.seed, round, "responses", prompt.id, sample))
+        for sample in _samples(prompt, which, len(writers), options.n):
+          requests.append(Request(ids, key_of(seed, s.round, "responses", prompt.id, sample)))
           samples.append((prompt.id, sample))
-      name = checkpoints[which].name
-      written = drafts(session, checkpoints[which], rows, keys, stops, r, bar)
+      written = sampling.drafts(s.host, writers[which], requests, options, stops, bar)
       records = [
-        Response(prompt, sample, name, d.text, d.tokens, d.finished, d.logprob)
-        for (prompt, sample), d in zip(samples, written)
+        Response(prompt, sample, writers[which].name, d.text, d.tokens, d.finished, d.logprob)
+        for (prompt, sample), d in zip(samples, written, strict=True)
       ]
       counts = {
         "samples": len(records),
@@ -57,10 +66,10 @@ def build(session, round, prompts, checkpoints, c):
       }
       stage.write_part(part, parts, records, Response, counts)
   stage.finish()
-  return stage
+  return Artefact(stage, Response)
 
 
-def _samples(prompt, which, checkpoints, n):
-  """The sample ids that checkpoint `which` writes for this prompt: equal shares, the remainder rotating."""
-  offset = int(prompt.id, 16) % checkpoints
-  return range((which - offset) % checkpoints, n, checkpoints)
+def _samples(prompt: Prompt, which: int, writers: int, n: int) -> range:
+  """The sample ids that writer `which` gives for this prompt: equal shares, the remainder rotating."""
+  offset = int(prompt.id, 16) % writers
+  return range((which - offset) % writers, n, writers)

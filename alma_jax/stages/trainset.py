@@ -1,94 +1,163 @@
 """The round's training data: each prompt's best response, preference pairs of best and another, or all, graded.
 
 Selection looks at the judge's scores only. A response that hit the length limit or is empty cannot be the best one;
-equal scores go to the shorter response, then to the lower sample id. Whatever is left out is counted.
+equal scores go to the shorter response, then to the lower sample id. Whatever is left out is counted. Work goes share
+by share: one share of the prompts with all their responses is in memory at a time.
 """
 
 import collections
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
 
 from alma_jax.engine import losses
 from alma_jax.keys import key_of
+from alma_jax.options import Checked, fingerprint, option
+from alma_jax.runtime.session import Session
+from alma_jax.store import layout, shards
+from alma_jax.store.handles import Trainset
 from alma_jax.store.records import Example, Graded, Judgment, Pair, Prompt, Response
+from alma_jax.store.runs import Artefact, Stage
 
-KINDS = {"best_of_n": Example, "random": Example, "dpo": Pair, "grpo": Graded}
+Candidate = tuple[Response, float]  # a response and its score
 
 
-def build(session, round, prompts, responses, judgments, c):
-  """The finished stage `round_RR/trainset`: Examples (method "best_of_n" or "random"), Pairs ("dpo") or Graded
-  responses ("grpo")."""
-  fields = {"config": {"seed": c.seed, "trainset": c.trainset.to_dict()}, "round": round}
-  inputs = {"prompts": prompts, "responses": responses, "judgments": judgments}
-  stage = session.run.stage(f"round_{round:02d}/trainset", fields, inputs)
-  if stage.done or not stage.mine(1):
-    stage.finish()
-    return stage
-  scores = {(j.prompt_id, j.sample_id): j.score for j in judgments.read(Judgment)}
+@dataclasses.dataclass(frozen=True)
+class Options(Checked):
+  # "best_of_n"; "dpo": best against another (Table 7); "random": no judge; "grpo": all responses, graded
+  method: Literal["best_of_n", "dpo", "random", "grpo"] = "best_of_n"
+  min_margin: float = option(0.0, least=0)  # dpo: the least difference of the two scores
+
+  @property
+  def kind(self) -> type[Example] | type[Pair] | type[Graded]:
+    return {"dpo": Pair, "grpo": Graded}.get(self.method, Example)
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+  """The records made from a prompt's responses, or none and why."""
+
+  records: Sequence[Example | Pair | Graded]
+  reason: str = "selected"
+  top: float = 0.0  # the judge's score of the selected response, of the best where all are kept
+
+
+def build(
+  s: Session[Any],
+  asked: Artefact[Prompt],
+  answered: Artefact[Response],
+  judged: Artefact[Judgment],
+  options: Options,
+) -> Trainset:
+  """The round's `trainset`, a part for each share of the prompts."""
+  shares = s.options.shards
+  fields = {
+    "config": {"seed": s.options.seed, "trainset": fingerprint(options), "shards": shares},
+    "round": s.round,
+  }
+  inputs = {"prompts": asked, "responses": answered, "judgments": judged}
+  stage = s.stage(layout.TRAINSET, fields, inputs)
+  if stage.done:
+    return Trainset(stage, options.kind)
+  prompts, missing = asked.read(), stage.mine(shares)
+  with s.display.bar(stage.name, sum(len(prompts[share::shares]) for share in missing), "prompts") as bar:
+    for share in missing:
+      candidates = _candidates(share, shares, answered, judged)
+      records, counts = [], collections.Counter()
+      gain, kept = 0.0, 0
+      for prompt in prompts[share::shares]:
+        found = select(prompt, candidates[prompt.id], s.round, s.options.seed, options)
+        counts[found.reason] += 1
+        if found.records:
+          records += found.records
+          own = [score for _, score in candidates[prompt.id]]
+          gain, kept = gain + found.top - sum(own) / len(own), kept + 1
+        bar.update(1)
+      # The judge's score of the selected response minus the mean of the prompt's, summed over the prompts kept.
+      facts = {"judge_gain_sum": gain, "prompts_kept": kept}
+      stage.write_part(share, shares, records, options.kind, {**counts, **facts})
+  s.run.barrier(f"{stage.name}: parts")
+  if s.run.process == 0:
+    shards.save_array(stage.dir / "order.npy", _order(stage, shares, [prompt.id for prompt in prompts]))
+  stage.finish(files=["order.npy"])
+  return Trainset(stage, options.kind)
+
+
+def _candidates(
+  share: int, shares: int, answered: Artefact[Response], judged: Artefact[Judgment]
+) -> dict[str, list[Candidate]]:
+  """The responses to one share of the prompts with their scores, by prompt."""
+  scores = {(j.prompt_id, j.sample_id): j.score for j in judged.read(share)}
   candidates = collections.defaultdict(list)
-  for response in responses.read(Response):
-    candidates[response.prompt_id].append((response, scores[response.prompt_id, response.sample_id]))
-  select = {Example: example, Pair: pair, Graded: graded}[KINDS[c.trainset.method]]
-  kept, counts = [], collections.Counter()
-  gain, prompts_kept = 0.0, 0
-  for prompt in prompts.read(Prompt):
-    found, reason = select(prompt, candidates[prompt.id], round, c)
-    counts[reason] += 1
-    if found:
-      kept += found
-      own = [score for _, score in candidates[prompt.id]]
-      top = found[0].chosen_score if isinstance(found[0], Pair) else max(x.score for x in found)
-      gain, prompts_kept = gain + top - sum(own) / len(own), prompts_kept + 1
-  # The judge's score of the selected (of the best, where all are kept) minus that of all, on average.
-  counts["judge_gain"] = gain / max(1, prompts_kept)
-  stage.write_part(0, 1, kept, KINDS[c.trainset.method], dict(counts))
-  stage.finish()
-  return stage
+  for part in range(share, answered.parts, shares):
+    for response in answered.read(part):
+      candidates[response.prompt_id].append((response, scores[response.prompt_id, response.sample_id]))
+  return candidates
 
 
-def example(prompt, candidates, round, c):
-  """([Example of the best response] or [], reason). Method "random" takes any eligible response instead."""
-  eligible = _eligible(candidates)
+def _order(stage: Stage, shares: int, prompts: Sequence[str]) -> np.ndarray:
+  """int64 [rows]: the rows of all parts in the order of the prompts.
+
+  Two shares of the prompts p0 p1 p2 p3 p4 write the parts (p0 p2 p4) and (p1 p3). Without p2, which gave nothing, the
+  rows are p0 p4 p1 p3, and their order is 0 2 3 1.
+  """
+  ids = shards.id_numbers(prompts)
+  by_id = np.argsort(ids)
+  rows = shards.read_ids([stage.part_path(part, shares) for part in range(shares)], "prompt_id")
+  return np.argsort(by_id[np.searchsorted(ids, rows, sorter=by_id)], kind="stable")
+
+
+def select(prompt: Prompt, candidates: Sequence[Candidate], round: int, seed: int, options: Options) -> Selection:
+  """What a prompt's responses give under `options.method`."""
+  if options.method == "grpo":
+    return graded(prompt, candidates, round)
+  eligible = [(response, score) for response, score in candidates if response.finished and response.text.strip()]
   if not eligible:
-    return [], "no_finished_response"
-  if c.trainset.method == "random":
-    response, score = min(eligible, key=lambda x: key_of(c.seed, round, "random", prompt.id, x[0].sample_id))
+    return Selection([], "no_finished_response")
+  if options.method == "dpo":
+    return pair(prompt, eligible, candidates, (seed, round), options.min_margin)
+  if options.method == "random":  # any eligible response
+    response, score = min(eligible, key=lambda x: key_of(seed, round, "random", prompt.id, x[0].sample_id))
   else:
     response, score = best(eligible)
-  return [Example(prompt.id, prompt.messages, response.text, round, response.checkpoint, score)], "selected"
+  return Selection([Example(prompt.id, prompt.messages, response.text, round, response.checkpoint, score)], top=score)
 
 
-def pair(prompt, candidates, round, c):
-  """([Pair] or [], reason): the best response against one drawn from the others, truncated ones included."""
-  eligible = _eligible(candidates)
-  if not eligible:
-    return [], "no_finished_response"
+def pair(
+  prompt: Prompt,
+  eligible: Sequence[Candidate],
+  candidates: Sequence[Candidate],
+  seed_and_round: tuple[int, int],
+  min_margin: float,
+) -> Selection:
+  """The best response against one drawn from the others, truncated ones included."""
   response, score = best(eligible)
   others = [x for x in candidates if x[0].text.strip() and x[0].tokens != response.tokens]
-  others = [x for x in others if score - x[1] >= c.trainset.min_margin]
+  others = [x for x in others if score - x[1] >= min_margin]
   if not others:
-    return [], "no_different_response"
-  rejected, low = min(others, key=lambda x: key_of(c.seed, round, "rejected", prompt.id, x[0].sample_id))
-  return [Pair(prompt.id, prompt.messages, response.text, rejected.text, score, low, round)], "selected"
+    return Selection([], "no_different_response")
+  rejected, low = min(others, key=lambda x: key_of(*seed_and_round, "rejected", prompt.id, x[0].sample_id))
+  made = Pair(prompt.id, prompt.messages, response.text, rejected.text, score, low, seed_and_round[1])
+  return Selection([made], top=score)
 
 
-def graded(prompt, candidates, round, c):
-  """([Graded] or [], reason): all responses; one that hit the length limit gets the lowest score of its group."""
+def graded(prompt: Prompt, candidates: Sequence[Candidate], round: int) -> Selection:
+  """All responses; one that hit the length limit gets the lowest score of its group."""
   candidates = [x for x in candidates if x[0].text.strip()]
   lowest = min((score for _, score in candidates), default=0.0)
   scores = [score if response.finished else lowest for response, score in candidates]
   advantages = losses.advantages(scores)
   if not advantages.any():
-    return [], "no_different_scores"
+    return Selection([], "no_different_scores")
   rows = [
     Graded(prompt.id, prompt.messages, r.sample_id, r.text, r.finished, score, float(a), round, r.checkpoint)
-    for (r, _), score, a in zip(candidates, scores, advantages)
+    for (r, _), score, a in zip(candidates, scores, advantages, strict=True)
   ]
-  return rows, "selected"
+  return Selection(rows, top=max(scores))
 
 
-def best(candidates):
-  """The (response, score) of the highest score; ties: shorter, then lower sample id."""
+def best(candidates: Sequence[Candidate]) -> Candidate:
+  """The candidate with the highest score; ties go to the shorter response, then to the lower sample id."""
   return min(candidates, key=lambda x: (-x[1], len(x[0].tokens), x[0].sample_id))
-
-
-def _eligible(candidates):
-  return [(response, score) for response, score in candidates if response.finished and response.text.strip()]

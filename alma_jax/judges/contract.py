@@ -1,0 +1,101 @@
+"""What a judge is: the same for the run's own judge, for an evaluator of rounds, and on the command line.
+
+A judge is made by calling NAME(runtime, options), where NAME is a known word of `names.JUDGES` or `names.EVALUATORS` or
+a user's "package.module:NAME", `runtime` a `runtime.host.Host` and `options` the section of the config that names it.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from alma_jax import names
+from alma_jax.options import ConfigError
+from alma_jax.runtime.display import Bar
+from alma_jax.runtime.host import Host
+from alma_jax.text.chat import Messages
+
+Scale = tuple[float, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+  """The score of one response, in the judge's own unit."""
+
+  score: float
+  probs: tuple[float, ...] | None = None  # of the scores that the judge can give, where it has probabilities
+  mass: float | None = None  # the raw probability of all these scores together
+  details: Mapping[str, Any] | None = None
+
+
+class Answered(tuple):
+  """A pair (messages, response). `finished` is False for a response that the length limit cut."""
+
+  finished: bool
+
+  def __new__(cls, messages: Messages, response: str, finished: bool = True) -> "Answered":
+    pair = super().__new__(cls, (messages, response))
+    pair.finished = finished
+    return pair
+
+
+class Judge(Protocol):
+  @property
+  def identity(self) -> str:
+    """Says who judges: two judges with one identity give equal scores. Part of fingerprints and reports."""
+    ...
+
+  @property
+  def scale(self) -> Scale | None:
+    """The lowest and the highest score; None where there is no bound."""
+    ...
+
+  def scores(self, pairs: Sequence[Answered]) -> list[Verdict]: ...
+
+
+@runtime_checkable
+class ShowsProgress(Protocol):
+  """A judge that takes so long that it moves a bar itself."""
+
+  def shown_scores(self, pairs: Sequence[Answered], bar: Bar) -> list[Verdict]: ...
+
+
+def scores(judge: Judge, pairs: Sequence[Answered], bar: Bar | None = None) -> list[Verdict]:
+  """One Verdict for each pair; the judge's answer is checked against its own scale."""
+  if bar is not None and isinstance(judge, ShowsProgress):
+    found = judge.shown_scores(pairs, bar)
+  else:
+    found = judge.scores(pairs)
+    if bar is not None:
+      bar.update(len(pairs))
+  if len(found) != len(pairs):
+    raise ConfigError(f"the judge {judge.identity!r} gave {len(found)} verdicts for {len(pairs)} responses")
+  low, high = judge.scale or (float("-inf"), float("inf"))
+  outside = next((v.score for v in found if not low <= v.score <= high), None)
+  if outside is not None:
+    raise ConfigError(f"the judge {judge.identity!r} gave the score {outside}, outside its scale {low:g} .. {high:g}")
+  return found
+
+
+def by_name(table: names.Names, name: str, host: Host, options: Any, field: str) -> Judge:
+  """The judge that a config names. A user's identity gains the digest of the source file it stands in."""
+  made = names.resolve(table, name, field)(host, options)
+  missing = [part for part in ("identity", "scale", "scores") if not hasattr(made, part)]
+  if missing:
+    raise ConfigError(f"{field} is {name!r}: what it makes has no {', '.join(missing)} (see docs/your_own_judge.md)")
+  source = names.source_of(table, name)
+  return made if source is None else FromUser(made, f"{made.identity} {source[:16]}")
+
+
+@dataclasses.dataclass(frozen=True)
+class FromUser:
+  """A user's judge, whose identity changes with its source file."""
+
+  judge: Judge
+  identity: str
+
+  @property
+  def scale(self) -> Scale | None:
+    return self.judge.scale
+
+  def scores(self, pairs: Sequence[Answered]) -> list[Verdict]:
+    return self.judge.scores(pairs)

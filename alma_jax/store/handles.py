@@ -1,0 +1,41 @@
+"""What stages give each other, beside plain `Artefact`s of records."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from alma_jax.corpus.normalise import prompt_id
+from alma_jax.store.data import SeedRow
+from alma_jax.store import shards
+from alma_jax.store.records import Example, Graded, Pair, Prompt
+from alma_jax.store.runs import Artefact, Stage
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """The human data, and the digests of its files for fingerprints."""
+
+  sft: list[SeedRow]
+  judge: list[SeedRow]
+  eval: list[SeedRow]
+  digests: Mapping[str, str]
+
+  def ids(self, name: str) -> set[str]:
+    return {prompt_id(row.messages) for row in getattr(self, name)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Pool:
+  """Prompts, and the cluster of each; prompts that are added later go to the clusters of the first pool."""
+
+  prompts: Artefact[Prompt]
+  projection: Stage
+  clusters: Stage
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainset(Artefact[Example | Pair | Graded]):
+  """A round's training data, a part for each share of the prompts; `order.npy` puts them in the prompts' order."""
+
+  def in_order(self) -> list[Example | Pair | Graded]:
+    """All records in the order of the round's prompts."""
+    return self.rows(shards.load_array(self.dir / "order.npy"))
