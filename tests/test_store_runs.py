@@ -75,10 +75,54 @@ def test_an_uninterrupted_stage(tmp_path):
   for part in manifest["parts"]:
     assert part["digest"] == shards.digest(stage.dir / part["name"])
   assert manifest["files"]["weights.npy"]["digest"] == shards.digest(stage.dir / "weights.npy")
-  assert stage.read(records.Judgment) == rows(0) + rows(1) + rows(2)
-  assert stage.read(records.Judgment, 1) == runs.read_stage(stage.dir, records.Judgment, 1) == rows(1)
-  assert stage.parts == N
+  assert runs.read_stage(stage.dir, records.Judgment) == rows(0) + rows(1) + rows(2)
+  assert runs.read_stage(stage.dir, records.Judgment, 1) == rows(1)
+  assert stage.parts == N and stage.content == manifest["content"]
   assert not (stage.dir / "seconds.json").exists()
+
+
+def test_an_artefact_is_a_finished_stage_with_its_records(tmp_path):
+  with runs.Run(tmp_path) as run:
+    with pytest.raises(RuntimeError, match="stage s is read before it is finished"):
+      runs.Artefact(run.stage("s", FIELDS), records.Judgment)
+    found = runs.Artefact(do_responses(run), records.Judgment)
+    later = run.stage("later", {}, {"one": found, "other": found.dir})
+  everything = rows(0) + rows(1) + rows(2)
+  assert found.read() == everything and found.read(1) == rows(1)
+  assert (found.name, found.dir, found.parts, found.sizes) == (
+    "round_02/responses", tmp_path / "round_02/responses", N, [1, 2, 3],
+  )  # fmt: skip
+  assert [path.name for path in found.paths] == [shards.part_name(i, N) for i in range(N)]
+  assert found.rows(np.array([5, 0, 2, 2, 1])) == [everything[i] for i in (5, 0, 2, 2, 1)]
+  assert found.rows(np.zeros(0, int)) == []
+  assert found.ids().tolist() == [0, 1, 1, 2, 2, 2]
+  assert found.content == found.manifest["content"]
+  assert {later.fingerprint[f"input.{name}"] for name in ("one", "other")} == {found.content}
+
+
+def test_a_manifest_says_what_it_was_made_with_and_its_content_does_not_depend_on_it(tmp_path):
+  contents = set()
+  for name, made_with in (("one", None), ("other", {"jax": "9", "devices": ["TPU v9"]})):
+    with runs.Run(tmp_path / name, made_with=made_with) as run:
+      manifest = do_responses(run).manifest
+    assert manifest["made_with"] == (made_with or {})
+    contents.add(manifest["content"])
+  assert len(contents) == 1
+
+
+@pytest.mark.parametrize(("made", "version"), [(1, "alma_jax 0.1;"), (99, "alma_jax of a later version;")])
+def test_a_run_of_another_format_is_refused_in_one_line_and_stays(made, version, tmp_path):
+  content, _ = whole_run(tmp_path)
+  for path in tmp_path.rglob("fingerprint.json"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": made}))
+  before = artefacts(tmp_path)
+  with pytest.raises(runs.RunError) as error:
+    whole_run(tmp_path)
+  text = str(error.value)
+  assert version in text and str(tmp_path) in text and "--workdir" in text and len(text.splitlines()) == 1
+  assert artefacts(tmp_path) == before
+  assert runs.load_manifest(tmp_path / "round_02/responses")["content"] == content
+  assert runs.read_stage(tmp_path / "round_02/responses", records.Judgment, 0) == rows(0)
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])

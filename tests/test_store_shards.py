@@ -22,8 +22,9 @@ VALUE = {
   float: st.none() | st.floats(allow_nan=False),
   tuple[int, ...]: st.lists(st.integers(0, 2**31 - 1), max_size=4).map(tuple),
   tuple[float, ...]: st.lists(st.floats(allow_nan=False), max_size=11).map(tuple),
-  tuple[dict, ...]: st.lists(st.fixed_dictionaries({"role": TEXT, "content": TEXT}), max_size=3).map(tuple),
+  records.Turns: st.lists(st.fixed_dictionaries({"role": TEXT, "content": TEXT}), max_size=3).map(tuple),
 }
+VALUE |= {kind | None: st.none() | value for kind, value in VALUE.items()}
 
 
 def any_records(kind):
@@ -101,6 +102,9 @@ def test_ids_of_prompts_are_read_as_numbers(tmp_path):
   found = shards.read_ids(paths)
   assert found.dtype == np.uint64 and found.tolist() == [int(id, 16) for id in ids]
   assert [f"{id:016x}" for id in found] == ids
+  shards.write_records(paths[1], [records.Judgment(ids[1], 0, 1.0, None, None)], records.Judgment)
+  assert shards.read_ids(paths[1:2], "prompt_id").tolist() == [2**64 - 1]
+  shards.write_records(paths[1], [], records.Prompt)
   for nothing in (shards.read_ids([]), shards.read_ids(paths[1:2]), shards.id_numbers([])):
     assert nothing.dtype == np.uint64 and nothing.shape == (0,)
 
@@ -113,7 +117,11 @@ def test_any_parquet_reader_sees_the_columns(tmp_path):
   assert table.to_pylist() == [dataclasses.asdict(pair) | {"messages": [{"role": "user", "content": "hi"}]}]
 
 
-def test_only_floats_may_be_none(tmp_path):
+def test_only_floats_may_be_none_and_what_is_annotated_so(tmp_path):
+  bare = [records.Judgment("0" * 16, i, -3.5, None, None) for i in range(2)]
+  shards.write_records(tmp_path / "j.parquet", bare, records.Judgment)
+  assert shards.read_records(tmp_path / "j.parquet", records.Judgment) == bare
+  (tmp_path / "j.parquet").unlink()
   for field in ("text", "sample_id", "finished", "tokens"):
     with pytest.raises(ValueError, match=f"Response record has None in its field {field}"):
       broken = dataclasses.replace(RESPONSES[0], **{field: None})

@@ -35,6 +35,7 @@ MANIFEST, FINGERPRINT, REPORT, METRICS = "manifest.json", "fingerprint.json", "r
 # Directories of a stage that trains
 MODEL, CHECKPOINTS = "model", "checkpoints"
 
+Manifest = dict[str, Any]
 _ROUND = re.compile(r"round_(\d+)(/|$)")
 
 
@@ -44,7 +45,7 @@ class Found:
 
   name: str
   dir: pathlib.Path
-  manifest: dict[str, Any] | None
+  manifest: Manifest | None
 
 
 # Names
@@ -109,19 +110,24 @@ def pools(run: pathlib.Path) -> dict[int, str]:
 def stages(run: pathlib.Path) -> list[Found]:
   """Every stage, the finished ones first in the order they ended."""
   found = []
-  for path in [*run.glob(f"*/{FINGERPRINT}"), *run.glob(f"*/*/{FINGERPRINT}")]:
+  for path in fingerprints(run):
     name = path.parent.relative_to(run).as_posix()
     found.append(Found(name, path.parent, manifest_of(run, name)))
   return sorted(found, key=lambda s: (s.manifest is None, (s.manifest or {}).get("finished_at", ""), s.name))
 
 
-def manifest_of(run: pathlib.Path, name: str) -> dict[str, Any] | None:
+def fingerprints(run: pathlib.Path) -> list[pathlib.Path]:
+  """The fingerprint files of all stages, finished or begun."""
+  return [*run.glob(f"*/{FINGERPRINT}"), *run.glob(f"*/*/{FINGERPRINT}")]
+
+
+def manifest_of(run: pathlib.Path, name: str) -> Manifest | None:
   """The manifest of a stage, None until it is finished."""
   path = run / name / MANIFEST
   return read_json(path) if path.exists() else None
 
 
-def load_manifest(directory: str | pathlib.Path) -> dict[str, Any]:
+def load_manifest(directory: str | pathlib.Path) -> Manifest:
   """The manifest of a finished stage; RunError when there is none."""
   path = pathlib.Path(directory) / MANIFEST
   if not path.exists():

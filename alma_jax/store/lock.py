@@ -10,6 +10,7 @@ import pathlib
 import socket
 import threading
 import time
+from typing import Any
 
 from alma_jax.errors import RunError
 from alma_jax.store import layout
@@ -21,23 +22,24 @@ _logger = logging.getLogger(__name__)
 
 
 class Lock:
-  """`.lock`, who writes in this run directory. A thread touches it, so other machines see that we live."""
+  """The file `.lock`: it names the process that writes in this run directory. A thread touches it, which shows other
+  machines that the process lives."""
 
-  def __init__(self, directory):
+  def __init__(self, directory: pathlib.Path) -> None:
     self.path = directory / layout.LOCK
     mine = {"pid": os.getpid(), "host": socket.gethostname(), "process": _process_mark(os.getpid())}
-    self.text = json.dumps(mine | {"since": _now()})
+    self.text = json.dumps(mine | {"since": now()})
     while not self._create():
       self._settle_with_holder()
     self._stop = threading.Event()
     threading.Thread(target=self._keep_alive, daemon=True).start()
     atexit.register(self.release)
 
-  def check(self):
+  def check(self) -> None:
     if self._read() != self.text:
       raise RunError(f"another process has taken over the run directory {self.path.parent}; this one stops.")
 
-  def release(self):
+  def release(self) -> None:
     atexit.unregister(self.release)
     # A forked child inherits the object, not the right to the lock.
     if not self._stop.is_set() and json.loads(self.text)["pid"] == os.getpid():
@@ -45,7 +47,7 @@ class Lock:
       if self._read() == self.text:
         self.path.unlink(missing_ok=True)
 
-  def _create(self):
+  def _create(self) -> bool:
     try:
       handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     except FileExistsError:
@@ -56,19 +58,19 @@ class Lock:
       file.write(self.text)
     return True
 
-  def _read(self):
+  def _read(self) -> str | None:
     try:
       return self.path.read_text()
     except FileNotFoundError:
       return None
 
-  def _settle_with_holder(self):
+  def _settle_with_holder(self) -> None:
     """Removes the lock of a holder that is gone; raises RunError for one that lives."""
     text = self._read()
     if text is None:
       return
     try:
-      holder = json.loads(text)
+      holder: dict[str, Any] = json.loads(text)
     except json.JSONDecodeError:
       holder = {"pid": "unknown", "host": "an unknown machine"}  # being written, or cut short
     where = f"{self.path.parent} (pid {holder['pid']} on {holder['host']})"
@@ -87,13 +89,13 @@ class Lock:
     _logger.warning("taking over the run directory %s: its last holder has shown no sign of life", where)
     self._remove(text)
 
-  def _remove(self, text):
+  def _remove(self, text: str) -> None:
     if self._read() == text:  # not one that a third process has just written
       self.path.unlink(missing_ok=True)
 
-  def _shows_life(self):
-    """Watches a lock of another machine: its time stamps are compared with each other, never with our clock,
-    except to spare the wait for very old ones."""
+  def _shows_life(self) -> bool:
+    """True if a holder on another machine touches the lock while we watch it. Its time stamps are compared with each
+    other, since clocks differ; only very old ones are compared with our clock, to spare the wait."""
     first = self._stamp()
     if first is None or time.time() - first > ABANDONED:
       return False
@@ -106,31 +108,31 @@ class Lock:
         return now is not None  # None: the holder has just released it
     return False
 
-  def _stamp(self):
+  def _stamp(self) -> float | None:
     try:
       return self.path.stat().st_mtime
     except FileNotFoundError:
       return None
 
-  def _keep_alive(self):
+  def _keep_alive(self) -> None:
     while not self._stop.wait(BEAT):
       with contextlib.suppress(OSError):
         if self._read() == self.text:
           os.utime(self.path)
 
 
-def _is_alive(pid):
+def _is_alive(pid: int) -> bool:
   try:
     os.kill(pid, 0)
   except ProcessLookupError:
     return False
   except PermissionError:
-    pass  # somebody else's
+    pass  # another user's
   return True
 
 
-def _process_mark(pid):
-  """Start time of a process, to tell it from a later one with the same pid; None without /proc."""
+def _process_mark(pid: int) -> str | None:
+  """The start time of a process, which tells it from a later one with the same pid; None without /proc."""
   try:
     stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
   except OSError:
@@ -138,5 +140,5 @@ def _process_mark(pid):
   return stat.rpartition(")")[2].split()[19]
 
 
-def _now():
+def now() -> str:
   return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -1,19 +1,21 @@
 """The records that flow from stage to stage; the same names in files, code and reports.
 
 A record is a plain frozen dataclass. `store.shards.schema` turns its annotations into a Parquet schema, so
-every artefact opens with pandas, duckdb or anything else that reads Parquet. A float may be None: it was
-not measured. A prompt's `id` is `corpus.normalise.prompt_id` of its messages.
+every artefact opens with pandas, duckdb or anything else that reads Parquet. A prompt's `id` is
+`corpus.normalise.prompt_id` of its messages.
 """
 
 import dataclasses
 
-FORMAT = 1  # goes up when a field changes meaning; part of every stage's fingerprint
+FORMAT = 2  # goes up when a field changes meaning; part of every stage's fingerprint
+VERSIONS = {1: "0.1", 2: "0.2"}  # format -> the alma_jax that writes it
+Turns = tuple[dict[str, str], ...]  # {"role", "content"} each
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
   id: str
-  messages: tuple[dict, ...]  # {"role", "content"} each
+  messages: Turns
   source: str
   cluster: int = -1
 
@@ -33,15 +35,15 @@ class Response:
 class Judgment:
   prompt_id: str
   sample_id: int
-  score: float  # probability-weighted mean of 0..10, or what the scoring mode says
-  probs: tuple[float, ...]  # normalised over the eleven scores
-  mass: float  # raw probability that the model gave to the eleven scores together
+  score: float  # in the judge's own unit
+  probs: tuple[float, ...] | None  # normalised over the eleven scores; None for a judge without them
+  mass: float | None  # raw probability that the model gave to the eleven scores together
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
   prompt_id: str
-  messages: tuple[dict, ...]  # {"role", "content"} each
+  messages: Turns
   response: str
   round: int
   source: str
@@ -51,7 +53,7 @@ class Example:
 @dataclasses.dataclass(frozen=True)
 class Pair:
   prompt_id: str
-  messages: tuple[dict, ...]  # {"role", "content"} each
+  messages: Turns
   chosen: str
   rejected: str
   chosen_score: float
@@ -62,7 +64,7 @@ class Pair:
 @dataclasses.dataclass(frozen=True)
 class Graded:
   prompt_id: str
-  messages: tuple[dict, ...]
+  messages: Turns
   sample_id: int
   response: str
   finished: bool
@@ -75,9 +77,9 @@ class Graded:
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
   prompt_id: str
-  messages: tuple[dict, ...]
+  messages: Turns
   response: str
   tokens: int
   finished: bool
   judge_score: float
-  score: float  # of the evaluator; None where the judge is the only one
+  score: float | None  # of the evaluator; None where the judge is the only one

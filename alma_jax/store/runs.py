@@ -1,16 +1,15 @@
 """The run directory: a directory per stage, each with a manifest of what it holds and what it was made from.
 
-  with Run("runs/alma", config) as run:
+  with Run("runs/alma") as run:
     stage = run.stage("round_02/responses", fields={"config": {...}}, inputs={"prompts": prompts})
-    if not stage.done:
-      for i in stage.mine(64):                        # the parts that are not on disk yet, this process's share
-        stage.write_part(i, 64, make(i), Response, counts={"truncated": 3})
-      stage.finish()
-    responses = stage.read(Response)
+    for i in stage.mine(64):                        # the parts that are not on disk yet, this process's share
+      stage.write_part(i, 64, make(i), Response, counts={"truncated": 3})
+    stage.finish()
+    responses = Artefact(stage, Response)           # reads records; an input of later stages
 
-A stage with a manifest is done and never written again; one that was killed goes on at its first missing
-part. The fingerprint (fields, contents of the inputs, record format) is written before the first part. When
-it does not match, the run stops with a RunError that names what changed; nothing is reused or overwritten.
+A stage with a manifest is done and never written again; a killed one goes on at its first missing part. The
+fingerprint (fields, contents of the inputs, record format) is written before the first part. If it does not
+match, the run stops with a RunError that names what changed; nothing is reused or overwritten.
 
 Several processes of one run make the same calls in the same order on the same directory, which must be on a
 shared file system. Process p writes the parts i with i % processes == p; process 0 alone writes everything
@@ -18,7 +17,7 @@ else and holds `.lock`, so that two starts never write to one run.
 """
 
 import csv
-import datetime
+import dataclasses
 import hashlib
 import io
 import itertools
@@ -26,27 +25,40 @@ import json
 import numbers
 import pathlib
 import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 
+from alma_jax import __version__
 from alma_jax.errors import RunError
 from alma_jax.store import layout, shards
-from alma_jax.store import records as records_lib
-from alma_jax.store.layout import load_manifest, read_json
-from alma_jax.store.lock import Lock
+from alma_jax.store.layout import Manifest, load_manifest, read_json
+from alma_jax.store.lock import Lock, now
+from alma_jax.store.records import FORMAT, VERSIONS
 
 PATIENCE = 60.0  # network file systems may show another process's file this much later
 _SHOWN = 60  # characters of a changed value in a message
+T = TypeVar("T")
 
 
 class Run:
-  """One run directory. `barrier(name)` returns when all processes have called it."""
+  """One run directory. `barrier(name)` returns when all processes have called it; `made_with` (versions, devices)
+  enters every manifest, outside the fingerprint."""
 
-  def __init__(self, workdir, config=None, process=0, processes=1, barrier=lambda name: None):
-    self.dir, self.config = pathlib.Path(workdir), config
+  def __init__(
+    self,
+    workdir: str | pathlib.Path,
+    process: int = 0,
+    processes: int = 1,
+    barrier: Callable[[str], None] = lambda name: None,
+    made_with: Mapping[str, Any] | None = None,
+  ) -> None:
+    self.dir, self.made_with = pathlib.Path(workdir), dict(made_with or {})
     self.process, self.processes, self.barrier = process, processes, barrier
     if self.dir.exists() and not self.dir.is_dir():
       raise RunError(f"{self.dir} is a file; --workdir must name a directory.")
+    _check_format(self.dir)
     try:
       self.dir.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -55,40 +67,40 @@ class Run:
     if process == 0:
       shards.remove_temporaries(self.dir)
 
-  def __enter__(self):
+  def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, *_):
+  def __exit__(self, *_: object) -> None:
     self.close()
 
-  def close(self):
+  def close(self) -> None:
     if self._lock:
       self._lock.release()
 
-  def stage(self, name, fields, inputs=None):
-    """`fields`: what decides the result, nested or flat; `inputs`: name -> done Stage or its directory."""
+  def stage(self, name: str, fields: Mapping[str, Any], inputs: "Mapping[str, Input] | None" = None) -> "Stage":
+    """The stage of this name; `fields`, nested or flat, are what decides its result besides the inputs."""
     return Stage(self, name, _fingerprint(fields, inputs or {}))
 
-  def log(self, event, **fields):
+  def log(self, event: str, **fields: Any) -> None:
     if self.process == 0:
       self.check()
-      row = {"time": _now(), "event": event, **fields}
+      row = {"time": now(), "event": event, **fields}
       with open(self.dir / layout.LOG, "a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
 
-  def save_config(self, config):
-    """Writes config.json, again when it changed: the fingerprints guard the artefacts."""
+  def save_config(self, config: Mapping[str, Any]) -> None:
+    """Writes config.json, again if it changed: the fingerprints guard the artefacts."""
     path = self.dir / layout.CONFIG
     if self.process == 0 and not (path.exists() and read_json(path) == json.loads(json.dumps(config))):
       self.check()
       shards.write_json(path, config)
 
-  def progress(self, row):
+  def progress(self, row: Mapping[str, Any]) -> None:
     """Puts a row into progress.csv; it replaces the row with the same "round", new columns are added."""
     if self.process != 0:
       return
     self.check()
-    path, rows = self.dir / layout.PROGRESS, layout.progress(self.dir)
+    rows: list[Mapping[str, Any]] = [*layout.progress(self.dir)]
     columns = list(dict.fromkeys(column for r in [*rows, row] for column in r))
     places = [i for i, old in enumerate(rows) if old.get("round") == str(row["round"])]
     if places:
@@ -99,11 +111,11 @@ class Run:
     writer = csv.DictWriter(table, columns, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    with shards.atomic(path) as file:
+    with shards.atomic(self.dir / layout.PROGRESS) as file:
       file.write(table.getvalue().encode())
 
-  def check(self):
-    """Raises when another process has taken this run over."""
+  def check(self) -> None:
+    """Raises if another process has taken this run over."""
     if self._lock:
       self._lock.check()
 
@@ -111,9 +123,10 @@ class Run:
 class Stage:
   """One artefact: a directory of parts and files, done when its manifest is there. Made by `Run.stage`."""
 
-  def __init__(self, run, name, fingerprint):
-    self.run, self.name, self.dir = run, name, run.dir / name
-    self.fingerprint, self.manifest, self.parts = fingerprint, None, None
+  def __init__(self, run: Run, name: str, fingerprint: dict[str, Any]) -> None:
+    self.run, self.name, self.dir, self.fingerprint = run, name, run.dir / name, fingerprint
+    self._manifest: Manifest | None = None
+    self._parts: int | None = None  # None until it is known
     # Listed before the fingerprint is read: another process may be writing both just now, in the opposite order.
     begun = self.dir.exists() and any(p.name != layout.FINGERPRINT for p in self.dir.glob("[!.]*"))
     path = self.dir / layout.FINGERPRINT
@@ -121,7 +134,7 @@ class Stage:
       manifest = load_manifest(self.dir)
       self._compare(manifest["fingerprint"], done=True)
       _check_files(self.dir, manifest)
-      self.manifest, self.parts = manifest, len(manifest["parts"])
+      self._manifest, self._parts = manifest, len(manifest["parts"])
       if run.process == 0:
         (self.dir / "seconds.json").unlink(missing_ok=True)  # killed right after writing the manifest
       return
@@ -130,25 +143,43 @@ class Stage:
     elif run.process == 0 and not (path.exists() and read_json(path) == fingerprint):
       run.check()
       shards.write_json(path, fingerprint)
-    self._begin = time.monotonic() - self._seconds_before()
+    before = self.dir / "seconds.json"
+    self._begin = time.monotonic() - (read_json(before)["seconds"] if before.exists() else 0.0)
 
   @property
-  def done(self):
-    return self.manifest is not None
+  def done(self) -> bool:
+    return self._manifest is not None
 
-  def part_path(self, i, n):
+  @property
+  def manifest(self) -> Manifest:
+    if self._manifest is None:
+      raise RuntimeError(f"stage {self.name} is read before it is finished")
+    return self._manifest
+
+  @property
+  def content(self) -> str:
+    """The digest of the fingerprint and of all parts and files."""
+    return self.manifest["content"]
+
+  @property
+  def parts(self) -> int:
+    return len(self.manifest["parts"])
+
+  def part_path(self, i: int, n: int) -> pathlib.Path:
     return self.dir / shards.part_name(i, n)
 
-  def missing(self, n):
+  def missing(self, n: int) -> list[int]:
     """The indices of the parts, of n, that are not on disk."""
     self._count(n)
-    return [] if self.done else [i for i in range(n) if self._sidecar(i) is None]
+    return [] if self.done else [i for i in range(n) if self._sidecar(i, n) is None]
 
-  def mine(self, n):
+  def mine(self, n: int) -> list[int]:
     """Of the missing parts, those that this process writes."""
     return [i for i in self.missing(n) if i % self.run.processes == self.run.process]
 
-  def write_part(self, i, n, records, kind, counts=None):
+  def write_part(
+    self, i: int, n: int, records: Sequence[T], kind: type[T], counts: Mapping[str, Any] | None = None
+  ) -> None:
     """Writes part i of n; `counts` are numbers, nested as you like, that the manifest sums over the parts."""
     if self.done:
       raise RuntimeError(f"write_part on stage {self.name}, which is done; check stage.done first")
@@ -162,38 +193,35 @@ class Stage:
     shards.write_json(path.with_suffix(".json"), row)
     self.beat()
 
-  def beat(self):
+  def beat(self) -> None:
     """Notes the time spent so far; long work that writes no parts (training) calls it at its checkpoints."""
     self.run.check()
     if self.run.process == 0 and not self.done:
       shards.write_json(self.dir / "seconds.json", {"seconds": round(time.monotonic() - self._begin, 3)})
 
-  def finish(self, counts=None, files=(), **extra):
+  def finish(self, counts: Mapping[str, Any] | None = None, files: Sequence[str] = (), **extra: Any) -> Manifest:
     """Writes the manifest when all processes are here; `files` names other files in the stage's directory."""
     if self.done:
       return self.manifest
     self.run.barrier(f"{self.name}: written")
     if self.run.process == 0:
-      self._write_manifest(counts or {}, files, extra)
+      self._write_manifest(dict(counts or {}), files, extra)
     self.run.barrier(f"{self.name}: finished")
     _wait_for(self.dir / layout.MANIFEST, self.run.processes)
-    self.manifest = load_manifest(self.dir)
-    self.parts = len(self.manifest["parts"])
+    self._manifest = load_manifest(self.dir)
+    self._parts = self.parts
     return self.manifest
 
-  def read(self, kind, part=None):
-    """All records in order, or those of one part."""
-    if not self.done:
-      raise RuntimeError(f"stage {self.name} is read before it is finished")
-    return read_stage(self.dir, kind, part)
+  def read(self, kind: type[T], part: int | None = None) -> list[T]:
+    return Artefact(self, kind).read(part)
 
-  def _write_manifest(self, counts, files, extra):
+  def _write_manifest(self, counts: dict[str, Any], files: Sequence[str], extra: dict[str, Any]) -> None:
     self.run.check()
-    parts, sums = [], counts
-    for i in range(self.parts or 0):
-      path = self.part_path(i, self.parts)
+    parts, sums, n = [], counts, self._parts or 0
+    for i in range(n):
+      path = self.part_path(i, n)
       _wait_for(path.with_suffix(".json"), self.run.processes)
-      row = self._sidecar(i)
+      row = self._sidecar(i, n)
       if row is None:
         raise RuntimeError(f"stage {self.name} is finished without {path.name}; write every part first")
       sums = _summed(sums, row.pop("counts"))
@@ -218,7 +246,8 @@ class Stage:
       "files": listed,
       "counts": sums,
       "seconds": round(time.monotonic() - self._begin, 3),
-      "finished_at": _now(),
+      "finished_at": now(),
+      "made_with": self.run.made_with,
     }
     clash = sorted(manifest.keys() & extra.keys())
     if clash:
@@ -227,30 +256,30 @@ class Stage:
     shards.write_json(self.dir / layout.MANIFEST, manifest | extra)
     (self.dir / "seconds.json").unlink(missing_ok=True)
 
-  def _sidecar(self, i):
+  def _sidecar(self, i: int, n: int) -> dict[str, Any] | None:
     """The facts about a part that is on disk as it was written; None for a part that has to be made."""
-    path = self.part_path(i, self.parts)
+    path = self.part_path(i, n)
     try:
       row = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
       return row if path.stat().st_size == row["size"] else None
     except (FileNotFoundError, json.JSONDecodeError):
       return None
 
-  def _count(self, n):
+  def _count(self, n: int) -> None:
     """Fixes the number of parts, which belongs to the stage from its first part on."""
-    if self.parts is None:
-      names = (p.stem.rpartition("-")[2] for p in self.dir.glob("part-*.json"))
-      self.parts = next((int(count) for count in names if int(count) != n), n)
-    if self.parts != n:
-      self._mismatch({"number of parts": (str(self.parts), str(n))}, self.done)
+    if self._parts is None:
+      counts = (int(p.stem.rpartition("-")[2]) for p in self.dir.glob("part-*.json"))
+      self._parts = next((count for count in counts if count != n), n)
+    if self._parts != n:
+      self._mismatch({"number of parts": (str(self._parts), str(n))}, self.done)
 
-  def _compare(self, old, done):
+  def _compare(self, old: dict[str, Any], done: bool) -> None:
     pairs = {key: (_shown(old, key), _shown(self.fingerprint, key)) for key in sorted(old | self.fingerprint)}
     changed = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
     if changed:
       self._mismatch(changed, done)
 
-  def _mismatch(self, changed, done):
+  def _mismatch(self, changed: dict[str, tuple[str, str]], done: bool) -> None:
     lines = [f"  {key}: {_change(*pair)}" for key, pair in changed.items()]
     raise RunError(
       f"run directory {self.run.dir}: stage {self.name} {'was made' if done else 'is half made'}"
@@ -260,34 +289,109 @@ class Stage:
       " (stages made from it will then ask for the same)."
     )
 
-  def _seconds_before(self):
-    path = self.dir / "seconds.json"
-    return read_json(path)["seconds"] if path.exists() else 0.0
+
+@dataclasses.dataclass(frozen=True)
+class Artefact(Generic[T]):
+  """A finished stage as records of one class: `Artefact(stage, Response).read()` is a list of Response."""
+
+  stage: Stage
+  kind: type[T]
+
+  def __post_init__(self) -> None:
+    _ = self.stage.manifest  # raises for a stage that is not finished
+
+  @property
+  def name(self) -> str:
+    return self.stage.name
+
+  @property
+  def dir(self) -> pathlib.Path:
+    return self.stage.dir
+
+  @property
+  def manifest(self) -> Manifest:
+    return self.stage.manifest
+
+  @property
+  def content(self) -> str:
+    return self.stage.content
+
+  @property
+  def parts(self) -> int:
+    return self.stage.parts
+
+  @property
+  def sizes(self) -> list[int]:
+    """The number of records in each part."""
+    return [part["rows"] for part in self.manifest["parts"]]
+
+  @property
+  def paths(self) -> list[pathlib.Path]:
+    """The Parquet file of each part."""
+    return [self.dir / part["name"] for part in self.manifest["parts"]]
+
+  def read(self, part: int | None = None) -> list[T]:
+    """All records in order, or those of one part."""
+    return shards.read_records(self.paths if part is None else self.paths[part], self.kind)
+
+  def rows(self, indices: np.ndarray) -> list[T]:
+    """The records with these indices over all parts, in their order; the files are read one by one."""
+    sizes, paths = np.array(self.sizes), self.paths
+    ends = np.cumsum(sizes)
+    parts = np.searchsorted(ends, indices, side="right")
+    found: dict[int, T] = {}
+    for part in np.unique(parts).tolist():
+      places = np.flatnonzero(parts == part)
+      within = indices[places] - ends[part] + sizes[part]
+      found |= zip(places.tolist(), shards.read_rows(paths[part], within, self.kind), strict=True)
+    return [found[place] for place in range(len(indices))]
+
+  def ids(self) -> np.ndarray:
+    """The id of every record's prompt as a number, uint64 [rows]."""
+    return shards.read_ids(self.paths, "id" if "id" in shards.schema(self.kind).names else "prompt_id")
 
 
-def read_stage(directory, kind, part=None):
+Input = Stage | Artefact[Any] | str | pathlib.Path  # a finished stage or its directory
+
+
+def read_stage(directory: str | pathlib.Path, kind: type[T], part: int | None = None) -> list[T]:
   """Records of a finished stage: all parts in order, or one part."""
   names = [p["name"] for p in load_manifest(directory)["parts"]]
   names = names if part is None else [names[part]]
   return shards.read_records([pathlib.Path(directory) / name for name in names], kind)
 
 
-def _fingerprint(fields, inputs):
-  flat = {**_flat(fields), "format": records_lib.FORMAT}
-  for name, stage in inputs.items():
-    flat[f"input.{name}"] = (stage.manifest if isinstance(stage, Stage) else load_manifest(stage))["content"]
+def rows_of(stage: Stage, kind: type[T], rows: np.ndarray) -> list[T]:
+  return Artefact(stage, kind).rows(rows)
+
+
+def _check_format(run: pathlib.Path) -> None:
+  """Raises for a run directory that holds records of another format: no change of a value would mend that."""
+  made = next((read_json(path).get("format", FORMAT) for path in layout.fingerprints(run)), FORMAT)
+  if made != FORMAT:
+    raise RunError(
+      f"the run directory {run} was made by alma_jax {VERSIONS.get(made, 'of a later version')}; only that version can"
+      f" continue it (this is {__version__}). Install it, or start in another --workdir."
+    )
+
+
+def _fingerprint(fields: Mapping[str, Any], inputs: Mapping[str, Input]) -> dict[str, Any]:
+  flat = {**_flat(fields), "format": FORMAT}
+  for name, source in inputs.items():
+    made = load_manifest(source)["content"] if isinstance(source, str | pathlib.Path) else source.content
+    flat[f"input.{name}"] = made
   return json.loads(json.dumps(flat, sort_keys=True))  # as it will be read back: lists for tuples
 
 
-def _flat(value, prefix=""):
-  if not isinstance(value, dict) or (prefix and not value):
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+  if not isinstance(value, Mapping) or (prefix and not value):
     return {prefix: value}
   dot = prefix and prefix + "."
   return {name: leaf for key, item in value.items() for name, leaf in _flat(item, f"{dot}{key}").items()}
 
 
-def _summed(a, b):
-  """The sum of two nested dicts of numbers; what stands in one of them only is kept as it is."""
+def _summed(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+  """The sum of two nested dicts of numbers; what stands in one of them only is kept."""
   both = dict(a)
   for key, value in b.items():
     if key not in both:
@@ -301,7 +405,7 @@ def _summed(a, b):
   return both
 
 
-def _check_files(directory, manifest):
+def _check_files(directory: pathlib.Path, manifest: Manifest) -> None:
   sizes = [(p["name"], p["size"]) for p in manifest["parts"]]
   for name, size in sizes + [(name, f["size"]) for name, f in manifest["files"].items()]:
     path = directory / name
@@ -314,44 +418,26 @@ def _check_files(directory, manifest):
       )
 
 
-def _shown(fingerprint, key):
+def _shown(fingerprint: dict[str, Any], key: str) -> str:
   if key not in fingerprint:
     return "(not set)"
   return json.dumps(fingerprint[key], ensure_ascii=False, sort_keys=True)
 
 
-def _change(old, new):
-  same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(old, new))
+def _change(old: str, new: str) -> str:
+  """Both values; of long ones what surrounds the first character that differs."""
+  same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(old, new, strict=False))
   first = sum(1 for _ in same)
-  return f"{_window(old, first)} -> {_window(new, first)}"
+
+  def window(text: str) -> str:
+    start = max(0, min(first, len(text)) - _SHOWN // 3) if len(text) > _SHOWN else 0
+    end = start + _SHOWN
+    return ("..." if start else "") + text[start:end] + ("..." if end < len(text) else "")
+
+  return f"{window(old)} -> {window(new)}"
 
 
-def _window(text, first):
-  """A long text is cut to what surrounds the first character that differs."""
-  start = max(0, min(first, len(text)) - _SHOWN // 3) if len(text) > _SHOWN else 0
-  end = start + _SHOWN
-  return ("..." if start else "") + text[start:end] + ("..." if end < len(text) else "")
-
-
-def _wait_for(path, processes):
+def _wait_for(path: pathlib.Path, processes: int) -> None:
   end = time.monotonic() + PATIENCE
   while processes > 1 and not path.exists() and time.monotonic() < end:
     time.sleep(0.2)
-
-
-def _now():
-  return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def rows_of(stage, kind, rows):
-  """The records at these rows of a finished stage, in their order; its files are read one by one."""
-  sizes = np.array([part["rows"] for part in stage.manifest["parts"]])
-  ends = np.cumsum(sizes)
-  parts = np.searchsorted(ends, rows, side="right")
-  found = [None] * len(rows)
-  for part in np.unique(parts).tolist():
-    at = np.flatnonzero(parts == part)
-    path = stage.part_path(part, stage.parts)
-    for place, record in zip(at, shards.read_rows(path, rows[at] - ends[part] + sizes[part], kind)):
-      found[place] = record
-  return found

@@ -14,11 +14,17 @@ import json
 import os
 import pathlib
 import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from alma_jax.store.records import Turns
+
+Path = str | os.PathLike[str]
+T = TypeVar("T")  # a record class
 ROW_GROUP = 16384  # rows; about 16 MB of text
 _TURN = pa.struct([pa.field("role", pa.string(), False), pa.field("content", pa.string(), False)])
 _COLUMN = {
@@ -29,21 +35,23 @@ _COLUMN = {
   float: pa.float64(),
   tuple[int, ...]: pa.list_(pa.field("element", pa.int32(), False)),
   tuple[float, ...]: pa.list_(pa.field("element", pa.float64(), False)),
-  tuple[dict, ...]: pa.list_(pa.field("element", _TURN, False)),
+  Turns: pa.list_(pa.field("element", _TURN, False)),
 }
+_OPTIONAL = {kind | None: column for kind, column in _COLUMN.items()}
 
 
-def schema(kind):
-  """The Arrow schema of a record class; only plain floats may be null."""
-  return pa.schema([pa.field(f.name, _COLUMN[f.type], f.type is float) for f in dataclasses.fields(kind)])
+def schema(kind: type[Any]) -> pa.Schema:
+  """The Arrow schema of a record class; floats may be null, and what is annotated with None."""
+  columns, fields = _COLUMN | _OPTIONAL, dataclasses.fields(kind)
+  return pa.schema([pa.field(f.name, columns[f.type], f.type is float or f.type in _OPTIONAL) for f in fields])
 
 
-def part_name(i, n):
+def part_name(i: int, n: int) -> str:
   return f"part-{i:05d}-of-{n:05d}.parquet"
 
 
 @contextlib.contextmanager
-def atomic(path):
+def atomic(path: Path) -> Iterator[BinaryIO]:
   """A binary file that appears under `path` only when the block ends without an error."""
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,29 +70,29 @@ def atomic(path):
   _sync_directory(path.parent)
 
 
-def remove_temporaries(directory):
-  """What a killed process left behind; call it only when nobody else writes there."""
+def remove_temporaries(directory: Path) -> None:
+  """Deletes what a killed process left behind; call it only while no other process writes there."""
   for path in pathlib.Path(directory).glob(".*.tmp"):
     path.unlink(missing_ok=True)
 
 
-def digest(path):
-  """sha256 of a file, as hex."""
+def digest(path: Path) -> str:
+  """The sha256 of a file, as hex."""
   with open(path, "rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_json(path, value):
-  text = json.dumps(value, indent=2, ensure_ascii=False, default=lambda v: v.item())  # NumPy's numbers are welcome
+def write_json(path: Path, value: Any) -> None:
+  text = json.dumps(value, indent=2, ensure_ascii=False, default=lambda v: v.item())  # for NumPy's numbers
   with atomic(path) as file:
     file.write(f"{text}\n".encode())
 
 
-def write_records(path, records, kind):
+def write_records(path: Path, records: Sequence[T], kind: type[T]) -> str:
   """Writes dataclasses of class `kind` as one Parquet file; returns the sha256 of the file."""
   shape = schema(kind)
   columns = [pa.array([getattr(r, field.name) for r in records], type=field.type) for field in shape]
-  for field, column in zip(shape, columns):
+  for field, column in zip(shape, columns, strict=True):
     if column.null_count and not field.nullable:  # Parquet would turn a missing list into an empty one
       raise ValueError(f"a {kind.__name__} record has None in its field {field.name}")
   table = pa.Table.from_arrays(columns, schema=shape)
@@ -93,69 +101,71 @@ def write_records(path, records, kind):
   return digest(path)
 
 
-def read_records(paths, kind):
+def read_records(paths: Path | Sequence[Path], kind: type[T]) -> list[T]:
   """The records of one file or of several in the order given."""
   paths = [paths] if isinstance(paths, str | os.PathLike) else paths
   return [record for path in paths for record in _read_one(path, kind)]
 
 
-def read_rows(path, rows, kind):
+def read_rows(path: Path, rows: Sequence[int] | np.ndarray, kind: type[T]) -> list[T]:
   """The records at these rows of one file, in their order; only the row groups that have some are read."""
   with pq.ParquetFile(path) as file:
     ends = np.cumsum([file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)])
-    rows = np.asarray(rows, np.int64)
-    groups = np.searchsorted(ends, rows, side="right")
-    found = {}
+    wanted = np.asarray(rows, np.int64)
+    groups = np.searchsorted(ends, wanted, side="right")
+    found: dict[int, T] = {}
     for group in np.unique(groups).tolist():
       begin = int(ends[group - 1]) if group else 0
-      wanted = np.unique(rows[groups == group])
-      table = file.read_row_group(group).take(pa.array(wanted - begin))
-      found |= dict(zip(wanted.tolist(), _records(path, table, kind)))
-  return [found[row] for row in rows.tolist()]
+      here = np.unique(wanted[groups == group])
+      table = file.read_row_group(group).take(pa.array(here - begin))
+      found |= zip(here.tolist(), _records(path, table, kind), strict=True)
+  return [found[row] for row in wanted.tolist()]
 
 
-def read_ids(paths):
-  """uint64 [n]: the ids of the prompts in these files, which are 16 hex digits."""
+def read_ids(paths: Sequence[Path], column: str = "id") -> np.ndarray:
+  """The ids of the prompts in these files, 16 hex digits each, as numbers: uint64 [n]."""
   found = [np.zeros(0, np.uint64)]
   for path in paths:
     with pq.ParquetFile(path) as file:
-      found.append(id_numbers(file.read(columns=["id"]).column("id").to_pylist()))
+      found.append(id_numbers(file.read(columns=[column]).column(column).to_pylist()))
   return np.concatenate(found)
 
 
-def id_numbers(ids):
+def id_numbers(ids: Sequence[str]) -> np.ndarray:
   return np.frombuffer(bytes.fromhex("".join(ids)), ">u8").astype(np.uint64)
 
 
-def save_array(path, array):
+def save_array(path: Path, array: Any) -> str:
   """Writes one `.npy`; returns the sha256 of the file."""
   with atomic(path) as file:
     np.save(file, np.asarray(array), allow_pickle=False)
   return digest(path)
 
 
-def load_array(path):
+def load_array(path: Path) -> np.ndarray:
+  """The array of an `.npy` as a memory map."""
   return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
-def _read_one(path, kind):
+def _read_one(path: Path, kind: type[T]) -> list[T]:
   # ParquetFile, not read_table: that one would turn a directory named a=b into a column.
   with pq.ParquetFile(path) as file:
     return _records(path, file.read(), kind)
 
 
-def _records(path, table, kind):
+def _records(path: Path, table: pa.Table, kind: type[T]) -> list[T]:
   wanted = schema(kind)
   if table.schema.names != wanted.names:
     raise ValueError(f"{path} holds no {kind.__name__} records: its columns are {', '.join(table.schema.names)}")
   columns = []
   for field in wanted:
     values = table.column(field.name).to_pylist()
-    columns.append([tuple(v) for v in values] if pa.types.is_list(field.type) else values)
-  return [kind(*row) for row in zip(*columns)]
+    lists = pa.types.is_list(field.type)
+    columns.append([v if v is None else tuple(v) for v in values] if lists else values)
+  return [kind(*row) for row in zip(*columns, strict=True)]
 
 
-def _sync_directory(path):
+def _sync_directory(path: pathlib.Path) -> None:
   """Makes a rename durable; file systems that cannot (some network ones) are left alone."""
   with contextlib.suppress(OSError):
     handle = os.open(path, os.O_RDONLY)
@@ -165,7 +175,7 @@ def _sync_directory(path):
       os.close(handle)
 
 
-def _current_umask():
+def _current_umask() -> int:
   value = os.umask(0)
   os.umask(value)
   return value
