@@ -377,7 +377,7 @@ def run(tmp_path_factory):
   """A run directory whose stages hold models that differ."""
   directory, config = tmp_path_factory.mktemp("run") / "run", get_config("mini")
   config.judge.template = "a1"
-  with Run(directory, config) as run:
+  with Run(directory) as run:
     run.save_config(config.to_dict())
     for i, name in enumerate(("sft_1", "round_02/policy", "round_10/policy", "round_09/policy", "judge")):
       stage = run.stage(name, {"i": i})
