@@ -198,11 +198,10 @@ def of_rounds(config: ConfigDict, kind: type[T], rounds: Iterable[int]) -> dict[
       raise ConfigError(f"config.rounds has an entry for round {key!r}; {span}")
   found = {0: build(kind, for_round(config, 0), where)}
   for round in rounds:
+    resolved = for_round(config, round)
     try:
-      found[round] = build(kind, for_round(config, round), where)
-    except ConfigError as error:
-      if not any(str(key) == str(round) for key in config.get("rounds", {})):
-        raise
+      found[round] = build(kind, resolved, where)
+    except ConfigError as error:  # the whole run's values are right: an override is not
       raise ConfigError(f"in round {round}: {error}") from None
   return found
 

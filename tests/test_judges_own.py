@@ -5,14 +5,17 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-import tqdm
 from engine_models import logprobs
 
-from alma_jax.judges.own import Judge, _opening, template_by_name, verdicts
+from alma_jax import names
+from alma_jax.judges.contract import Answered, scores
+from alma_jax.judges.own import OwnJudge, _opening
 from alma_jax.llama import sharding, weights
-from alma_jax.runtime.host import Checkpoint, Host
+from alma_jax.runtime.display import Bar
+from alma_jax.runtime.host import Checkpoint, EngineOptions, Host, ModelOptions
 from alma_jax.text import judge as text
-from configs.alma import get_config
+
+TEMPLATE = names.resolve(names.JUDGE_TEMPLATES, "mini", "template")
 
 
 def asked(prompt):
@@ -30,19 +33,19 @@ SHOTS = tuple((asked(f"country : {city}"), f"{city} {land} .", score) for city, 
 
 @pytest.fixture(scope="module")
 def host():
-  config = get_config("mini")
-  config.engine.rows = 4
-  return Host(config, sharding.make_mesh(devices=jax.local_devices()[:2]))
+  mesh = sharding.make_mesh(devices=jax.local_devices()[:2])
+  return Host(ModelOptions("mini", "mini"), EngineOptions(rows=4), mesh)
 
 
 @pytest.mark.parametrize("shots", [(), SHOTS], ids=["tuned", "few-shot"])
 def test_verdicts_equal_full_forwards_in_the_order_of_the_pairs(host, shots):
-  tok, template = host.tokenizer, template_by_name("mini")
-  judge = Judge(Checkpoint("base", host.directory, "base"), template, "expected", shots)
+  tok, template = host.tokenizer, TEMPLATE
+  judge = OwnJudge(host, Checkpoint("base", host.directory, "base"), template, "expected", shots)
   model, trie = weights.load(host.directory), text.score_paths(tok, template)
-  with tqdm.tqdm(total=len(PAIRS), disable=True) as bar:
-    found = verdicts(host, judge, PAIRS, bar)
-  likeliest = verdicts(host, dataclasses.replace(judge, mode="integer"), PAIRS)
+  pairs = [Answered(*pair) for pair in PAIRS]
+  with Bar(total=len(PAIRS), disable=True) as bar:
+    found = scores(judge, pairs, bar)
+  likeliest = dataclasses.replace(judge, mode="integer").scores(pairs)
   assert len(found) == len(likeliest) == len(PAIRS)
   for (messages, response), verdict, integer in zip(PAIRS, found, likeliest):
     if shots:
@@ -58,7 +61,7 @@ def test_verdicts_equal_full_forwards_in_the_order_of_the_pairs(host, shots):
 
 
 def test_worked_examples_are_what_all_prefixes_begin_with(host):
-  tok, template = host.tokenizer, template_by_name("mini")
+  tok, template = host.tokenizer, TEMPLATE
   prefix_of = lambda messages: text.few_shot_prefix(tok, template, SHOTS, messages)
   opening = _opening(prefix_of)
   assert tok.decode(opening).endswith("rate prompt:")

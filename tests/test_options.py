@@ -10,6 +10,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from alma_jax import options as configs
+from alma_jax import start
+from alma_jax.errors import UserError
 from configs import alma, common, forkme
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -121,7 +123,7 @@ def test_changing_a_rounds_config_does_not_change_the_runs():
 )
 def test_what_a_round_cannot_mean_is_named(rounds, message):
   with pytest.raises(configs.ConfigError, match=message):
-    configs.check(with_rounds(rounds), 10)
+    start.checked_options(with_rounds(rounds))
 
 
 @pytest.mark.parametrize("path", [p for p in LEAVES if p != "rounds"])
@@ -129,7 +131,7 @@ def test_every_field_of_a_round_is_checked_by_type(path):
   value = get(alma.mini(), path)
   wrong = 3 if isinstance(value, str) else "three"
   with pytest.raises(configs.ConfigError, match=f"{path} is of type {type(value).__name__}, {wrong!r} is not"):
-    configs.check(with_rounds({2: nested(path, wrong)}), 10)
+    start.checked_options(with_rounds({2: nested(path, wrong)}))
   resolved = configs.for_round(with_rounds({2: nested(path, value)}), 2)
   assert get(resolved, path) == value
 
@@ -177,7 +179,7 @@ def test_forkme_names_only_fields_that_exist_and_gives_every_path():
   c = forkme.get_config()
   assert set(configs.leaves(c.to_dict())) == set(LEAVES)
   assert c.model.path and c.data.sft and c.data.judge
-  configs.check(c, 1 + c.feedback_rounds)
+  start.checked_options(c)
   assert c.feedback_rounds * c.draw.prompts <= c.clusters.k <= c.prompts.draws
 
 
@@ -191,7 +193,7 @@ def test_a_sweep_changes_one_thing_per_seed(name):
   for unit in units:
     c = module.get_config()
     c.rounds = {2: unit}  # the same syntax, the same check
-    configs.check(c, 2)
+    start.checked_options(c)
   variants = [{k: v for k, v in unit.items() if k != "seed"} for unit in units]
   distinct = [v for i, v in enumerate(variants) if v not in variants[:i]]
   assert len(distinct) > 1 and {unit["seed"] for unit in units} == {0, 1, 2}
@@ -213,13 +215,71 @@ def test_unknown_word_is_named_with_the_known_ones(path, value):
   config = alma.get_config("mini")
   with config.unlocked():
     config.update_from_flattened_dict({path: value})
-  with pytest.raises(configs.ConfigError, match=f"config: {path} is '{value}'; it may be '"):
-    configs.check(config, 10)
+  with pytest.raises(configs.ConfigError, match=f"config.{path} is '{value}'; it may be '"):
+    start.checked_options(config)
 
 
 @pytest.mark.parametrize("value", [("sft_3",), ("sft_1,latest",), "latest", ()])
 def test_unknown_checkpoint_is_named(value):
   config = alma.get_config("mini")
   config.rounds = {3: {"responses": {"checkpoints": value}}}
-  with pytest.raises(configs.ConfigError):
-    configs.check(config, 10)
+  with pytest.raises(configs.ConfigError, match=r"responses\.checkpoints is"):
+    start.checked_options(config)
+
+
+@pytest.mark.parametrize(
+  ("path", "value", "message"),
+  [
+    ("responses.n", 0, r"config\.responses\.n is 0; it must be at least 1"),
+    ("clusters.k", 0, r"config\.clusters\.k is 0; it must be at least 1"),
+    ("shards", 0, r"config\.shards is 0; it must be at least 1"),
+    ("feedback_rounds", -1, r"config\.feedback_rounds is -1; it must be at least 0"),
+    ("judge.held_out", 0.9, r"config\.judge\.held_out is 0\.9; it must be at most 0\.5"),
+    ("trainset.min_margin", -0.5, r"config\.trainset\.min_margin is -0\.5; it must be at least 0"),
+    ("prompts.shots", (5, 3), r"config\.prompts\.shots is \(5, 3\)"),
+    ("prompts.template", "request", r"config\.prompts\.template is 'request'; .* \(did you mean 'requests'\?\)"),
+    ("eval.few_shot", "dialog", r"config\.eval\.few_shot is 'dialog'; .* \(did you mean 'dialogue'\?\)"),
+    ("judge.template", "a3", r"config\.judge\.template is 'a3'; it may be 'a1', 'a2', 'mini' or"),
+    ("judge.kind", "tuned", r"config\.judge\.kind is 'tuned'; .* \(did you mean 'finetuned'\?\)"),
+    ("eval.evaluator", "minni", r"config\.eval\.evaluator is 'minni'; .* \(did you mean 'mini'\?\)"),
+    ("eval.evaluator", "no_such_module:It", r"there is no module 'no_such_module' in"),
+    ("model.chat", "alma_jax.text.chat:LLAMA9", r"the module 'alma_jax\.text\.chat' has no 'LLAMA9'"),
+    ("draw.prompts", 1000, r"config\.draw\.prompts is 1000: up to round 3 2,384 prompts .* makes 1,536 at most"),
+    ("recipe", "alme", r"config\.recipe is 'alme'; it may be .*\(did you mean 'alma'\?\)"),
+    ("mesh.fsdp", 0, r"config\.mesh\.fsdp is 0; it must be at least 1, or -1"),
+  ],
+)
+def test_a_wrong_value_is_one_line_with_field_value_and_what_is_allowed(path, value, message):
+  config = alma.get_config("mini")
+  config.update_from_flattened_dict({path: value})
+  with pytest.raises(UserError, match=message) as error:
+    start.checked_options(config)
+  assert "\n" not in str(error.value)
+
+
+def test_options_say_what_the_config_files_set():
+  config = alma.get_config("mini").to_dict()
+  options = start.checked_options(alma.get_config("mini"))[0]
+  for name, section in config.items():
+    if isinstance(section, dict) and name != "rounds":
+      known = configs.fields_of(type(getattr(options, name)))
+      assert set(section) <= set(known), name
+  assert configs.fingerprint(options.responses)["temperature"] == config["responses"]["temperature"]
+
+
+def test_practical_values_are_left_out_of_the_fingerprint():
+  config = alma.get_config("mini")
+  one = configs.fingerprint(start.checked_options(config)[0].policy)
+  config.policy.update(dict(remat="full", passes=2, checkpoint_every=7, checkpoint_keep=7))
+  assert configs.fingerprint(start.checked_options(config)[0].policy) == one
+  config.policy.epochs = 1.0
+  assert configs.fingerprint(start.checked_options(config)[0].policy) != one
+
+
+def test_a_prompt_and_its_response_must_fit_into_the_models_positions(tmp_path):
+  config = alma.get_config("mini")
+  config.responses.max_new_tokens = 100_000
+  wrong = r"config\.responses: max_prompt_tokens \+ max_new_tokens is 16 \+ 100000"
+  with pytest.raises(UserError, match=wrong), start.open_session(config, tmp_path / "run"):
+    pass
+  assert not (tmp_path / "run").exists()  # early errors come before any file

@@ -33,7 +33,7 @@ def test_a_request_is_over_at_its_first_stop_string_whatever_the_segments(kind, 
   wanted, seen, found = shortest(tok.decode, stops, tuple(tokens)), 0, None
   while seen < len(tokens) and found is None:
     upto = min(len(tokens), seen + data.draw(st.integers(1, 9)))
-    found = sampling._end(tok.decode, stops, None, tuple(tokens[:upto]), seen)
+    found = sampling._end(tok.decode, stops, 0, tuple(tokens[:upto]), seen)
     seen = upto
   assert found == wanted
 

@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 
 from alma_jax import start
 from alma_jax.corpus.normalise import prompt_id
-from alma_jax.judges.own import Judge, template_by_name, verdicts
+from alma_jax.judges.contract import Answered
+from alma_jax.judges.own import OwnJudge
 from alma_jax.llama import model as llama
 from alma_jax.llama import weights
 from alma_jax.llama.config import LlamaConfig, ModelError
@@ -19,7 +20,9 @@ from alma_jax.options import ConfigError
 from alma_jax.stages import data as data_stage
 from alma_jax.stages import policy, responses
 from alma_jax.store import records
+from alma_jax.store.runs import Artefact
 from alma_jax.text import chat
+from alma_jax.text import judge as templates
 from alma_jax.text.tokenizer import TextError, load_tokenizer
 from configs.alma import get_config
 
@@ -63,27 +66,28 @@ def test_sft_sampling_and_judging_with_added_and_untrained_tokens(kind, tmp_path
   added = 1 if kind == "llama2" else 0
   config = config_for(tmp_path / "base", kind, data)
   with start.open_session(config, tmp_path / "run") as session:
-    assert session.tokenizer.size == plain.size + added
-    c = session.config
-    data = data_stage.build(session, c)
-    trained = policy.sft(session, "sft_1", session.base, data, [], c.sft, 1)
+    assert session.host.tokenizer.size == plain.size + added
+    options = session.options
+    data = data_stage.build(session, options.data)
+    trained = policy.sft(session, policy.Job("sft_1", session.base, options.sft, 1), data)
     counts = json.loads((tmp_path / "run" / "sft_1" / "manifest.json").read_text())["counts"]
     assert counts["untrained_tokens_reset"] == (3 if kind == "llama3" else 0)
     asked = session.run.stage("round_02/prompts", {})
     prompt = [{"role": "user", "content": "Say something"}]
     asked.write_part(0, 1, [records.Prompt(prompt_id(prompt), tuple(prompt), "test")], records.Prompt)
     asked.finish()
-    sampled = responses.build(session, 2, asked, [session.base, trained], c).read(records.Response)
+    asked = Artefact(asked, records.Prompt)
+    sampled = responses.build(session.at(2), asked, [session.base, trained], options.responses.sampling).read()
     assert len(sampled) == 2 and all(len(r.tokens) <= 8 for r in sampled)
-    judge = Judge(session.base, template_by_name("a2"), "expected")
-    verdict = verdicts(session, judge, [(prompt, "Hello."), (prompt, "Hello."), (prompt, "No.")])
+    judge = OwnJudge(session.host, session.base, templates.A2)
+    verdict = judge.scores([Answered(prompt, text) for text in ("Hello.", "Hello.", "No.")])
     assert verdict[0] == verdict[1] and 0 <= verdict[2].score <= 10
-    stops = chat.stop_ids(session.tokenizer, session.chat)
+    stops = chat.stop_ids(session.host.tokenizer, session.host.chat)
   exported = trained.directory
   assert json.loads((exported / "config.json").read_text())["vocab_size"] == plain.size + added
   assert json.loads((exported / "generation_config.json").read_text())["eos_token_id"] == list(stops)
   back = load_tokenizer(exported)
-  assert (back.size, back.token_id(session.chat.stop)) == (plain.size + added, stops[0])
+  assert (back.size, back.token_id(session.host.chat.stop)) == (plain.size + added, stops[0])
   model = weights.load(exported)
   for row in (model.embed[...][stops[0]], model.head[...][:, stops[0]]):
     assert float(np.abs(row).max()) > 0  # the mean of random rows is small, yet no row of zeros
@@ -141,7 +145,7 @@ def test_config_dict_is_not_changed_by_a_session(tmp_path):
   config = get_config("mini")
   before = config.to_dict()
   with start.open_session(config, tmp_path / "run") as session:
-    session.config_for(2)
+    list(session.rounds())
   assert isinstance(config, ConfigDict) and config.to_dict() == before
 
 
@@ -164,16 +168,17 @@ def test_a_way_of_sampling_that_there_is_not_is_found_at_the_start(tmp_path, val
 def test_the_checkpoints_of_a_round_stay_on_the_devices(tmp_path, monkeypatch):
   loaded = []
   with start.open_session(get_config("mini"), tmp_path / "run") as session:
-    load = session.load
+    host = session.host
+    load = host.load
     monkeypatch.setattr(
-      session, "load", lambda checkpoint, *rest: loaded.append(checkpoint.name) or load(checkpoint, *rest)
+      host, "load", lambda checkpoint, *rest: loaded.append(checkpoint.name) or load(checkpoint, *rest)
     )
     a, b, c, d = (dataclasses.replace(session.base, name=name, content=name) for name in "abcd")
     for checkpoint in (a, b, c, a, b, c, d, c, a):
-      session.model(checkpoint, "unrolled")
+      host.model(checkpoint, "unrolled")
     assert "".join(loaded) == "abcda"  # d took the place of the one that was asked for longest ago
-    monkeypatch.setattr(session, "device_bytes", 5 * session.model_bytes)
+    monkeypatch.setattr(host, "device_bytes", 5 * host.model_bytes)
     loaded.clear()
     for checkpoint in (a, b, a):
-      session.model(checkpoint, "unrolled")
-    assert "".join(loaded) == "ba" and len(session._held) == 1  # three would leave too little for sequences
+      host.model(checkpoint, "unrolled")
+    assert "".join(loaded) == "ba" and len(host._held) == 1  # three would leave too little for sequences

@@ -10,8 +10,8 @@ import pytest
 import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
-from ml_collections import ConfigDict
 
+from alma_jax.corpus import draw as corpus_draw
 from alma_jax.corpus.normalise import prompt_id
 from alma_jax.errors import RunError
 from alma_jax.stages import drafts, draw, judge, trainset
@@ -30,8 +30,10 @@ def response(sample, text="answer", tokens=None, finished=True, checkpoint="sft_
   return Response(prompt(0).id, sample, checkpoint, text, tokens, finished, -1.0)
 
 
-def config(method="best_of_n", min_margin=0.0):
-  return ConfigDict(dict(seed=0, trainset=dict(method=method, min_margin=min_margin)))
+def selected(n, candidates, method="best_of_n", min_margin=0.0):
+  """(records, reason) of prompt n in round 2 under seed 0."""
+  found = trainset.select(prompt(n), candidates, 2, 0, trainset.Options(method, min_margin))
+  return list(found.records), found.reason
 
 
 def test_best_takes_the_highest_score_then_the_shorter_then_the_lower_id():
@@ -48,27 +50,27 @@ def test_selection_does_not_depend_on_the_order_of_the_responses():
 
 def test_truncated_and_empty_responses_are_never_the_best():
   cut, empty, fine = response(0, finished=False), response(1, "  "), response(2, "fine")
-  (chosen,), reason = trainset.example(prompt(0), [(cut, 9.0), (empty, 8.0), (fine, 1.0)], 2, config())
+  (chosen,), reason = selected(0, [(cut, 9.0), (empty, 8.0), (fine, 1.0)])
   assert (chosen.response, reason) == ("fine", "selected")
-  assert trainset.example(prompt(0), [(cut, 9.0), (empty, 8.0)], 2, config()) == ([], "no_finished_response")
+  assert selected(0, [(cut, 9.0), (empty, 8.0)]) == ([], "no_finished_response")
 
 
 def test_best_of_one_is_that_sample():
   only = response(0, "only")
-  assert trainset.example(prompt(0), [(only, 0.0)], 2, config())[0][0].response == "only"
+  assert selected(0, [(only, 0.0)])[0][0].response == "only"
 
 
 def test_random_selection_ignores_the_scores():
   candidates = [(response(i, f"answer {i}"), float(i)) for i in range(8)]
   inverted = [(r, 7.0 - s) for r, s in candidates]
-  pick = lambda c, n: trainset.example(prompt(n), c, 2, config("random"))[0][0].response
+  pick = lambda c, n: selected(n, c, "random")[0][0].response
   assert [pick(candidates, n) for n in range(20)] == [pick(inverted, n) for n in range(20)]
   assert len({pick(candidates, n) for n in range(20)}) > 3
 
 
 def test_pair_rejects_any_other_response_evenly_whatever_its_checkpoint_or_place():
   candidates = [(response(i, f"answer {i}", tokens=(i,), checkpoint=f"m{i // 3}"), float(i == 4)) for i in range(9)]
-  pairs = [trainset.pair(prompt(n), candidates, 2, config("dpo"))[0][0] for n in range(400)]
+  pairs = [selected(n, candidates, "dpo")[0][0] for n in range(400)]
   assert {p.chosen for p in pairs} == {"answer 4"}
   rejected = collections.Counter(p.rejected for p in pairs)
   assert set(rejected) == {f"answer {i}" for i in range(9) if i != 4}
@@ -78,16 +80,16 @@ def test_pair_rejects_any_other_response_evenly_whatever_its_checkpoint_or_place
 
 def test_pair_takes_truncated_responses_as_rejected_and_refuses_equal_ones():
   best, same, cut = response(0, "good", (1,)), response(1, "good", (1,)), response(2, "cut", (2,), finished=False)
-  (pair,), _ = trainset.pair(prompt(0), [(best, 9.0), (same, 9.0), (cut, 8.0)], 2, config("dpo"))
+  (pair,), _ = selected(0, [(best, 9.0), (same, 9.0), (cut, 8.0)], "dpo")
   assert (pair.chosen, pair.rejected) == ("good", "cut")
-  assert trainset.pair(prompt(0), [(best, 9.0), (same, 9.0)], 2, config("dpo")) == ([], "no_different_response")
+  assert selected(0, [(best, 9.0), (same, 9.0)], "dpo") == ([], "no_different_response")
 
 
 def test_pair_honours_the_least_margin():
   a, b, c = response(0, "a", (1,)), response(1, "b", (2,)), response(2, "c", (3,))
   scored = [(a, 9.0), (b, 8.9), (c, 4.0)]
-  assert trainset.pair(prompt(0), scored, 2, config("dpo", 1.0))[0][0].rejected == "c"
-  assert trainset.pair(prompt(0), scored[:2], 2, config("dpo", 1.0)) == ([], "no_different_response")
+  assert selected(0, scored, "dpo", 1.0)[0][0].rejected == "c"
+  assert selected(0, scored[:2], "dpo", 1.0) == ([], "no_different_response")
 
 
 pools = st.lists(st.integers(0, 6), min_size=1, max_size=60)  # the cluster of every prompt
@@ -97,8 +99,8 @@ def drawn(labels, used, k, round=2, seed=0, method="diverse", ids=None):
   """Row numbers, and the ids that they have."""
   labels = np.asarray(labels, np.int32)
   ids = np.arange(len(labels), dtype=np.uint64) * np.uint64(7) if ids is None else ids
-  options = ConfigDict(dict(prompts=k, method=method, coverage="round"))
-  return draw.drawn(labels, ids, np.array(sorted(used), np.int64), options, seed, round).tolist()
+  queues, options = corpus_draw.build(labels, ids, seed), draw.Options(prompts=k, method=method)
+  return draw.drawn(queues, np.array(sorted(used), np.int64), options, round).tolist()
 
 
 @given(pools, st.data())
@@ -188,7 +190,7 @@ def test_held_out_annotations_share_no_prompt_with_the_rest():
     score: float
 
   rows = [Row(prompt(i // 2).messages, f"answer {i}", 5.0) for i in range(80)]
-  train, held = judge._split(rows, ConfigDict(dict(seed=0, judge=dict(held_out=0.1))))
+  train, held = judge._split(rows, 0.1, 0)
   assert len(held) == 8 and len(train) == 72
   assert not {prompt_id(r.messages) for r in train} & {prompt_id(r.messages) for r in held}
 

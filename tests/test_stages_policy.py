@@ -5,17 +5,16 @@ import types
 
 import numpy as np
 import pytest
+from sessions import session_in
 
 from alma_jax import start
 from alma_jax.errors import RunError
-from alma_jax.llama import sharding
-from alma_jax.options import ConfigError
+from alma_jax.options import ConfigError, build
 from alma_jax.runtime import training
-from alma_jax.runtime.session import Session
 from alma_jax.stages import policy
-from alma_jax.store import records
+from alma_jax.store import records, shards
+from alma_jax.store.handles import Trainset
 from alma_jax.store.records import Pair
-from alma_jax.store.runs import Run
 from alma_jax.text import chat
 from configs import alma, common
 
@@ -24,8 +23,9 @@ COUNTRIES = ("france", "norway", "italy", "japan", "kenya")
 
 @pytest.fixture(scope="module")
 def session(tmp_path_factory):
-  with Run(tmp_path_factory.mktemp("run")) as run:
-    yield Session(run, alma.get_config("mini"), sharding.make_mesh(2, 2, 2), sharding.make_mesh())
+  s = session_in(tmp_path_factory.mktemp("run"), alma.get_config("mini"))
+  with s.run:
+    yield s
 
 
 def pairs(prompts=range(5)):
@@ -37,19 +37,29 @@ def pairs(prompts=range(5)):
 
 def trainset(session, name):
   stage = session.run.stage(name, {"name": name})
-  stage.write_part(0, 1, pairs(), Pair, {})
-  stage.finish()
-  return stage
+  return finished(stage, pairs(), Pair)
+
+
+def finished(stage, rows, kind):
+  stage.write_part(0, 1, rows, kind, {})
+  shards.save_array(stage.dir / "order.npy", np.arange(len(rows)))
+  stage.finish(files=["order.npy"])
+  return Trainset(stage, kind)
 
 
 def options(**loss):
-  return common.preferences(1e-3, 1e-4, batch=2, epochs=1, row_length=64, **loss)
+  section = common.preferences(1e-3, 1e-4, batch=2, epochs=1, row_length=64, **loss)
+  return build(training.PreferenceOptions, section, "config.dpo")
+
+
+def dpo(session, name, init, trainsets, settings):
+  return policy.dpo(session, policy.Job(name, init, settings, 3), init, trainsets)
 
 
 def trained(session, name, settings):
   """The metrics of every step."""
   base, pairs = session.base, trainset(session, f"{name}/trainset")
-  checkpoint = policy.dpo(session, f"{name}/policy", base, base, [pairs], settings, seed=3)
+  checkpoint = dpo(session, f"{name}/policy", base, [pairs], settings)
   lines = (checkpoint.directory.parent / "metrics.jsonl").read_text().splitlines()
   return [json.loads(line) for line in lines]
 
@@ -79,15 +89,15 @@ def test_the_log_probs_of_a_reference_are_computed_once_for_all_rounds_and_check
   first, second = trainset(session, "once_2/trainset"), trainset(session, "once_3/trainset")
   computed, plain = [], training.sequence_logprobs
   monkeypatch.setattr(training, "sequence_logprobs", lambda *x: computed.append(len(x[2])) or plain(*x))
-  sft_1 = policy.dpo(session, "once_2/policy", session.base, session.base, [first], options(), seed=3)
+  sft_1 = dpo(session, "once_2/policy", session.base, [first], options())
   assert computed == [10]
-  policy.dpo(session, "once_3/policy", session.base, session.base, [first, second], options(), seed=3)
+  dpo(session, "once_3/policy", session.base, [first, second], options())
   assert computed == [10, 10]  # of the new pairs alone
-  policy.dpo(session, "other/policy", sft_1, sft_1, [first], options(), seed=3)
+  dpo(session, "other/policy", sft_1, [first], options())
   assert computed == [10, 10, 10]  # another reference has its own
   stored = session.run.dir / "once_2" / "reference_base" / "logprobs.npy"
   found = np.load(stored)
-  sides = [x for of in policy._pairs(session, first, options())[0] for x in of]
+  sides = [x for of in policy._pairs(session, first, options()).sides for x in of]
   np.testing.assert_allclose(found.ravel(), plain(session, session.base, sides, options()), rtol=1e-6)
   found[3, 1] = np.nan
   np.save(stored, found)
@@ -104,14 +114,15 @@ def test_policy_gradients_learn_to_prefer_what_scored_well(session):
       asked = ({"role": "user", "content": prompt},)
       rows.append(records.Graded(str(n), asked, i, text, i < 2, 5.0, advantage, 2, "sft_1"))
   stage = session.run.stage("graded", {"name": "graded"})
-  stage.write_part(0, 1, rows, records.Graded, {})
-  stage.finish()
-  settings = common.policy_gradients(1e-3, 1e-3, batch=9, epochs=4, row_length=64, schedule="constant")
-  checkpoint = policy.grpo(session, "graded/policy", session.base, session.base, stage, settings, seed=3)
+  graded = finished(stage, rows, records.Graded)
+  section = common.policy_gradients(1e-3, 1e-3, batch=9, epochs=4, row_length=64, schedule="constant")
+  settings = build(training.GrpoOptions, section, "config.grpo")
+  job = policy.Job("graded/policy", session.base, settings, 3)
+  checkpoint = policy.grpo(session, job, session.base, graded)
   lines = [json.loads(line) for line in (checkpoint.directory.parent / "metrics.jsonl").read_text().splitlines()]
   assert len(lines) == 4 and abs(lines[0]["kl"]) < 1e-8 < lines[-1]["kl"]
   assert lines[-1]["loss"] < lines[0]["loss"] - 0.01
-  encode = lambda text: chat.encode_example(session.tokenizer, session.chat, rows[0].messages, text)
+  encode = lambda text: chat.encode_example(session.host.tokenizer, session.host.chat, rows[0].messages, text)
   texts = [encode(row.response) for row in rows[:2]]
   before, after = (training.sequence_logprobs(session, m, texts, settings) for m in (session.base, checkpoint))
   assert after[0] - before[0] > after[1] - before[1]
@@ -125,21 +136,21 @@ def test_losses_are_checked_before_anything_runs(tmp_path):
   config = alma.get_config("mini")
   opened()
   config.dpo.loss = "sigmoid"
-  with pytest.raises(ConfigError, match=r"config: dpo\.loss is 'sigmoid'; it may be 'dpo', 'cdpo'"):
+  with pytest.raises(ConfigError, match=r"config\.dpo\.loss is 'sigmoid'; it may be 'dpo', 'cdpo'"):
     opened()
   config.dpo.loss = "ipo"
   config.rounds = {3: {"dpo": {"label_smoothing": 0.1}}}
-  with pytest.raises(ConfigError, match=r"round 3\.dpo: label_smoothing is 0\.1, but the loss 'ipo' has none"):
+  with pytest.raises(ConfigError, match=r"round 3: config\.dpo\.label_smoothing is 0\.1, but the loss 'ipo' has none"):
     opened()
   config.rounds = {}
   wrong = {
-    "sft.epochs": (0.0, r"config\.sft: epochs is 0\.0; it must be above 0"),
-    "policy.schedule": ("cos", r"config\.policy: schedule is 'cos'; it may be 'cosine'"),
-    "judge.distil.train.batch": (0, r"config\.judge\.distil\.train: batch is 0"),
-    "judge.train.remat": ("all", r"config\.judge\.train: remat is 'all'; it may be 'auto', 'none'"),
-    "policy.dropout": (1.0, r"config\.policy: dropout is 1\.0"),
-    "policy.average": ("rows", r"config\.policy: average is 'rows'"),
-    "grpo.clip_ratio": (0.0, r"config\.grpo: clip_ratio is 0\.0"),
+    "sft.epochs": (0.0, r"config\.sft\.epochs is 0\.0; it must be above 0"),
+    "policy.schedule": ("cos", r"config\.policy\.schedule is 'cos'; it may be 'cosine'"),
+    "judge.distil.train.batch": (0, r"config\.judge\.distil\.train\.batch is 0"),
+    "judge.train.remat": ("all", r"config\.judge\.train\.remat is 'all'; it may be 'auto', 'none'"),
+    "policy.dropout": (1.0, r"config\.policy\.dropout is 1\.0"),
+    "policy.average": ("rows", r"config\.policy\.average is 'rows'"),
+    "grpo.clip_ratio": (0.0, r"config\.grpo\.clip_ratio is 0\.0"),
     "policy.init_from": ("sft_3", r"policy\.init_from is 'sft_3'; it may be 'base', 'latest', 'sft_1', 'sft_2'"),
     "trainset.method": ("grpo", r"set responses\.checkpoints to \('latest',\)"),
   }

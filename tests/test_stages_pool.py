@@ -2,6 +2,7 @@
 hosts and after any kill; prompts that are added later, and draws from everything."""
 
 import collections
+import dataclasses
 import itertools
 import json
 import os
@@ -12,21 +13,21 @@ import numpy as np
 import pytest
 from engine_models import hidden_states
 from rapidfuzz.distance import Indel
+from sessions import changed, session_in
 
 from alma_jax.corpus import duplicates
 from alma_jax.corpus.normalise import normalised, prompt_id
 from alma_jax.errors import RunError
 from alma_jax.keys import key_of
-from alma_jax.llama import sharding
-from alma_jax.runtime.host import MINI_CHECKPOINT
+from alma_jax.mini import CHECKPOINT
+from alma_jax.runtime import sampling
 from alma_jax.runtime.sampling import Draft
-from alma_jax.runtime.session import Session
 from alma_jax.stages import clusters, drafts, draw, prompts
-from alma_jax.stages.data import Seeds
 from alma_jax.store import shards
 from alma_jax.store.data import SeedRow
+from alma_jax.store.handles import Data
 from alma_jax.store.records import Prompt
-from alma_jax.store.runs import Run
+from alma_jax.store.runs import Artefact, Run
 from alma_jax.text import chat
 from alma_jax.text.tokenizer import load_tokenizer
 from configs import alma
@@ -54,7 +55,7 @@ class Crash(BaseException):
 @pytest.fixture(scope="module")
 def world():
   """Human data, and what is written: {number of the draw: text, or None for one without an end}."""
-  mini = load_tokenizer(MINI_CHECKPOINT)
+  mini = load_tokenizer(CHECKPOINT)
   words = [word for i in range(mini.size) if (word := mini.decode([i])).isalpha()]
   text = lambda n=12: " ".join(rng.choice(words, n))
   human = {name: [text() for _ in range(6)] for name in HUMAN}
@@ -74,7 +75,7 @@ def world():
   more += [text() for _ in range(MORE - len(more))]
   written = [rng.permutation(np.array(of, object)).tolist() for of in (first, more)]
   rows = {name: [SeedRow(turn(x), None, None, 0) for x in of] for name, of in human.items()}
-  seeds = Seeds(*rows.values(), digests=dict.fromkeys(("sft", "judge", "eval"), "0"))
+  seeds = Data(*rows.values(), digests=dict.fromkeys(("sft", "judge", "eval"), "0"))
   everyone = [*itertools.chain(*human.values())]
   written = dict(enumerate(itertools.chain(*written)))
   return types.SimpleNamespace(seeds=seeds, human=human, everyone=everyone, written=written)
@@ -102,19 +103,19 @@ def planted(world, asked, monkeypatch):
   """The model writes the planted texts."""
   draws = {key_of(0, 0, "prompts", draw): draw for draw in world.written}
 
-  def written(session, checkpoint, contexts, keys, *rest, stop_strings):
-    mine = [draws[key] for key in keys]
+  def written(host, checkpoint, requests, options, stops, bar):
+    mine = [draws[request.key] for request in requests]
     asked.extend(mine)
     return [Draft(world.written[draw] or "", (1,), world.written[draw] is not None, (-1.0,)) for draw in mine]
 
-  monkeypatch.setattr(drafts, "drafts", written)
+  monkeypatch.setattr(sampling, "drafts", written)
   return asked
 
 
 @pytest.fixture(scope="module")
 def config():
   c = alma.get_config("mini")
-  c.shards = 3
+  c.shards, c.feedback_rounds, c.judge.distil.prompts = 3, 2, 24
   c.prompts.update(dict(draws=DRAWS, similarity=0.7, max_characters=350, max_prompt_tokens=96))
   c.clusters.update(dict(k=8, iterations=4))
   c.embeddings.update(dict(dims=12, sample=30))
@@ -122,12 +123,17 @@ def config():
   return c
 
 
-def _pool_in(session, data, c):
-  return prompts.build(session, data, drafts.build(session, data, c), c)
+def pool_in(s, data, name="pool", first=0, earlier=()):
+  drafted = drafts.build(s, data, s.options.prompts.writing, name, first)
+  return prompts.build(s, data, drafted, s.options.prompts.entering, earlier)
 
 
-def session_in(directory, config, **processes):
-  return Session(Run(directory, **processes), config, sharding.make_mesh(2, 2, 2), sharding.make_mesh())
+def clustered_in(s, pool):
+  return clusters.build(s, pool, s.options.embedder, s.options.clusters)
+
+
+def drawn_in(s, round, pools, earlier, k=9):
+  return draw.build(s.at(round), pools, earlier, draw.Options(prompts=k))
 
 
 @pytest.fixture(scope="module")
@@ -138,20 +144,19 @@ def session(tmp_path_factory, config):
 @pytest.fixture
 def pool(session, world, config):
   """The finished stage; made by the first test that asks for it."""
-  return _pool_in(session, world.seeds, config)
+  return pool_in(session, world.seeds)
 
 
 @pytest.fixture
-def clustered(session, pool, config):
-  return clusters.build(session, pool, config)
+def clustered(session, pool):
+  return clustered_in(session, pool)
 
 
 @pytest.fixture
-def later(session, world, config, pool):
-  """(the finished stage of what was added, the config of its round)."""
-  c = config.copy_and_resolve_references()
-  c.prompts.draws = DRAWS + MORE
-  return prompts.build(session, world.seeds, drafts.build(session, world.seeds, c, "pool_03", DRAWS), c, [pool]), c
+def later(session, world, pool):
+  """The finished stage of what was added."""
+  writing = dataclasses.replace(session.options.prompts.writing, draws=DRAWS + MORE)
+  return pool_in(changed(session, prompts=dict(writing=writing)), world.seeds, "pool_03", DRAWS, [pool])
 
 
 def artefacts(directory):
@@ -191,7 +196,7 @@ def usable(written, draws):
 def test_who_enters_the_pool_and_the_counts_of_those_who_do_not(session, pool, world):
   texts = usable(world.written, range(DRAWS))
   kept, near = entering(texts, world.everyone)
-  found = pool.read(Prompt)
+  found = pool.read()
   assert [p.id for p in found] and {p.id for p in found} == kept and len(found) == len(kept)
   assert all(p.id == prompt_id(p.messages) and p.source == "synthetic" for p in found)
   made = json.loads((session.run.dir / "pool" / "drafts" / "manifest.json").read_text())["counts"]
@@ -207,10 +212,10 @@ def test_who_enters_the_pool_and_the_counts_of_those_who_do_not(session, pool, w
 def test_of_equal_drafts_the_first_stands_however_many_are_sorted_at_once(tmp_path, monkeypatch):
   columns = [np.random.default_rng(i).integers(2**62, 2**62 + 40, n) for i, n in enumerate((30, 0, 25))]
   taken = {name: np.array([2**62 + i for i in of], np.uint64) for name, of in (("one", (3, 7)), ("two", (7, 8, 9)))}
-  draws = types.SimpleNamespace(parts=3, part_path=lambda part, parts: tmp_path / f"{part}.parquet")
+  draws = types.SimpleNamespace(parts=3, paths=[tmp_path / f"{part}.parquet" for part in range(3)])
   wanted, seen = [], set()
   for part, column in enumerate(columns):
-    shards.write_records(draws.part_path(part, 3), [Prompt(f"{id:016x}", (), "test") for id in column], Prompt)
+    shards.write_records(draws.paths[part], [Prompt(f"{id:016x}", (), "test") for id in column], Prompt)
     why = []
     for id in column.tolist():
       equal = next((i for i, ids in enumerate(taken.values(), start=1) if id in ids.tolist()), 0)
@@ -227,7 +232,7 @@ def test_the_report_has_examples_of_what_was_removed_and_of_what_evaluation_prom
   counts = collections.Counter(f"near_{example['near']}" for example in report["near_duplicates"])
   assert 10 < counts.total() <= prompts.SHOWN and len(counts) == 4
   assert all(count <= pool.manifest["counts"][name] for name, count in counts.items())
-  kept = {p.messages[0]["content"] for p in pool.read(Prompt)}
+  kept = {p.messages[0]["content"] for p in pool.read()}
   for example in report["near_duplicates"]:
     one, two = (normalised(example[name]).split() for name in ("removed", "kept"))
     assert example["similarity"] == pytest.approx(Indel.normalized_similarity(one, two), abs=1e-3)
@@ -245,9 +250,9 @@ def test_the_report_has_examples_of_what_was_removed_and_of_what_evaluation_prom
 def test_without_a_similarity_only_equal_ones_are_left_out(world, config, tmp_path):
   c = config.copy_and_resolve_references()
   c.prompts.similarity = 0.0
-  stage = _pool_in(session_in(tmp_path, c), world.seeds, c)
+  stage = pool_in(session_in(tmp_path, c), world.seeds)
   texts = {prompt_id(turn(x)) for x in usable(world.written, range(DRAWS))}
-  assert {p.id for p in stage.read(Prompt)} == texts - {prompt_id(turn(x)) for x in world.everyone}
+  assert {p.id for p in stage.read()} == texts - {prompt_id(turn(x)) for x in world.everyone}
   assert not any("near_" in name for name in stage.manifest["counts"])
   report = json.loads((stage.dir / "report.json").read_text())
   assert set(report) == {"contamination"} and report["contamination"]["pool"]["overlapping"] == 3
@@ -266,7 +271,7 @@ def test_two_hosts_and_any_kill_give_the_same_bytes(session, clustered, world, c
     with turns:
       try:
         one = session_in(tmp_path / "two", config, process=host, processes=2, barrier=barrier)
-        clusters.build(one, _pool_in(one, world.seeds, config), config)
+        clustered_in(one, pool_in(one, world.seeds))
       except BaseException as error:
         failures.append(error)
         meeting.abort()
@@ -298,7 +303,7 @@ def test_two_hosts_and_any_kill_give_the_same_bytes(session, clustered, world, c
   one = session_in(tmp_path / "killed", config)
   for _ in range(200):
     try:
-      clusters.build(one, _pool_in(one, world.seeds, config), config)
+      clustered_in(one, pool_in(one, world.seeds))
       break
     except Crash:
       shards.remove_temporaries(one.run.dir)
@@ -315,11 +320,11 @@ def test_points_are_the_projected_states_of_the_prompts_and_labels_their_nearest
   assert (counts["sample"], counts["dimensions"]) == (30, 12) and 0.4 < counts["variance_kept"] < 1
   mean, matrix = (np.load(directory / "projection" / f"{name}.npy").astype(np.float64) for name in ("mean", "matrix"))
   points = np.concatenate([np.load(path) for path in sorted((directory / "embeddings").glob("*.npy"))])
-  found = clustered.prompts.read(Prompt)
+  found = clustered.prompts.read()
   assert points.dtype == np.float16 and len(points) == len(found)
-  model = session.model(session.base, "stacked")
+  model = session.host.model(session.base, "stacked")
   for at in (0, len(found) - 1):
-    ids = chat.encode_prompt(session.tokenizer, session.chat, found[at].messages)
+    ids = chat.encode_prompt(session.host.tokenizer, session.host.chat, found[at].messages)
     x = (hidden_states(model, ids)[1:].mean(axis=0) - mean) @ matrix
     np.testing.assert_allclose(points[at], x / np.linalg.norm(x), atol=2e-3)
   labels, ids, centroids = (np.load(directory / "clusters" / f"{x}.npy") for x in ("labels", "ids", "centroids"))
@@ -333,24 +338,24 @@ def nearest(points, centroids):
   return ((points[:, None].astype(np.float64) - centroids) ** 2).sum(axis=2).argmin(axis=1)
 
 
-def test_an_empty_pool_says_where_to_look(config, tmp_path):
+def test_an_empty_pool_says_where_to_look(session, tmp_path):
   run = Run(tmp_path)
   stage = run.stage("pool/prompts", {})
   stage.write_part(0, 1, [], Prompt)
   stage.finish()
   with pytest.raises(RunError, match=r"the pool is empty.*pool/drafts/manifest\.json"):
-    clusters.build(types.SimpleNamespace(run=run), stage, config)
+    clustered_in(session, Artefact(stage, Prompt))
 
 
 # What is added later
 
 
 def test_what_is_added_is_new(clustered, world, asked, later):
-  stage, _ = later
+  stage = later
   assert sorted(draw for draw in asked if draw >= DRAWS) == list(range(DRAWS, DRAWS + MORE))
-  old = {p.id: p.messages[0]["content"] for p in clustered.prompts.read(Prompt)}
+  old = {p.id: p.messages[0]["content"] for p in clustered.prompts.read()}
   kept, near = entering(usable(world.written, range(DRAWS, DRAWS + MORE)), world.everyone, old.values())
-  found = stage.read(Prompt)
+  found = stage.read()
   assert {p.id for p in found} == kept and len(found) == len(kept) and not kept & old.keys()
   counts = stage.manifest["counts"]
   assert counts["equals_prompt_of_pool"] == 8 and counts["near_prompt_of_an_earlier_pool"] == 5
@@ -360,50 +365,47 @@ def test_what_is_added_is_new(clustered, world, asked, later):
   assert len(like_old) == 5 and all(x["kept"] in old.values() for x in like_old)
 
 
-def test_added_prompts_go_to_the_nearest_old_cluster_and_draws_never_repeat(session, clustered, later, config):
-  c = config
+def test_added_prompts_go_to_the_nearest_old_cluster_and_draws_never_repeat(session, clustered, later):
   before = artefacts(session.run.dir)
-  second = draw.build(session, 2, [clustered], [], c)
-  more = clusters.added(session, later[0], clustered, c)
+  second = drawn_in(session, 2, [clustered], [])
+  more = clusters.added(session, later, clustered, session.options.embedder, session.options.clusters)
   assert artefacts(session.run.dir) == before and not (more.clusters.dir / "centroids.npy").exists()
   points = np.concatenate([np.load(path) for path in sorted((session.run.dir / "pool_03/embeddings").glob("*.npy"))])
   centroids = np.load(clustered.clusters.dir / "centroids.npy")
   labels, ids = (np.load(more.clusters.dir / f"{name}.npy") for name in ("labels", "ids"))
   np.testing.assert_array_equal(labels, nearest(points, centroids))
-  assert [f"{id:016x}" for id in ids] == [p.id for p in later[0].read(Prompt)]
+  assert [f"{id:016x}" for id in ids] == [p.id for p in later.read()]
 
   pools, drawn = [clustered, more], [second]
-  both = [p for pool in pools for p in pool.prompts.read(Prompt)]
+  both = [p for pool in pools for p in pool.prompts.read()]
   of = [x for pool in pools for x in np.load(pool.clusters.dir / "labels.npy").tolist()]
-  c = c.copy_and_resolve_references()
   for round in itertools.count(3):
     left = len(both) - sum(stage.manifest["rows"] for stage in drawn)
-    c.draw.prompts = min(19, left)
     if not left:
       break
-    drawn.append(draw.build(session, round, pools, drawn, c))
+    drawn.append(drawn_in(session, round, pools, drawn, min(19, left)))
     assert drawn[-1].manifest["counts"]["used_before"] == len(both) - left
   rows = [np.load(stage.dir / "rows.npy").tolist() for stage in drawn]
   assert sorted(itertools.chain(*rows)) == list(range(len(both)))  # the ledger: each once, and in the end all
-  assert max(rows[0]) < len(clustered.prompts.read(Prompt)) <= max(rows[1])
+  assert max(rows[0]) < len(clustered.prompts.read()) <= max(rows[1])
   for stage, mine in zip(drawn, rows):
-    assert [(p.id, p.messages, p.cluster) for p in stage.read(Prompt)] == [
+    assert [(p.id, p.messages, p.cluster) for p in stage.read()] == [
       (both[row].id, both[row].messages, of[row]) for row in mine
     ]
   assert drawn[0].manifest["counts"]["clusters_drawn"] == 8
-  c.draw.prompts = 1
   with pytest.raises(RunError, match=f"round {round} draws 1 prompts, but of the pool's {len(both)} only 0 are unused"):
-    draw.build(session, round, pools, drawn, c)
+    drawn_in(session, round, pools, drawn, 1)
 
 
-def test_few_prompts_or_none_are_added(session, clustered, config):
+def test_few_prompts_or_none_are_added(session, clustered):
   """There are fewer of them than clusters."""
-  some = clustered.prompts.read(Prompt)[:3]
+  some = clustered.prompts.read()[:3]
   for name, records in (("pool_08", some), ("pool_09", [])):
     stage = session.run.stage(f"{name}/prompts", {})
     stage.write_part(0, 1, records, Prompt)
     stage.finish()
-    added = clusters.added(session, stage, clustered, config)
+    options = session.options
+    added = clusters.added(session, Artefact(stage, Prompt), clustered, options.embedder, options.clusters)
     labels = np.load(added.clusters.dir / "labels.npy")
     assert labels.dtype == np.int32
     np.testing.assert_array_equal(labels, np.load(clustered.clusters.dir / "labels.npy")[: len(records)])

@@ -103,6 +103,11 @@ class Host:
     return "float32" if self.local_mesh.devices.flat[0].platform == "cpu" else "bfloat16"
 
   @functools.cached_property
+  def base(self) -> Checkpoint:
+    """The model that the options name."""
+    return Checkpoint("base", self.directory, content_of(self.directory))
+
+  @functools.cached_property
   def trained_config(self) -> llama_config.LlamaConfig:
     """The architecture that is trained: the base model's, with rows for the tokens that the chat format added."""
     return dataclasses.replace(self.config, vocab=max(self.config.vocab, self.tokenizer.size))

@@ -6,7 +6,6 @@ inside a stage.
 """
 
 import dataclasses
-import functools
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any, Generic, Protocol, TypeVar
@@ -17,7 +16,7 @@ from ml_collections import ConfigDict
 from alma_jax import options as options_lib
 from alma_jax.options import Checked, refuse
 from alma_jax.runtime.display import Display
-from alma_jax.runtime.host import Checkpoint, EngineOptions, Host, ModelOptions, content_of
+from alma_jax.runtime.host import Checkpoint, EngineOptions, Host, ModelOptions
 from alma_jax.store import layout, shards
 from alma_jax.store.runs import Run, Stage
 
@@ -74,9 +73,9 @@ class Session(Generic[O]):
   def display(self) -> Display:
     return self.host.display
 
-  @functools.cached_property
+  @property
   def base(self) -> Checkpoint:
-    return Checkpoint("base", self.host.directory, content_of(self.host.directory))
+    return self.host.base
 
   def at(self, round: int, options: O | None = None) -> "Session[O]":
     """The view of a round, under other `options` where they are given."""

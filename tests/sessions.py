@@ -1,0 +1,26 @@
+"""A session on eight CPU devices, as tests of stages need it: 2 x 2 x 2 for training, all eight for sampling."""
+
+import dataclasses
+
+from alma_jax import start
+from alma_jax.llama import sharding
+from alma_jax.runtime.display import Display
+from alma_jax.runtime.host import Host
+from alma_jax.runtime.session import Session
+from alma_jax.store.runs import Run
+
+
+def session_in(directory, config, mesh=None, **processes):
+  by_round = start.checked_options(config)
+  run, options = Run(directory, **processes), by_round[0]
+  host = Host(options.model, options.engine, sharding.make_mesh(), Display(speaks=run.process == 0))
+  return Session(run, host, mesh or sharding.make_mesh(2, 2, 2), by_round, config)
+
+
+def changed(s, **sections):
+  """The session with other values in sections of its Options: changed(s, draw=dict(method="random"))."""
+  options = s.options
+  for name, values in sections.items():
+    value = dataclasses.replace(getattr(options, name), **values) if isinstance(values, dict) else values
+    options = dataclasses.replace(options, **{name: value})
+  return s.at(s.round, options)
