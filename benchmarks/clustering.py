@@ -21,6 +21,8 @@ import dataclasses
 import os
 import statistics
 import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 os.environ |= {
   "OMP_NUM_THREADS": "1",
@@ -36,6 +38,18 @@ import numpy as np
 from alma_jax.engine import kmeans
 
 FAISS, SKLEARN, SGEMM, OURS = "faiss", "scikit-learn", "sgemm", "alma_jax"
+
+
+class Found(NamedTuple):
+  labels: np.ndarray
+  centroids: np.ndarray
+  filled: int = 0  # empty clusters
+
+
+class Compared(NamedTuple):
+  seconds: dict[str, list[float]]  # of each turn, by name
+  inertias: dict[str, float]
+  filled: int  # empty clusters that we filled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +71,7 @@ SHAPES = (
 )
 
 
-def main():
+def main() -> None:
   flags = argparse.ArgumentParser(description="How fast is k-means against its peers, on one core?")
   flags.add_argument("--scale", type=float, default=0.25)
   flags.add_argument("--repeats", type=int, default=5)
@@ -76,13 +90,13 @@ def main():
     shape = SHAPES[int(i)]
     shape = dataclasses.replace(shape, n=max(4 * shape.k, round(shape.n * flags.scale)))
     print(line(shape, *compared(shape, flags.repeats)), flush=True)
-  import faiss
+  import faiss  # pyright: ignore[reportMissingImports]  # the [bench] extra has it
   import sklearn
 
   print(f"jax {jax.__version__}, faiss {faiss.__version__}, scikit-learn {sklearn.__version__}; fp32, one core")
 
 
-def _importable(name):
+def _importable(name: str) -> bool:
   try:
     __import__(name)
   except ImportError:
@@ -90,11 +104,10 @@ def _importable(name):
   return True
 
 
-def compared(shape, repeats):
-  """({name: seconds of each turn}, {name: inertia}, empty clusters that were filled)."""
+def compared(shape: Shape, repeats: int) -> Compared:
   points = mixture(shape.n, shape.d, shape.k)
   start = points[np.random.default_rng(1).choice(shape.n, shape.k, replace=False)]
-  runs = {
+  runs: dict[str, Callable[[], Any]] = {
     OURS: lambda: ours(points, start, shape.iterations),
     FAISS: lambda: by_faiss(points, start, shape.iterations),
     SKLEARN: lambda: by_sklearn(points, start, shape.iterations),
@@ -107,20 +120,19 @@ def compared(shape, repeats):
       begun = time.process_time()
       run()
       seconds[name].append(time.process_time() - begun)
-  inertias = {name: inertia(points, *found[name][:2]) for name in (OURS, FAISS, SKLEARN)}
-  filled = found[OURS][2]["empty_repaired"]
-  check(inertias, filled)
-  return seconds, inertias, filled
+  inertias = {name: inertia(points, found[name]) for name in (OURS, FAISS, SKLEARN)}
+  check(inertias, found[OURS].filled)
+  return Compared(seconds, inertias, found[OURS].filled)
 
 
-def check(inertias, filled):
+def check(inertias: Mapping[str, float], filled: int) -> None:
   most = 1.01 if filled else 1.001
   least = min(inertias[FAISS], inertias[SKLEARN])
   assert inertias[OURS] <= most * least, f"inertia over {most} times that of the others: {inertias}"
 
 
-def mixture(n, d, k):
-  """Points of k / 2 topics, of which a few are common and most are rare, in dimensions of falling weight."""
+def mixture(n: int, d: int, k: int) -> np.ndarray:
+  """Points of k / 2 topics, a few common and most rare, in dimensions of falling weight."""
   rng = np.random.default_rng(0)
   weights = 1 / np.arange(1, k // 2 + 1) ** 0.7
   topics = rng.choice(k // 2, n, p=weights / weights.sum())
@@ -129,34 +141,35 @@ def mixture(n, d, k):
   return (centres[topics] + rng.standard_normal((n, d), np.float32)) * scales
 
 
-def ours(points, start, iterations):
+def ours(points: np.ndarray, start: np.ndarray, iterations: int) -> Found:
   settings = kmeans.Settings(k=len(start), iterations=iterations, tolerance=0.0)
-  found = kmeans.fit(points, settings, (0, 0), restore=kmeans.starting_at(start))
-  return found.labels, found.centroids, found.report
+  found = kmeans.fit(points, settings, (0, 0), hooks=kmeans.starting_at(start))
+  return Found(found.labels, found.centroids, found.report["empty_repaired"])
 
 
-def by_faiss(points, start, iterations):
-  import faiss
+def by_faiss(points: np.ndarray, start: np.ndarray, iterations: int) -> Found:
+  import faiss  # pyright: ignore[reportMissingImports]  # the [bench] extra has it
 
   faiss.omp_set_num_threads(1)
   n, d = points.shape
   means = faiss.Kmeans(d, len(start), niter=iterations, max_points_per_centroid=n, min_points_per_centroid=1)
   means.train(points, init_centroids=start)
-  return means.index.search(points, 1)[1][:, 0], means.centroids
+  return Found(means.index.search(points, 1)[1][:, 0], means.centroids)
 
 
-def by_sklearn(points, start, iterations):
+def by_sklearn(points: np.ndarray, start: np.ndarray, iterations: int) -> Found:
   import warnings
 
   from sklearn import cluster, exceptions
 
   with warnings.catch_warnings():
     warnings.simplefilter("ignore", exceptions.ConvergenceWarning)
-    means = cluster.KMeans(len(start), init=start, n_init=1, max_iter=iterations, tol=0, algorithm="lloyd").fit(points)
-  return means.labels_, means.cluster_centers_
+    how: dict[str, Any] = dict(init=start, n_init=1, max_iter=iterations, tol=0, algorithm="lloyd")
+    means = cluster.KMeans(len(start), **how).fit(points)
+  return Found(np.asarray(means.labels_), means.cluster_centers_)
 
 
-def sgemm(points, start, iterations):
+def sgemm(points: np.ndarray, start: np.ndarray, iterations: int) -> None:
   out = np.empty((1024, 1024), np.float32)
   for _ in range(iterations + 1):
     for a in range(0, len(points), 1024):
@@ -165,16 +178,21 @@ def sgemm(points, start, iterations):
         np.matmul(x, c.T, out=out[: len(x), : len(c)])
 
 
-def inertia(points, labels, centroids):
-  parts = range(0, len(points), 4096)
-  return sum(
-    float(((points[a : a + 4096] - centroids[labels[a : a + 4096]]) ** 2).sum(dtype=np.float64)) for a in parts
-  )
+def inertia(points: np.ndarray, found: Found) -> float:
+  total = 0.0
+  for a in range(0, len(points), 4096):
+    apart = points[a : a + 4096] - found.centroids[found.labels[a : a + 4096]]
+    total += float((apart**2).sum(dtype=np.float64))
+  return total
 
 
-def line(shape, seconds, inertias, filled):
-  ratio = lambda name: statistics.median(a / b for a, b in zip(seconds[OURS], seconds[name]))
-  goal = lambda value, target, met: f"{f'{value:.2f} ({target:.2f} ' + ('met)' if met else 'not met)'):>20}"
+def line(shape: Shape, seconds: Mapping[str, list[float]], inertias: Mapping[str, float], filled: int) -> str:
+  def ratio(name: str) -> float:
+    return statistics.median(a / b for a, b in zip(seconds[OURS], seconds[name], strict=True))
+
+  def goal(value: float, target: float, met: bool) -> str:
+    return f"{f'{value:.2f} ({target:.2f} ' + ('met)' if met else 'not met)'):>20}"
+
   faiss, sklearn, share = ratio(FAISS), ratio(SKLEARN), 1 / ratio(SGEMM)
   columns = [
     f"{f'{shape.n:,} x {shape.d} -> {shape.k:,}':26} {min(seconds[OURS]):7.2f}",

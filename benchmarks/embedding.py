@@ -21,6 +21,8 @@ AssertionError where a vector differs by more than 1e-4.
 import argparse
 import os
 import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 os.environ |= {
   "OMP_NUM_THREADS": "1",
@@ -36,16 +38,17 @@ import transformers
 
 from alma_jax.engine import buckets, embed
 from alma_jax.llama.config import to_hf
+from alma_jax.llama.model import Llama
 from alma_jax.mini import pretrain
 from benchmarks import sampling
 
 BATCHES = (8, 16, 32)  # rows per call
 WORDS, SPREAD = 20, 0.8  # of ragged rows: the mean, and the deviation of the logarithm
 THEIRS, PADDED, OURS = "transformers", "alma_jax, padded", "alma_jax"
-TARGETS = {"equal": {THEIRS: 1.2}, "ragged": {THEIRS: 2.0, PADDED: 2.0}}
+TARGETS: dict[str, dict[str, float]] = {"equal": {THEIRS: 1.2}, "ragged": {THEIRS: 2.0, PADDED: 2.0}}
 
 
-def main():
+def main() -> None:
   flags = argparse.ArgumentParser(description="How fast are embeddings against their peers, on one core?")
   for name, value in dict(rows=256, length=32, ragged=2048, repeats=3).items():
     flags.add_argument(f"--{name}", type=int, default=value)
@@ -67,18 +70,18 @@ def main():
   print(f"jax {jax.__version__}, torch {torch.__version__}, transformers {transformers.__version__}; fp32, one core")
 
 
-def lengths(n):
+def lengths(n: int) -> list[int]:
   """Tokens of ragged rows with BOS, a token for each word."""
   words = np.random.default_rng(0).lognormal(np.log(WORDS) - SPREAD**2 / 2, SPREAD, n)
   return (1 + np.maximum(1, words.round())).astype(int).tolist()
 
 
-def rows_of(lengths, vocabulary):
+def rows_of(lengths: Sequence[int], vocabulary: int) -> list[tuple[int, ...]]:
   draw = np.random.default_rng(1)
   return [(1, *draw.integers(2, vocabulary, length - 1).tolist()) for length in lengths]
 
 
-def compared(kind, hf, model, rows, repeats):
+def compared(kind: str, hf: Any, model: Llama, rows: Sequence[tuple[int, ...]], repeats: int) -> Iterator[str]:
   """The lines of one kind of rows."""
   peers = {
     THEIRS: lambda batch: theirs(hf, rows, batch),
@@ -88,7 +91,7 @@ def compared(kind, hf, model, rows, repeats):
   peers = {name: run for name, run in peers.items() if name in (*TARGETS[kind], OURS)}
   found = {}
 
-  def piece(name, batch):
+  def piece(name: str, batch: int) -> Any:
     return sampling.cpu(lambda: found.update({(name, batch): peers[name](batch)}))
 
   seconds = sampling.best({(name, batch): piece(name, batch) for name in peers for batch in BATCHES}, repeats)
@@ -108,7 +111,7 @@ def compared(kind, hf, model, rows, repeats):
 
 
 @torch.inference_mode()
-def theirs(hf, rows, batch):
+def theirs(hf: Any, rows: Sequence[tuple[int, ...]], batch: int) -> np.ndarray:
   found = []
   for tokens, sizes in batches(rows, batch):
     inside = torch.from_numpy(np.arange(tokens.shape[1]) < sizes[:, None])
@@ -119,17 +122,18 @@ def theirs(hf, rows, batch):
   return torch.cat(found).numpy()
 
 
-def padded(model, rows, batch):
+def padded(model: Llama, rows: Sequence[tuple[int, ...]], batch: int) -> np.ndarray:
   """Our model with batches as they come, of as few widths as our buckets have: each other one would be compiled."""
   found = []
   for tokens, sizes in batches(rows, batch):
-    wide, sizes = buckets.padded([row[:n] for row, n in zip(tokens.tolist(), sizes)], buckets.rounded(tokens.shape[1]))
+    cut = [row[:n] for row, n in zip(tokens.tolist(), sizes, strict=True)]
+    wide, sizes = buckets.padded(cut, buckets.rounded(tokens.shape[1]))
     found.append(embed._pooled(model, None, wide, sizes, mesh=None, layers=None, pooling="mean"))
   return np.concatenate([np.asarray(x) for x in found])
 
 
-def batches(rows, batch):
-  """(tokens, lengths) of rows in their order, as wide as the longest."""
+def batches(rows: Sequence[tuple[int, ...]], batch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """Yields tokens and lengths of rows in their order, as wide as the longest."""
   for start in range(0, len(rows), batch):
     part = rows[start : start + batch]
     yield buckets.padded(part, max(map(len, part)))

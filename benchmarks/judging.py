@@ -2,8 +2,8 @@
 
   python -m benchmarks.judging [--prefixes=4] [--responses=16] [--prefix=160] [--response=64] [--repeats=7]
 
-A random Llama of 5.2M parameters in fp32 (256 wide, 4 layers, 8 / 4 heads, vocabulary 4,096) reads what eleven tokens
-have for log-probabilities after every response. The script pins itself to one core and one thread; everyone takes
+The random Llama of benchmarks/sampling.py (5.2M parameters, fp32) reads the log-probabilities of eleven tokens after
+every response. The script pins itself to one core and one thread; everyone takes
 turns, with several batch sizes, and the best process time of each counts:
 
   full forward    transformers on prompt and response as one row, logits_to_keep=1
@@ -17,7 +17,8 @@ with an AssertionError where a log-probability differs by more than 1e-4.
 import argparse
 import os
 import tempfile
-import time
+from collections.abc import Callable
+from typing import Any
 
 os.environ |= {
   "OMP_NUM_THREADS": "1",
@@ -35,6 +36,7 @@ import transformers
 
 from alma_jax.engine import score
 from alma_jax.llama import weights
+from benchmarks import sampling
 
 COLUMNS = list(range(100, 111))  # where eleven scores might be
 BATCHES = (8, 16, 32, 64)  # rows per call
@@ -42,23 +44,31 @@ FULL, CACHED, OURS = "transformers, full forward", "transformers, prefix cache",
 TARGETS = {FULL: 3.5, CACHED: 1.2}
 
 
-def main():
+def main() -> None:
   flags = argparse.ArgumentParser(description="How fast is the judge against its peers, on one core?")
   for name, value in dict(prefixes=4, responses=16, prefix=160, response=64, repeats=7).items():
     flags.add_argument(f"--{name}", type=int, default=value)
   flags = flags.parse_args()
   torch.set_num_threads(1)
-  hf, model = models()
-  draw = lambda *shape: np.random.default_rng(sum(shape)).integers(1, hf.config.vocab_size, shape)
+  with tempfile.TemporaryDirectory() as directory:
+    hf, model = sampling.saved_model(directory), weights.load(directory)
+
+  def draw(*shape: int) -> np.ndarray:
+    return np.random.default_rng(sum(shape)).integers(1, hf.config.vocab_size, shape)
+
   prefixes, responses = draw(flags.prefixes, flags.prefix), draw(flags.prefixes, flags.responses, flags.response)
-  rows = [(tuple(p.tolist()), tuple(r.tolist())) for p, mine in zip(prefixes, responses) for r in mine]
+  rows = [(tuple(p.tolist()), tuple(r.tolist())) for p, mine in zip(prefixes, responses, strict=True) for r in mine]
   peers = {
     FULL: lambda batch: full_forward(hf, prefixes, responses, batch),
     CACHED: lambda batch: prefix_cache(hf, prefixes, responses, batch),
-    OURS: lambda batch: score.next_logprobs(model, rows, COLUMNS, reads=1, batch=batch)[:, 0],
+    OURS: lambda batch: score.next_logprobs(model, rows, COLUMNS, 1, score.Setup(batch))[:, 0],
   }
-  runs = {(name, batch): (lambda run=run, batch=batch: run(batch)) for name, run in peers.items() for batch in BATCHES}
-  seconds, found = best_of(runs, flags.repeats)
+  found = {}
+
+  def piece(name: str, batch: int) -> Callable[[], float]:
+    return sampling.cpu(lambda: found.update({(name, batch): peers[name](batch)}))
+
+  seconds = sampling.best({(name, batch): piece(name, batch) for name in peers for batch in BATCHES}, flags.repeats)
   worst = {key: float(np.abs(x - found[FULL, BATCHES[0]]).max()) for key, x in found.items()}
   assert max(worst.values()) < 1e-4, f"the scores differ: {worst}"
   best = {name: min(BATCHES, key=lambda batch: seconds[name, batch]) for name in peers}
@@ -73,29 +83,15 @@ def main():
   print(f"jax {jax.__version__}, torch {torch.__version__}, transformers {transformers.__version__}; fp32, one core")
 
 
-def models():
-  """The same random weights for transformers and for us."""
-  config = transformers.LlamaConfig(
-    vocab_size=4096, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=8,
-    num_key_value_heads=4, max_position_embeddings=4096, tie_word_embeddings=False, initializer_range=0.06,
-  )  # fmt: skip
-  transformers.utils.logging.disable_progress_bar()
-  torch.manual_seed(0)
-  hf = transformers.LlamaForCausalLM(config).eval()
-  with tempfile.TemporaryDirectory() as directory:
-    hf.save_pretrained(directory)
-    return hf, weights.load(directory)
-
-
 @torch.inference_mode()
-def full_forward(hf, prefixes, responses, batch):
+def full_forward(hf: Any, prefixes: np.ndarray, responses: np.ndarray, batch: int) -> np.ndarray:
   rows = np.concatenate([np.repeat(prefixes[:, None], responses.shape[1], axis=1), responses], axis=2)
-  rows = torch.from_numpy(rows.reshape(-1, rows.shape[2]))
-  return scores([hf(part, logits_to_keep=1, use_cache=False).logits for part in rows.split(batch)])
+  parts = torch.from_numpy(rows.reshape(-1, rows.shape[2])).split(batch)
+  return scores([hf(part, logits_to_keep=1, use_cache=False).logits for part in parts])
 
 
 @torch.inference_mode()
-def prefix_cache(hf, prefixes, responses, batch):
+def prefix_cache(hf: Any, prefixes: np.ndarray, responses: np.ndarray, batch: int) -> np.ndarray:
   n, found = responses.shape[1], []
   at_once = max(1, batch // n)
   for start in range(0, len(prefixes), at_once):
@@ -106,19 +102,8 @@ def prefix_cache(hf, prefixes, responses, batch):
   return scores(found)
 
 
-def scores(logits):
+def scores(logits: list[torch.Tensor]) -> np.ndarray:
   return torch.cat(logits)[:, -1].log_softmax(dim=-1)[:, COLUMNS].numpy()
-
-
-def best_of(runs, repeats):
-  """{name: least process time in seconds}, {name: what it gave}; all take turns, after one run each to compile."""
-  found, best = {name: run() for name, run in runs.items()}, dict.fromkeys(runs, float("inf"))
-  for _ in range(repeats):
-    for name, run in runs.items():
-      start = time.process_time()
-      run()
-      best[name] = min(best[name], time.process_time() - start)
-  return best, found
 
 
 if __name__ == "__main__":

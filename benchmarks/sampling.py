@@ -37,9 +37,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+if TYPE_CHECKING:  # libraries are loaded by the process that has one core
+  from jax import Array
+
+  from alma_jax.engine.sample import Sampled
+  from alma_jax.llama.model import Llama
+
+Prompt = tuple[int, ...]
 ROOT = pathlib.Path(__file__).parents[1]
 ONE_THREAD = {
   "OMP_NUM_THREADS": "1",
@@ -64,24 +73,38 @@ TEMPERATURE = 0.8
 MEAN, MEDIAN, CAP = 394, 289, 2048  # lengths of chat answers in tokens
 
 
+class Equal(NamedTuple):
+  samples: int
+  length: int  # of the prompt
+  new: int  # tokens
+
+
+class Heavy(NamedTuple):
+  slots: int  # and samples per prompt
+  length: int  # of the prompts
+  prompts: int
+  batches: int  # that generate is timed on
+  scale: float  # of the lengths of answers
+
+
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-  equal: tuple  # (samples, prompt length, new tokens)
-  heavy: tuple  # (samples per prompt = slots, prompt length, prompts, batches that generate is timed on, scale)
-  choice: tuple  # (rows, vocabulary)
+  equal: tuple[Equal, ...]
+  heavy: Heavy
+  choice: tuple[tuple[int, int], ...]  # (rows, vocabulary)
   draws: int  # for the chi-square test
   repeats: int
 
 
 FULL = Sizes(
-  equal=((64, 128, 32), (16, 512, 24)),
-  heavy=(64, 128, 40, 3, 0.1),
+  equal=(Equal(64, 128, 32), Equal(16, 512, 24)),
+  heavy=Heavy(64, 128, 40, 3, 0.1),
   choice=((2000, 1000), (64, 4096), (256, 128256)),
   draws=400_000,
   repeats=4,
 )
 QUICK = Sizes(
-  equal=((8, 32, 8),), heavy=(8, 32, 4, 1, 0.04), choice=((200, 1000),), draws=40_000, repeats=1
+  equal=(Equal(8, 32, 8),), heavy=Heavy(8, 32, 4, 1, 0.04), choice=((200, 1000),), draws=40_000, repeats=1
 )  # fmt: skip
 
 
@@ -94,7 +117,7 @@ class Row:
   target: float | None = None
 
 
-def main():
+def main() -> None:
   flags = argparse.ArgumentParser(description="How fast is the sampler against its peers, on one core?")
   flags.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
   flags.add_argument("--tunix_python", default=sys.executable, help="an interpreter that has google-tunix")
@@ -109,12 +132,12 @@ def main():
     model = our_model(directory)
     tunix = stack.enter_context(Tunix(flags.tunix_python, directory))
     rows = []
-    for found in (
+    for measure in (
       *(functools.partial(token_choice, *shape, sizes.draws, sizes.repeats) for shape in sizes.choice),
-      *(functools.partial(equal_lengths, model, hf, tunix, *shape, sizes.repeats) for shape in sizes.equal),
-      functools.partial(heavy_tails, model, hf, *sizes.heavy, 1 + sizes.repeats // 4),
+      *(functools.partial(equal_lengths, model, hf, tunix, shape, sizes.repeats) for shape in sizes.equal),
+      functools.partial(heavy_tails, model, hf, sizes.heavy, 1 + sizes.repeats // 4),
     ):
-      rows += found()
+      rows += measure()
       print(f"  measured: {rows[-1].what}", file=sys.stderr, flush=True)
     if flags.quick:
       rows = [dataclasses.replace(row, target=None) for row in rows]
@@ -122,7 +145,7 @@ def main():
     print(versions(tunix))
 
 
-def on_one_core():
+def on_one_core() -> None:
   """Starts the interpreter anew, unless it runs already as it should: threads are counted when libraries load."""
   allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else {0}
   if len(allowed) == 1 and ONE_THREAD.items() <= os.environ.items():
@@ -137,15 +160,15 @@ def on_one_core():
 # Both sides
 
 
-def saved_model(directory, **changes):
+def saved_model(directory: str | os.PathLike[str], **changes: Any) -> Any:
   """A random transformers Llama, saved for the others. Its logits have a deviation of 2: few tokens are likely."""
   import torch
   import transformers
 
   transformers.utils.logging.disable_progress_bar()
   torch.manual_seed(0)
-  sizes = MODEL | changes
-  ids = dict(bos_token_id=None, eos_token_id=None, pad_token_id=0)
+  sizes: dict[str, Any] = MODEL | changes
+  ids: dict[str, Any] = dict(bos_token_id=None, eos_token_id=None, pad_token_id=0)
   config = transformers.LlamaConfig(**sizes, **ids, initializer_range=sizes["hidden_size"] ** -0.5)
   hf = transformers.LlamaForCausalLM(config).eval()
   with torch.no_grad():
@@ -154,7 +177,7 @@ def saved_model(directory, **changes):
   return hf
 
 
-def our_model(directory):
+def our_model(directory: str | os.PathLike[str]) -> "Llama":
   import jax
 
   from alma_jax.llama import model as llama
@@ -163,14 +186,14 @@ def our_model(directory):
   return jax.jit(llama.unrolled)(weights.load(directory))
 
 
-def random_prompts(n, length, vocab, seed=0):
+def random_prompts(n: int, length: int, vocab: int, seed: int = 0) -> list[Prompt]:
   return [tuple(row) for row in np.random.default_rng(seed).integers(1, vocab, (n, length)).tolist()]
 
 
-def cpu(f):
+def cpu(f: Callable[[], object]) -> Callable[[], float]:
   """A piece of work as `best` takes it, timed in this process."""
 
-  def seconds():
+  def seconds() -> float:
     start = time.process_time()
     f()
     return time.process_time() - start
@@ -178,25 +201,34 @@ def cpu(f):
   return seconds
 
 
-def best(pieces, repeats):
+def best(pieces: Mapping[Any, Callable[[], float]], repeats: int) -> dict[Any, float]:
   """{name: least CPU seconds} of pieces that take turns, once more than `repeats`: the first turn compiles."""
   found = [{name: piece() for name, piece in pieces.items()} for _ in range(repeats + 1)]
   return {name: min(times[name] for times in found) for name in pieces}
 
 
-def sampled(model, prompts, each, new, slots, temperature=TEMPERATURE, ends=None):
-  from alma_jax.engine.sample import Decoding, Request, sample
+def sampled(
+  model: "Llama", prompts: Sequence[Prompt], each: int, new: int, slots: int, temperature: float = TEMPERATURE,
+  ends: Callable[..., int | None] | None = None,
+) -> "list[Sampled]":  # fmt: skip
+  from alma_jax.engine.sample import Decoding, Limits, Request, SamplingHooks, sample
 
   requests = [Request(prompt, (i, j)) for i, prompt in enumerate(prompts) for j in range(each)]
-  return sample(model, requests, Decoding(max_new_tokens=new, temperature=temperature), slots, ends=ends)
+  decoding, hooks = Decoding(max_new_tokens=new, temperature=temperature), SamplingHooks(ends=ends)
+  return sample(model, requests, decoding, Limits(slots), hooks=hooks)
 
 
-def generated(hf, prompts, new, temperature=TEMPERATURE, cache="dynamic", lengths=None):
+def generated(
+  hf: Any, prompts: Sequence[Prompt], new: int, temperature: float = TEMPERATURE, cache: str = "dynamic",
+  lengths: np.ndarray | None = None,
+) -> np.ndarray:  # fmt: skip
   """transformers' generate: new tokens [rows, new]; with `lengths` it runs until every row has its own."""
   import torch
 
   ids = torch.tensor(prompts)
-  how = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else dict(do_sample=False)
+  how: dict[str, Any] = dict(do_sample=False)
+  if temperature:
+    how = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
   if cache == "static":
     how["cache_implementation"] = "static"
   if lengths is not None:
@@ -207,7 +239,7 @@ def generated(hf, prompts, new, temperature=TEMPERATURE, cache="dynamic", length
   return out[:, ids.shape[1] :].numpy()
 
 
-def generated_from_repeated_cache(hf, prompt, each, new):
+def generated_from_repeated_cache(hf: Any, prompt: Prompt, each: int, new: int) -> Any:
   """What a careful user of transformers writes for samples of one prompt: its keys once, then copied to every row."""
   import torch
   import transformers
@@ -226,7 +258,8 @@ def generated_from_repeated_cache(hf, prompt, each, new):
 # What is measured
 
 
-def equal_lengths(model, hf, tunix, samples, length, new, repeats):
+def equal_lengths(model: "Llama", hf: Any, tunix: "Tunix | None", sizes: Equal, repeats: int) -> list[Row]:
+  samples, length, new = sizes
   shape = f"N={samples}, prompt {length}, {new} new"
   prompts = random_prompts(samples, length, model.c.vocab)
   same_greedy_tokens(model, hf, tunix, prompts[:8], new)
@@ -244,9 +277,9 @@ def equal_lengths(model, hf, tunix, samples, length, new, repeats):
   assert all(len(result.tokens) == new for results in kept for result in results), "not all of the length asked for"
   same_logprobs(hf, one, kept[0])
   rate = {name: samples * new / s for name, s in seconds.items()}
-  cache = max("dynamic cache", "static cache", key=rate.get)
+  cache = max("dynamic cache", "static cache", key=rate.__getitem__)
 
-  def row(what, peer, name, target=None):
+  def row(what: str, peer: str, name: str, target: float | None = None) -> Row:
     theirs = f"{rate[name]:,.0f} {peer}"
     return Row(f"{what}, {shape}", f"{rate['ours']:,.0f} tok/s", theirs, rate["ours"] / rate[name], target)
 
@@ -260,7 +293,7 @@ def equal_lengths(model, hf, tunix, samples, length, new, repeats):
   ]
 
 
-def same_greedy_tokens(model, hf, tunix, prompts, new):
+def same_greedy_tokens(model: "Llama", hf: Any, tunix: "Tunix | None", prompts: Sequence[Prompt], new: int) -> None:
   ours = [result.tokens for result in sampled(model, prompts, 1, new, len(prompts), temperature=0.0)]
   theirs = {cache: generated(hf, prompts, new, 0.0, cache).tolist() for cache in ("dynamic", "static")}
   if tunix:
@@ -269,7 +302,7 @@ def same_greedy_tokens(model, hf, tunix, prompts, new):
     assert [tuple(row) for row in rows] == ours, f"greedy tokens differ from those of {name}"
 
 
-def same_logprobs(hf, prompt, results):
+def same_logprobs(hf: Any, prompt: Prompt, results: "Sequence[Sampled]") -> None:
   """Every sampled token's log-probability, as a forward over the whole of each row gives it (in `hf`, then float64)."""
   import torch
 
@@ -278,26 +311,27 @@ def same_logprobs(hf, prompt, results):
   with torch.no_grad():
     logprobs = torch.log_softmax(hf(rows).logits[:, len(prompt) - 1 : -1].double(), dim=-1)
   expected = logprobs.gather(2, rows[:, len(prompt) :, None])[..., 0].numpy()
-  worst = max(np.abs(np.array(r.logprobs) - e[: len(r.logprobs)]).max() for r, e in zip(results, expected))
+  worst = max(np.abs(np.array(r.logprobs) - e[: len(r.logprobs)]).max() for r, e in zip(results, expected, strict=True))
   assert worst < 1e-4, f"log-probabilities of sampled tokens are off by {worst:.2g}"
 
 
-def heavy_tails(model, hf, slots, length, prompts, batches, scale, repeats):
+def heavy_tails(model: "Llama", hf: Any, sizes: Heavy, repeats: int) -> list[Row]:
   """Every request has a length of its own, drawn before. `generate` is told by a stopping criterion, ours by `ends`,
   which the host asks about every slot after every segment: a stop token is noticed then, too, and costs less."""
+  slots, length, prompts, batches, scale = sizes
   asked, new = random_prompts(prompts, length, model.c.vocab), round(CAP * scale)
   lengths, kept, steps = drawn_lengths(prompts, slots, scale), [], []
 
-  def ends(request, tokens, _):
-    wanted = lengths[request.key]
+  def ends(request: Any, tokens: Prompt, _: int) -> int | None:
+    wanted = int(lengths[request.key])
     return wanted if len(tokens) >= wanted else None
 
-  def ours():
+  def ours() -> None:
     with steps_counted() as count:
       kept.append(sampled(model, asked, slots, new, slots, ends=ends))
     steps.append(sum(count))
 
-  def theirs(batch):
+  def theirs(batch: int) -> None:
     out = generated(hf, [asked[batch]] * slots, new, lengths=lengths[batch])
     assert out.shape[1] == lengths[batch].max(), "a batch of generate did not run until its longest row"
 
@@ -308,14 +342,14 @@ def heavy_tails(model, hf, slots, length, prompts, batches, scale, repeats):
   same_logprobs(hf, asked[0], kept[0][:slots])
   # Batches differ in useful tokens by chance, in the cost of a step hardly: a step's cost counts for all batches.
   longest, timed = lengths.max(axis=1), sum(seconds[i] for i in range(batches))
-  ours, theirs = lengths.sum() / seconds["ours"], lengths.sum() / (timed * longest.sum() / longest[:batches].sum())
+  rate, fixed_rate = lengths.sum() / seconds["ours"], lengths.sum() / (timed * longest.sum() / longest[:batches].sum())
   efficiency, fixed = (lengths.sum() / slots / n for n in (steps[0], longest.sum()))
   return [
     Row(
       f"heavy tails, {prompts} prompts x N={slots}, prompt {length}, mean {lengths.mean():.0f}, cap {new}",
-      f"{ours:,.0f} tok/s",
-      f"{theirs:,.0f} generate, batches of {slots} ({batches} timed)",
-      ours / theirs,
+      f"{rate:,.0f} tok/s",
+      f"{fixed_rate:,.0f} generate, batches of {slots} ({batches} timed)",
+      rate / fixed_rate,
       8.0,
     ),
     Row(
@@ -328,7 +362,7 @@ def heavy_tails(model, hf, slots, length, prompts, batches, scale, repeats):
   ]
 
 
-def drawn_lengths(prompts, each, scale):
+def drawn_lengths(prompts: int, each: int, scale: float) -> np.ndarray:
   """Lognormal [prompts, each]."""
   deviation = math.sqrt(2 * math.log(MEAN / MEDIAN))
   drawn = np.random.default_rng(0).lognormal(math.log(MEDIAN * scale), deviation, (prompts, each))
@@ -336,24 +370,24 @@ def drawn_lengths(prompts, each, scale):
 
 
 @contextlib.contextmanager
-def steps_counted():
+def steps_counted() -> Iterator[list[int]]:
   """A list that grows by the number of decode steps of every compiled segment that the engine runs."""
-  from alma_jax.engine import sample as engine
+  from alma_jax.engine import sample
 
-  count, segment = [], engine._segment
+  count, segment = [], sample._segment
 
-  def counting(*arguments, **more):
+  def counting(*arguments: Any, **more: Any) -> Any:
     count.append(more["steps"])
     return segment(*arguments, **more)
 
-  engine._segment = counting
+  sample._segment = counting
   try:
     yield count
   finally:
-    engine._segment = segment
+    sample._segment = segment
 
 
-def token_choice(rows, vocab, draws, repeats):
+def token_choice(rows: int, vocab: int, draws: int, repeats: int) -> list[Row]:
   """Ours with the uniform numbers that it needs, and with the log-probability that it gives beside the token."""
   import jax
 
@@ -362,7 +396,7 @@ def token_choice(rows, vocab, draws, repeats):
   ours = logits, np.arange(2 * rows, dtype=np.uint32).reshape(rows, 2), np.zeros(rows, np.int32)
   theirs = logits, jax.random.key(1)
 
-  def turn(f, x):
+  def turn(f: Callable[..., Any], x: tuple[Any, ...]) -> float:
     """Calls in a row for half a second: the first ones find memory and caches as the other has left them."""
     call, found = cpu(lambda: jax.block_until_ready(f(*x))), []
     while sum(found) < 0.5:
@@ -385,21 +419,23 @@ def token_choice(rows, vocab, draws, repeats):
   ]
 
 
-def chooser():
+def chooser() -> "Callable[..., tuple[Array, Array]]":
   """Tokens and log-probabilities for logits [B, V], keys [B, 2] and positions [B], as the engine draws them."""
   import jax
 
   from alma_jax.engine.choose import Decoding, choose
 
   @jax.jit
-  def draw(logits, keys, counts):
-    one = lambda key, count: jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(key), count))
+  def draw(logits: "Array", keys: "Array", counts: "Array") -> "tuple[Array, Array]":
+    def one(key: "Array", count: "Array") -> "Array":
+      return jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(key), count))
+
     return choose(logits, jax.vmap(one)(keys, counts), Decoding(max_new_tokens=1, temperature=TEMPERATURE))
 
   return draw
 
 
-def fits(draw, logits, rows, draws):
+def fits(draw: Callable[..., Any], logits: np.ndarray, rows: int, draws: int) -> None:
   """Chi-square test of many draws from one distribution; tokens that are expected less than 5 times count as one."""
   import scipy.stats
 
@@ -412,8 +448,8 @@ def fits(draw, logits, rows, draws):
     found += np.bincount(np.asarray(draw(same, keys, np.full(rows, call, np.int32))[0]), minlength=len(logits))
   expected = p * rows * calls
   rare = expected < 5
-  pooled = lambda x: np.append(x[~rare], [x[rare].sum()] if rare.any() else [])
-  chance = scipy.stats.chisquare(pooled(found), pooled(expected)).pvalue
+  observed, wanted = (np.append(x[~rare], [x[rare].sum()] if rare.any() else []) for x in (found, expected))
+  chance = scipy.stats.chisquare(observed, wanted).pvalue
   assert chance > 1e-4, f"the chosen tokens do not follow the distribution: chi-square p = {chance:.2g}"
 
 
@@ -423,40 +459,42 @@ def fits(draw, logits, rows, draws):
 class Tunix:
   """Its sampler in a process of its own, that waits for work on its standard input; false if it is not installed."""
 
-  def __init__(self, python, directory):
+  def __init__(self, python: str, directory: str) -> None:
     self.process = subprocess.Popen(
       [python, "-m", "benchmarks.sampling", f"--serve_tunix={directory}"],
       cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
+    assert self.process.stdin and self.process.stdout
+    self.asked, self.answers = self.process.stdin, self.process.stdout
     self.versions = self.answer()
 
-  def __bool__(self):
+  def __bool__(self) -> bool:
     return self.versions is not None
 
-  def __enter__(self):
+  def __enter__(self) -> "Tunix":
     return self
 
-  def __exit__(self, *_):
-    self.process.stdin.close()
+  def __exit__(self, *_: object) -> None:
+    self.asked.close()
     self.process.wait()
 
-  def answer(self):
-    line = self.process.stdout.readline()
+  def answer(self) -> Any:
+    line = self.answers.readline()
     return json.loads(line) if line else None
 
-  def generate(self, prompts, new, temperature):
-    """(tokens of every row, CPU seconds)."""
-    print(json.dumps(dict(prompts=prompts, new=new, temperature=temperature)), file=self.process.stdin, flush=True)
+  def generate(self, prompts: Sequence[Prompt], new: int, temperature: float) -> tuple[list[list[int]], float]:
+    """The tokens of every row, and CPU seconds."""
+    print(json.dumps(dict(prompts=prompts, new=new, temperature=temperature)), file=self.asked, flush=True)
     found = self.answer()
     assert found, "the process that runs tunix has died; its last words are above"
     return found["tokens"], found["seconds"]
 
 
-def serve_tunix(directory):
+def serve_tunix(directory: str) -> None:
   answers = os.fdopen(os.dup(1), "w")
   os.dup2(2, 1)  # whatever a library prints does not come between
   try:
-    from tunix.generate import sampler
+    from tunix.generate import sampler  # pyright: ignore[reportMissingImports]  # of an environment of its own
   except ImportError as missing:
     print(f"tunix: {missing}", file=sys.stderr)
     return
@@ -480,9 +518,9 @@ class Ids:
   pad_id = staticmethod(lambda: 2**30 + 1)
 
 
-def tunix_generate(directory, sampler):
+def tunix_generate(directory: str, sampler: Any) -> Callable[..., list[list[int]]]:
   import jax.numpy as jnp
-  from tunix.models.llama3 import model, params
+  from tunix.models.llama3 import model, params  # pyright: ignore[reportMissingImports]
 
   hf = json.loads((pathlib.Path(directory) / "config.json").read_text())
   c = model.ModelConfig(
@@ -499,10 +537,10 @@ def tunix_generate(directory, sampler):
   llama = params.create_model_from_safe_tensors(directory, c, dtype=jnp.float32)
 
   @functools.cache
-  def sampler_for(capacity):
+  def sampler_for(capacity: int) -> Any:
     return sampler.Sampler(llama, Ids(), sampler.CacheConfig(capacity, c.num_layers, c.num_kv_heads, c.head_dim))
 
-  def generate(prompts, new, temperature):
+  def generate(prompts: list[list[int]], new: int, temperature: float) -> list[list[int]]:
     length = len(prompts[0])
     warm = dict(temperature=temperature, top_p=1.0) if temperature else {}
     texts = [" ".join(map(str, prompt)) for prompt in prompts]
@@ -515,18 +553,18 @@ def tunix_generate(directory, sampler):
 # What is printed
 
 
-def table(rows):
+def table(rows: Sequence[Row]) -> str:
   cells = [("what", "ours", "peer", "ratio", "target", "")]
   for row in rows:
     ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
     target = "" if row.target is None else f">= {row.target:g}"
-    met = "" if None in (row.ratio, row.target) else "met" if row.ratio >= row.target else "not met"
+    met = "" if row.ratio is None or row.target is None else "met" if row.ratio >= row.target else "not met"
     cells.append((row.what, row.ours, row.peer, ratio, target, met))
   widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-  return "\n" + "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in cells)
+  return "\n" + "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
 
 
-def versions(tunix):
+def versions(tunix: "Tunix") -> str:
   names = ("jax", "flax", "torch", "transformers", "numpy")
   ours = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
   beside = ", ".join(f"{name} {version}" for name, version in tunix.versions.items()) if tunix else "not installed"

@@ -49,7 +49,7 @@ def sampled(models):
 
 
 def test_equal_lengths(models):
-  rows = bench.equal_lengths(*models, FakeTunix(models[1]), 3, 12, 5, 1)
+  rows = bench.equal_lengths(*models, FakeTunix(models[1]), bench.Equal(3, 12, 5), 1)
   assert [(row.what.split(",")[0], row.target) for row in rows] == [
     ("sampling", 3.0), ("sampling", None), ("sampling", 2.0), ("prefix sharing", None)
   ]  # fmt: skip
@@ -60,7 +60,7 @@ def test_equal_lengths(models):
 
 
 def test_without_tunix_its_row_says_so(models):
-  row = bench.equal_lengths(*models, None, 3, 12, 5, 1)[2]
+  row = bench.equal_lengths(*models, None, bench.Equal(3, 12, 5), 1)[2]
   assert row.peer == "tunix: not installed" and row.ratio is None
 
 
@@ -88,7 +88,7 @@ def test_other_logprobs_are_noticed(models, sampled):
 
 
 def test_heavy_tails(models):
-  rate, efficiency = bench.heavy_tails(*models, 4, 12, 3, 1, 0.02, 1)
+  rate, efficiency = bench.heavy_tails(*models, bench.Heavy(4, 12, 3, 1, 0.02), 1)
   lengths = bench.drawn_lengths(3, 4, 0.02)
   assert rate.target == 8 and rate.ratio > 0
   assert efficiency.peer == f"{lengths.mean() / lengths.max(axis=1).mean():.3f} fixed batches"
@@ -99,7 +99,7 @@ def test_requests_that_do_not_have_their_length_are_noticed(models, monkeypatch)
   right = bench.sampled
   monkeypatch.setattr(bench, "sampled", lambda *x, ends=None, **more: right(*x, **more))
   with pytest.raises(AssertionError, match="length"):
-    bench.heavy_tails(*models, 4, 12, 2, 1, 0.02, 1)
+    bench.heavy_tails(*models, bench.Heavy(4, 12, 2, 1, 0.02), 1)
 
 
 def test_generate_stops_at_the_longest_row(models):

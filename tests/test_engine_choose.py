@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alma_jax.engine import choose as engine
-from alma_jax.engine.choose import Decoding
+from alma_jax.engine.choose import Decoding, DecodingError
 
 
 def choose(logits, uniform, decoding):
@@ -158,5 +158,5 @@ def test_draws_follow_the_weights(mixture):
   ids=str,
 )
 def test_values_outside_their_range_are_named(wrong):
-  with pytest.raises(ValueError, match=next(iter(wrong))):
+  with pytest.raises(DecodingError, match=next(iter(wrong))):
     Decoding(**{"max_new_tokens": 8} | wrong)

@@ -5,7 +5,7 @@ import pytest
 from engine_models import CONFIG, hidden_states, on_mesh, stacked
 
 from alma_jax.engine import embed
-from alma_jax.engine.embed import embeddings
+from alma_jax.engine.embed import Embedding, embeddings
 from alma_jax.llama import sharding, weights
 
 BOS = 1
@@ -24,7 +24,7 @@ def embedded(rows):
 
 def test_an_embedding_is_the_mean_hidden_state_of_the_row_alone_without_bos(rows, embedded):
   assert embedded.dtype == np.float32
-  for row, found in zip(rows, embedded):
+  for row, found in zip(rows, embedded, strict=True):
     np.testing.assert_allclose(found, hidden_states(stacked(), row)[1:].mean(axis=0), atol=1e-5)
 
 
@@ -48,15 +48,16 @@ def test_bos_alone_is_embedded_as_zero_and_nothing_as_nothing():
 def test_the_last_token_and_the_projection_are_those_of_the_row_alone(rows, embedded):
   fitted, kept = embed.projection(embedded, dims=5)
   assert 0.5 < kept < 1
-  found = embeddings(stacked(), rows, batch=4, pooling="last", projection=fitted)
+  found = embeddings(stacked(), rows, batch=4, kind=Embedding(pooling="last", projection=fitted))
   assert found.dtype == np.float32 and found.shape == (len(rows), 5)
-  for row, point in zip(rows, found):
+  for row, point in zip(rows, found, strict=True):
     x = (hidden_states(stacked(), row)[-1] - fitted.mean) @ fitted.matrix.astype(np.float64)
     np.testing.assert_allclose(point, x / np.linalg.norm(x), atol=2e-5)
   np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
 
   mesh = sharding.make_mesh()
-  spread = embeddings(on_mesh(stacked(), mesh, sharding.DECODE), rows, 1, mesh, pooling="last", projection=fitted)
+  kind = Embedding(pooling="last", projection=fitted)
+  spread = embeddings(on_mesh(stacked(), mesh, sharding.DECODE), rows, 1, mesh, kind=kind)
   np.testing.assert_allclose(spread, found, atol=1e-5)
 
 
@@ -64,7 +65,7 @@ def test_layers_and_pooling_are_those_of_transformers(rows, embedded, tmp_path):
   torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
   weights.save(tmp_path, stacked(), bos_id=BOS, stop_ids=(2,))
   hf = transformers.AutoModel.from_pretrained(tmp_path, dtype=torch.float64).eval()
-  first = {pooling: embeddings(stacked(), rows, batch=4, layers=1, pooling=pooling) for pooling in embed.POOLING}
+  first = {x: embeddings(stacked(), rows, batch=4, kind=Embedding(layers=1, pooling=x)) for x in embed.POOLING}
   for i, row in enumerate(rows):
     with torch.inference_mode():
       states = hf(torch.tensor([row]), output_hidden_states=True).hidden_states  # the last has passed the final norm
@@ -123,7 +124,9 @@ def test_points_have_unit_length_and_no_dimension_owns_the_distances():
 @pytest.mark.parametrize("dims", [3, 6])
 def test_scale_and_offset_of_the_dimensions_do_not_matter(dims):
   x = np.random.default_rng(3).normal(size=(50, 6)).astype(np.float32)
-  for one, two in zip(projected(x * np.float32([4, 1, 2, 1, 8, 1]) + np.float32(16), dims), projected(x, dims)):
+  for one, two in zip(
+    projected(x * np.float32([4, 1, 2, 1, 8, 1]) + np.float32(16), dims), projected(x, dims), strict=True
+  ):
     np.testing.assert_allclose(one, two, atol=1e-4)
 
 

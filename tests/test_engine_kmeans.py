@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from alma_jax.engine import kmeans as engine
-from alma_jax.engine.kmeans import Settings, fit, mesh_for, starting_at
+from alma_jax.engine import points as places
+from alma_jax.engine.kmeans import ClusteringError, FitHooks, Settings, fit, mesh_for, starting_at
+from alma_jax.engine.lloyd import programs_for
 
 KEY = (1, 2)
 MESHES = ((8, 1), (4, 2), (2, 4), (1, 8))
@@ -27,12 +29,12 @@ def points():
 
 
 def mesh(data, k):
-  return engine._mesh(data, k, jax.devices()[: data * k])
+  return places.mesh_of(data, k, jax.devices()[: data * k])
 
 
 def from_these(points, centroids, iterations=1, mesh=None, chunk=None, **more):
   settings = Settings(len(centroids), iterations, tolerance=0.0, **more)
-  return fit(points, settings, KEY, mesh, chunk, restore=starting_at(centroids))
+  return fit(points, settings, KEY, mesh, chunk, starting_at(centroids))
 
 
 def distances(points, centroids):
@@ -109,9 +111,12 @@ def test_of_equally_near_centroids_the_lowest_counts(shape):
 
 def test_points_by_centroids_never_exist():
   mine, spread = mesh(1, 1), jax.ShapeDtypeStruct
-  programs = engine._programs(mine, (128, 1024), False)
+  programs = programs_for(mine, (128, 1024), False)
   n, k, d = 1 << 16, 1 << 14, 8
-  f32 = lambda *shape: spread(shape, jnp.float32)
+
+  def f32(*shape):
+    return spread(shape, jnp.float32)
+
   args = f32(1, k, d), spread((1, k), jnp.int32), f32(n, d), f32(n), f32(k, d), spread((), int), spread((), int)
   memory = programs.accumulate.lower(*args).compile().memory_analysis()
   assert memory.temp_size_in_bytes < n * k * 4 / 500
@@ -160,7 +165,7 @@ def test_an_empty_cluster_takes_part_of_the_largest(points):
   sizes = np.bincount(labels, minlength=12)
   means = np.stack([points[labels == k].astype(np.float64).mean(axis=0) if sizes[k] else far[0] for k in range(12)])
   sign = 1 + np.array([-1, 1, -1, 1, -1, 1]) / 1024
-  for empty, donor in zip((8, 9), np.argsort(-sizes, kind="stable")):
+  for empty, donor in zip((8, 9), np.argsort(-sizes, kind="stable"), strict=False):
     means[empty], means[donor] = means[donor] * sign, means[donor] * (2 - sign)
   found = from_these(points, first)
   np.testing.assert_allclose(found.centroids, means, rtol=1e-5)
@@ -222,7 +227,7 @@ def test_seeding_finds_clusters_that_are_far_apart():
   points = (100 * rng.normal(size=(16, 6))[truth] + rng.normal(size=(1440, 6))).astype(np.float32)
   # A start from 32 points drawn evenly misses some of the sixteen groups, and pays for it a hundredfold.
   found = fit(points, Settings(32, iterations=30), KEY)
-  assert len(set(zip(truth.tolist(), found.labels.tolist()))) == 32  # no cluster holds two groups
+  assert len(set(zip(truth.tolist(), found.labels.tolist(), strict=True))) == 32  # no cluster holds two groups
   assert found.report["inertia_final"] < 1440 * 6
   assert fit(points, Settings(32, iterations=30, seeding="random"), KEY).report["inertia_final"] > 10 * 1440 * 6
 
@@ -264,7 +269,7 @@ def test_chunks_from_disk_give_what_memory_gives(points, tmp_path, shape):
 
 
 def test_chunks_are_chosen_when_memory_is_short(points, monkeypatch):
-  monkeypatch.setattr(engine, "_memory", lambda device: 64_000)
+  monkeypatch.setattr(places, "_memory", lambda device: 64_000)
   lazy = Lazy([points])
   found = fit(lazy, Settings(20, 2), KEY)
   assert max(stop - start for start, stop in lazy.read) < 600
@@ -272,11 +277,14 @@ def test_chunks_are_chosen_when_memory_is_short(points, monkeypatch):
 
 
 def test_the_mesh_spreads_centroids_only_if_it_must(monkeypatch):
-  monkeypatch.setattr(engine, "_memory", lambda device: 4 * 2 * 4 * 100 * 64)  # a quarter holds 100 and their sums
-  shape = lambda k: tuple(mesh_for(k, 64).shape.values())
+  monkeypatch.setattr(places, "_memory", lambda device: 4 * 2 * 4 * 100 * 64)  # a quarter holds 100 and their sums
+
+  def shape(k):
+    return tuple(mesh_for(k, 64).shape.values())
+
   assert [shape(k) for k in (1, 100, 101, 400, 401, 800)] == [(8, 1), (8, 1), (4, 2), (2, 4), (1, 8), (1, 8)]
   assert mesh_for(10, 64, jax.devices()[:2]).size == 2
-  with pytest.raises(ValueError, match=r"801 centroids of 64 dimensions .* 8 devices"):
+  with pytest.raises(ClusteringError, match=r"801 centroids of 64 dimensions .* 8 devices"):
     mesh_for(801, 64)
 
 
@@ -342,7 +350,7 @@ def test_killed_after_any_step_it_gives_the_same_bits(points, more, steps):
   more = dict(more)
   place = {"chunk": more.pop("chunk", None)}
   settings, ticks, saved = Settings(20, 5, tolerance=0.0, **more), [], []
-  whole = fit(points, settings, KEY, **place, progress=ticks.append, save=lambda *x: saved.append(x))
+  whole = fit(points, settings, KEY, **place, hooks=FitHooks(ticks.append, lambda *x: saved.append(x)))
   assert sum(ticks) == settings.steps == steps and [step for step, _ in saved] == list(np.cumsum([0, *ticks]))
   assert {type(x) for _, arrays in saved for x in arrays.values()} == {np.ndarray}
   for step in np.cumsum([0, *ticks]):
@@ -354,8 +362,8 @@ def test_killed_after_any_step_it_gives_the_same_bits(points, more, steps):
         raise Killed
 
     with pytest.raises(Killed):
-      fit(points, settings, KEY, **place, save=save)
-    found = fit(points, settings, KEY, **place, progress=left.append, restore=lambda: kept[-1])
+      fit(points, settings, KEY, **place, hooks=FitHooks(save=save))
+    found = fit(points, settings, KEY, **place, hooks=FitHooks(left.append, restore=lambda: kept[-1]))
     np.testing.assert_array_equal(found.centroids, whole.centroids)
     np.testing.assert_array_equal(found.labels, whole.labels)
     assert found.report == whole.report and sum(left) == steps - step
@@ -363,14 +371,15 @@ def test_killed_after_any_step_it_gives_the_same_bits(points, more, steps):
 
 def test_a_settled_state_stays_settled(points):
   settings, saved = Settings(20, 60, tolerance=0.01), []
-  whole = fit(points, settings, KEY, save=lambda *x: saved.append(x))
-  again = fit(points, settings, KEY, restore=lambda: saved[-1], save=lambda *_: pytest.fail("went on"))
+  whole = fit(points, settings, KEY, hooks=FitHooks(save=lambda *x: saved.append(x)))
+  hooks = FitHooks(save=lambda *_: pytest.fail("went on"), restore=lambda: saved[-1])
+  again = fit(points, settings, KEY, hooks=hooks)
   assert again.report == whole.report
 
 
 def test_the_state_of_another_run_is_refused(points):
-  with pytest.raises(ValueError, match=r"centroids of shape \(7, 6\), not \(20, 6\)"):
-    fit(points, Settings(20), KEY, restore=starting_at(points[:7]))
+  with pytest.raises(ClusteringError, match=r"centroids of shape \(7, 6\), not \(20, 6\)"):
+    fit(points, Settings(20), KEY, hooks=starting_at(points[:7]))
 
 
 # What is reported, and edges
@@ -435,7 +444,7 @@ def test_a_value_that_is_not_finite_is_named_by_its_point(points, more, bad):
   points[1213, 1] = points[1490] = bad
   if "mesh" in more:
     more["mesh"] = mesh(*more["mesh"])
-  with pytest.raises(ValueError, match="point 1213 has a value that is not finite"):
+  with pytest.raises(ClusteringError, match="point 1213 has a value that is not finite"):
     fit(points, Settings(20, seeding="random"), KEY, **more)
 
 
@@ -444,7 +453,7 @@ def test_a_bad_row_of_a_sample_has_its_own_number(points):
   points[np.setdiff1d(np.arange(1500), engine._largest(-engine._noise(1 | 2 << 32, engine.SAMPLE, 1500), 500))] = 0
   row = int(np.flatnonzero(points.any(axis=1))[60])
   points[row, 3] = np.nan
-  with pytest.raises(ValueError, match=f"point {row} "):
+  with pytest.raises(ClusteringError, match=f"point {row} "):
     fit(points, Settings(20, per_centroid=25), KEY)
 
 
@@ -458,7 +467,7 @@ def test_a_bad_row_of_a_sample_has_its_own_number(points):
   ],
 )
 def test_points_that_cannot_be_clustered_are_refused(shape, k, said):
-  with pytest.raises(ValueError, match=said):
+  with pytest.raises(ClusteringError, match=said):
     fit(np.zeros(shape, np.float32), Settings(k), KEY)
 
 
@@ -477,7 +486,7 @@ def test_points_that_cannot_be_clustered_are_refused(shape, k, said):
   ],
 )
 def test_settings_that_make_no_sense_are_refused(change, said):
-  with pytest.raises(ValueError, match=f"k-means: .*{said}"):
+  with pytest.raises(ClusteringError, match=f"k-means: .*{said}"):
     dataclasses.replace(Settings(4), **change)
 
 
@@ -492,10 +501,10 @@ def test_settings_that_make_no_sense_are_refused(change, said):
   ],
 )
 def test_other_arguments_that_make_no_sense_are_refused(change, said):
-  with pytest.raises(ValueError, match=said):
+  with pytest.raises(ClusteringError, match=said):
     fit(**(dict(points=np.ones((4, 2)), settings=Settings(2), key=KEY) | change))
 
 
 def test_a_mesh_with_other_axes_is_refused(points):
-  with pytest.raises(ValueError, match=r"\('a', 'b'\); they must be \('data', 'k'\)"):
+  with pytest.raises(ClusteringError, match=r"\('a', 'b'\); they must be \('data', 'k'\)"):
     fit(points, Settings(2), KEY, jax.make_mesh((4, 2), ("a", "b")))

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from alma_jax.engine import kmeans
-from alma_jax.engine.kmeans import Settings, fit
+from alma_jax.engine.kmeans import ClusteringError, FitHooks, Settings, fit, mesh_for
+from alma_jax.engine.points import mesh_of
 
 ROOT = pathlib.Path(__file__).parents[1]
 N, D, K = 640, 6, 12
@@ -27,7 +27,6 @@ import sys
 import jax
 import numpy as np
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-from alma_jax.engine import kmeans
 from tests import test_engine_kmeans_hosts as test
 test.process(sys.argv[3], int(sys.argv[2]))
 """
@@ -50,17 +49,17 @@ def process(directory, index):
   out = {}
   for name, (shape, chunk, settings) in CASES.items():
     watched, saved = Watched(points), []
-    mesh = kmeans._mesh(*shape, jax.devices())
-    found = fit(watched, settings, (1, 2), mesh, chunk, save=lambda *x: saved.append(x))
+    mesh = mesh_of(*shape, jax.devices())
+    found = fit(watched, settings, (1, 2), mesh, chunk, FitHooks(save=lambda *x: saved.append(x)))
     out |= {f"{name}.labels": found.labels, f"{name}.centroids": found.centroids, f"{name}.read": watched.read}
     out |= {f"{name}.saved": saved[2][1]["centroids"], f"{name}.inertia": found.report["inertia_final"]}
     if name == "chunks":
-      out["again"] = fit(points, settings, (1, 2), mesh, chunk, restore=lambda: saved[2]).centroids
+      out["again"] = fit(points, settings, (1, 2), mesh, chunk, FitHooks(restore=lambda: saved[2])).centroids
   bad = np.array(points)
   bad[600] = np.nan  # in what the second process reads
   try:
-    fit(bad, CASES["chunks"][2], (1, 2), kmeans.mesh_for(K, D), 256)
-  except ValueError as error:
+    fit(bad, CASES["chunks"][2], (1, 2), mesh_for(K, D), 256)
+  except ClusteringError as error:
     out["error"] = str(error)
   np.savez(f"{directory}/{index}.npz", **out)
 
@@ -100,7 +99,7 @@ def test_both_processes_get_the_clusters_of_one(both, name):
   shape, chunk, settings = CASES[name]
   for field in ("labels", "centroids", "saved", "inertia"):
     np.testing.assert_array_equal(first[f"{name}.{field}"], second[f"{name}.{field}"])
-  one = fit(points, settings, (1, 2), kmeans._mesh(*shape, jax.devices()[:4]), chunk)
+  one = fit(points, settings, (1, 2), mesh_of(*shape, jax.devices()[:4]), chunk)
   np.testing.assert_allclose(first[f"{name}.centroids"], one.centroids, rtol=1e-5, atol=1e-5)
   assert (first[f"{name}.labels"] == one.labels).mean() > 0.99
   assert first[f"{name}.inertia"] == pytest.approx(one.report["inertia_final"], rel=1e-6)

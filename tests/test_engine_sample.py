@@ -10,7 +10,9 @@ from engine_models import CONFIG, assert_drawn_from, exact, logprobs, on_mesh, s
 from fixtures.make_llama_fixtures import hf_model
 
 from alma_jax.engine import sample as engine
-from alma_jax.engine.sample import PREFILL_ROWS, Decoding, Request, SlotsError, sample
+from alma_jax.engine import slots as memory
+from alma_jax.engine.sample import Decoding, Limits, Request, SamplingHooks, sample
+from alma_jax.engine.slots import PREFILL_ROWS, Load, SlotsError, shapes_for, slots_that_fit
 from alma_jax.llama import model as llama
 from alma_jax.llama import sharding, weights
 
@@ -27,8 +29,8 @@ def make_requests(n, distinct, seed=0):
   return [Request(prompts[i % distinct], (i, 1000 + i)) for i in range(n)]
 
 
-def run(requests, decoding, slots=4, model=None, **more):
-  return sample(model or unrolled(), requests, decoding, slots, longest_prompt=32, **more)
+def run(requests, decoding, slots=4, model=None, mesh=None, **hooks):
+  return sample(model or unrolled(), requests, decoding, Limits(slots, 32), mesh, SamplingHooks(**hooks))
 
 
 def tokens_of(results):
@@ -61,14 +63,14 @@ def warm():
 
 
 def test_greedy_tokens_equal_a_loop_of_full_forwards(greedy):
-  for request, result in zip(make_requests(6, 6), greedy):
+  for request, result in zip(make_requests(6, 6), greedy, strict=True):
     assert result.tokens == brute_force_greedy(request.prompt)
     assert not result.finished
 
 
 def test_logprobs_are_those_of_a_full_forward_whatever_the_temperature_with_the_stop_token(warm):
   assert 3 < sum(r.finished for r in warm) < 24
-  for request, result in zip(make_requests(24, 20), warm):
+  for request, result in zip(make_requests(24, 20), warm, strict=True):
     n = len(result.tokens)
     assert n == NEW or result.finished
     wanted = brute_force_logprobs(request.prompt, result.tokens)
@@ -85,7 +87,7 @@ def test_sampling_ends_at_any_stop_token_which_is_not_among_the_tokens(greedy):
   stops = (a[-1], next(token for token in b if token not in a), c[2], 10**6)
   assert not set(stops) & set(a[:-1])  # so that the first one ends in the last place that it has
   results = run(make_requests(6, 6), dataclasses.replace(GREEDY, stop_ids=stops))
-  for free, stopped in zip(greedy, results):
+  for free, stopped in zip(greedy, results, strict=True):
     at = next((i for i, token in enumerate(free.tokens) if token in stops), None)
     assert stopped.finished == (at is not None)
     assert stopped.tokens == free.tokens[:at]
@@ -106,9 +108,9 @@ def test_slots_and_room_for_prompts_do_not_change_the_tokens(warm):
   requests = make_requests(24, 20)
   # With 32 slots all 20 distinct prompts start together: more than are prefilled in one call.
   assert PREFILL_ROWS < 20 == len({r.prompt for r in requests})
-  results = sample(unrolled(), requests, WARM, slots=32, longest_prompt=60)
+  results = sample(unrolled(), requests, WARM, Limits(32, longest_prompt=60))
   assert tokens_of(results) == tokens_of(warm)
-  for result, other in zip(results, warm):
+  for result, other in zip(results, warm, strict=True):
     np.testing.assert_allclose(result.logprobs, other.logprobs, atol=1e-5)
 
 
@@ -161,7 +163,7 @@ def many_samples(n, prompts, length=(1, 30), seed=0, head=()):
 @pytest.mark.parametrize("n", [3, 9, 40])
 def test_samples_that_share_their_prompts_keys_are_those_that_do_not(n):
   requests = many_samples(n, 5)
-  assert engine.plan_for(24, 32, n).tile == (4 if n == 3 else 16)
+  assert shapes_for(24, 32, n).tile == (4 if n == 3 else 16)
   shared = run(requests, WARM, slots=24)
   alone = [run([r], WARM, slots=1)[0] for r in requests[:: 3 * n // 2]]
   assert tokens_of(shared[:: 3 * n // 2]) == tokens_of(alone)
@@ -177,12 +179,12 @@ def test_a_head_that_prompts_share_is_computed_once_and_changes_nothing(monkeypa
   monkeypatch.setattr(
     engine, "_head", lambda model, tokens, *rest, **more: seen.append(1) or head(model, tokens, *rest, **more)
   )
-  together = sample(unrolled(), requests, WARM, 8, longest_prompt=64)
+  together = sample(unrolled(), requests, WARM, Limits(8, 64))
   assert len(seen) == 1
-  apart = [sample(unrolled(), [r], WARM, 8, longest_prompt=64)[0] for r in requests]
+  apart = [sample(unrolled(), [r], WARM, Limits(8, 64))[0] for r in requests]
   assert len(seen) == 1  # one prompt alone shares nothing
   assert tokens_of(together) == tokens_of(apart)
-  for a, b in zip(together, apart):
+  for a, b in zip(together, apart, strict=True):
     np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
 
 
@@ -192,8 +194,8 @@ def test_eight_devices_share_prompts_and_heads_as_one_does(tensor):
   head = tuple(np.random.default_rng(3).integers(1, CONFIG.vocab, 40).tolist())
   requests = [*many_samples(9, 11), *many_samples(2, 12, head=head, seed=1)]
   penal = dataclasses.replace(WARM, repetition_penalty=1.2)
-  wanted = sample(unrolled(), requests, penal, 16, longest_prompt=80)
-  found = sample(on_mesh(unrolled(), mesh, sharding.DECODE), requests, penal, 4, longest_prompt=80, mesh=mesh)
+  wanted = sample(unrolled(), requests, penal, Limits(16, 80))
+  found = sample(on_mesh(unrolled(), mesh, sharding.DECODE), requests, penal, Limits(4, 80), mesh)
   assert tokens_of(found) == tokens_of(wanted)
 
 
@@ -210,7 +212,7 @@ def test_ends_cuts_a_request_where_it_says_whatever_the_segments():
 
   free = run(requests, dataclasses.replace(WARM, stop_ids=()))
   cut = run(requests, dataclasses.replace(WARM, stop_ids=()), ends=ends)
-  for request, a, b in zip(requests, free, cut):
+  for request, a, b in zip(requests, free, cut, strict=True):
     n = 2 + request.key[1] % 5 if request.key[1] else NEW
     assert (b.tokens, b.finished) == (a.tokens[:n], request.key[1] > 0)
     assert b.logprobs == pytest.approx(a.logprobs[:n], abs=1e-5)
@@ -219,7 +221,7 @@ def test_ends_cuts_a_request_where_it_says_whatever_the_segments():
   # A stop token that came first counts; `ends` also hears of those that one ended.
   stopped = run(requests, WARM)
   both = run(requests, WARM, ends=lambda request, tokens, seen: 3 if len(tokens) >= 3 else None)
-  for a, b in zip(stopped, both):
+  for a, b in zip(stopped, both, strict=True):
     assert b.tokens == a.tokens[:3] and b.finished
 
 
@@ -249,14 +251,14 @@ def test_live_greedy_tokens_equal_transformers_generate(kind, penalty):
   rng = np.random.default_rng(9)
   prompts = [tuple(rng.integers(3, model.c.vocab, n).tolist()) for n in (3, 11, 7)]
   decoding = Decoding(NEW, (), temperature=0.0, repetition_penalty=penalty)
-  ours = sample(model, [Request(p, (0, 0)) for p in prompts], decoding, 2)
+  ours = sample(model, [Request(p, (0, 0)) for p in prompts], decoding, Limits(2))
   options = dict(max_new_tokens=NEW, do_sample=False, repetition_penalty=penalty, eos_token_id=None, pad_token_id=0)
-  for prompt, result in zip(prompts, ours):
+  for prompt, result in zip(prompts, ours, strict=True):
     theirs = hf.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), **options)
     assert result.tokens == tuple(theirs[0, len(prompt) :].tolist())
   if penalty != 1:
     unpunished = dataclasses.replace(decoding, penalize_prompt=False)
-    free = sample(model, [Request(p, (0, 0)) for p in prompts], unpunished, 2)
+    free = sample(model, [Request(p, (0, 0)) for p in prompts], unpunished, Limits(2))
     assert tokens_of(free) != tokens_of(ours)
     options["logits_processor"] = [RepetitionPenaltyLogitsProcessor(penalty, len(prompts[0]))]
     theirs = hf.generate(torch.tensor([prompts[0]]), **(options | {"repetition_penalty": 1.0}))
@@ -273,11 +275,14 @@ def compiled_sizes():
 @pytest.mark.parametrize("devices", [1, 8])
 def test_other_prompts_and_another_checkpoint_compile_nothing(devices):
   mesh = sharding.make_mesh(data=4, tensor=2) if devices == 8 else None
-  place = lambda model: model if mesh is None else on_mesh(model, mesh, sharding.DECODE)
-  requests = lambda seed, prompts: many_samples(9, prompts, length=(17, 30), seed=seed)
-  sample(place(unrolled()), requests(0, 9), WARM, 4, 32, mesh)
+
+  def run_on_mesh(seed, prompts):
+    model = unrolled(seed=seed) if mesh is None else on_mesh(unrolled(seed=seed), mesh, sharding.DECODE)
+    sample(model, many_samples(9, prompts, length=(17, 30), seed=seed), WARM, Limits(4, 32), mesh)
+
+  run_on_mesh(0, 9)
   sizes = compiled_sizes()
-  sample(place(unrolled(seed=1)), requests(1, 14), WARM, 4, 32, mesh)
+  run_on_mesh(1, 14)
   assert compiled_sizes() == sizes
 
 
@@ -286,9 +291,9 @@ def test_a_segment_updates_the_cache_where_it_is():
   c = dataclasses.replace(CONFIG, depth=8)
   model, decoding = jax.jit(lambda: llama.unrolled(llama.init(c, 0)))(), Decoding(max_new_tokens=1024)
   for samples in (1, 40):  # with prefixes of their own, and in tiles
-    call = engine._Call(model, many_samples(samples, 2), decoding, engine.plan_for(16, 32, samples), None)
+    call = engine._Sampler(model, many_samples(samples, 2), decoding, shapes_for(16, 32, samples), None)
     call.refill()
-    tiles = None if call.plan.tile == 1 else call._tiles()
+    tiles = None if call.shapes.tile == 1 else call.tiles()
     compiled = engine._segment.lower(model, call.state, tiles, decoding=decoding, steps=4, mesh=None).compile()
     memory = compiled.memory_analysis()
     cache = 2 * c.depth * 16 * 1024 * c.kv_heads * c.head_dim * 4
@@ -297,11 +302,13 @@ def test_a_segment_updates_the_cache_where_it_is():
 
 
 def test_slots_are_counted_from_the_memory_that_is_free():
-  fit = lambda free, wanted=0: engine.slots_that_fit(unrolled(), WARM, 64, 8, free, None, wanted)
+  def fit(free, wanted=0):
+    return slots_that_fit(unrolled(), WARM, Load(64, 8), free, None, wanted)
+
   assert fit(None) == 64 and fit(None, wanted=7) == 7
-  assert fit(2**40) == engine.MOST_SLOTS
+  assert fit(2**40) == memory.MOST_SLOTS
   half = fit(2**22)
-  assert 8 <= half < engine.MOST_SLOTS
+  assert 8 <= half < memory.MOST_SLOTS
   assert fit(2**22, wanted=half) == half
   with pytest.raises(SlotsError, match=rf"engine.slots is 500.*\b{half} would fit"):
     fit(2**22, wanted=500)
@@ -311,10 +318,10 @@ def test_slots_are_counted_from_the_memory_that_is_free():
 
 @pytest.mark.parametrize("slots, samples", [(8, 1), (8, 3), (64, 9), (64, 100)])
 def test_a_call_holds_no_more_than_is_counted(slots, samples):
-  model, plan = unrolled(), engine.plan_for(slots, 32, samples)
-  state = jax.eval_shape(lambda: engine._empty(model, plan, WARM, None))
+  model, shapes = unrolled(), shapes_for(slots, 32, samples)
+  state = jax.eval_shape(lambda: engine._empty(model, shapes, WARM, None))
   held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-  assert held <= engine._bytes(model, WARM, plan, None)
+  assert held <= memory.bytes_of(model, WARM, shapes, None)
 
 
 def test_progress_hears_of_every_request_and_token(warm):

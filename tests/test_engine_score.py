@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alma_jax.engine import buckets, score
-from alma_jax.engine.score import next_logprobs, sequence_logprobs, token_logprobs
+from alma_jax.engine.score import Setup, next_logprobs, sequence_logprobs, token_logprobs
 from alma_jax.llama import model as llama
 from alma_jax.llama import sharding, weights
 from alma_jax.text import chat, judge
@@ -45,42 +45,42 @@ def rows():
 
 @pytest.fixture(scope="module")
 def read(rows):
-  return next_logprobs(stacked(), rows, COLUMNS, reads=2, batch=8)
+  return next_logprobs(stacked(), rows, COLUMNS, 2, Setup(8))
 
 
 def test_reads_equal_full_forwards_of_each_row_alone(rows, read):
   assert read.shape == (len(rows), 2, len(COLUMNS))
-  for (prefix, suffix), found in zip(rows, read):
+  for (prefix, suffix), found in zip(rows, read, strict=True):
     np.testing.assert_allclose(found, logprobs(stacked(), prefix + suffix, room=112)[-2:][:, COLUMNS], atol=1e-5)
 
 
 def test_company_order_and_padding_change_nothing(rows, read):
   order = np.random.default_rng(1).permutation(len(rows))
-  permuted = next_logprobs(stacked(), [rows[i] for i in order], COLUMNS, 2, batch=32)
+  permuted = next_logprobs(stacked(), [rows[i] for i in order], COLUMNS, 2, Setup(32))
   np.testing.assert_allclose(permuted, read[order], atol=1e-6, rtol=1e-6)
-  alone = next_logprobs(stacked(), rows[:1], COLUMNS, 2, batch=8)[0]
+  alone = next_logprobs(stacked(), rows[:1], COLUMNS, 2, Setup(8))[0]
   np.testing.assert_allclose(alone, read[0], atol=1e-6, rtol=1e-6)
 
 
 def test_what_all_prefixes_share_changes_no_score(rows, read):
-  found = next_logprobs(stacked(), rows, COLUMNS, 2, batch=8, common=some_rows()[1])
+  found = next_logprobs(stacked(), rows, COLUMNS, 2, Setup(8, some_rows()[1]))
   np.testing.assert_allclose(found, read, atol=1e-5)
 
 
 def test_every_prefix_and_every_equal_row_is_computed_once(rows):
   heard = []
-  next_logprobs(stacked(), rows, COLUMNS, 2, batch=8, progress=lambda *done: heard.append(done))
+  next_logprobs(stacked(), rows, COLUMNS, 2, Setup(8, progress=lambda *done: heard.append(done)))
   once = [*dict(rows), *(suffix for _, suffix in set(rows))]
   assert np.sum(heard, axis=0).tolist() == [len(rows), sum(map(len, once))]
   common, heard = some_rows()[1], []
-  next_logprobs(stacked(), rows, COLUMNS, 2, 8, common, progress=lambda *done: heard.append(done))
+  next_logprobs(stacked(), rows, COLUMNS, 2, Setup(8, common, progress=lambda *done: heard.append(done)))
   sharing = sum(prefix[:64] == common[:64] for prefix in dict(rows))
   assert sum(tokens for _, tokens in heard) == sum(map(len, once)) - 64 * (sharing - 1)
 
 
 def test_more_reads_than_a_suffix_has_tokens_are_refused():
   with pytest.raises(ValueError, match="row 1: 3 places are to be read of a suffix of 2"):
-    next_logprobs(stacked(), [((4,), (1, 2, 3)), ((4,), (1, 2))], COLUMNS, reads=3, batch=8)
+    next_logprobs(stacked(), [((4,), (1, 2, 3)), ((4,), (1, 2))], COLUMNS, 3, Setup(8))
 
 
 def programs():
@@ -90,12 +90,12 @@ def programs():
 def test_eight_devices_read_what_one_does_and_a_second_call_compiles_nothing(rows, read):
   mesh = sharding.make_mesh(data=4, tensor=2)
   model = on_mesh(stacked(), mesh, sharding.DECODE)
-  np.testing.assert_allclose(next_logprobs(model, rows, COLUMNS, 2, batch=4, mesh=mesh), read, atol=1e-5)
+  np.testing.assert_allclose(next_logprobs(model, rows, COLUMNS, 2, Setup(4, mesh=mesh)), read, atol=1e-5)
   compiled = programs()
   others, _ = some_rows(seed=1)
-  found = next_logprobs(model, others, COLUMNS, 2, batch=4, mesh=mesh)
+  found = next_logprobs(model, others, COLUMNS, 2, Setup(4, mesh=mesh))
   assert programs() == compiled and compiled > 0
-  np.testing.assert_allclose(found[0], next_logprobs(stacked(), others[:1], COLUMNS, 2, batch=8)[0], atol=1e-5)
+  np.testing.assert_allclose(found[0], next_logprobs(stacked(), others[:1], COLUMNS, 2, Setup(8))[0], atol=1e-5)
 
 
 def test_devices_ask_one_another_for_nothing(monkeypatch, rows, read):
@@ -116,7 +116,7 @@ def test_devices_ask_one_another_for_nothing(monkeypatch, rows, read):
   for name in ("_read", "_prefixes", "_chosen"):
     spied(name)
   few = [i for i, (prefix, suffix) in enumerate(rows) if len(prefix) > 64 and len(suffix) <= 16]
-  found = next_logprobs(model, [rows[i] for i in few], COLUMNS, 2, batch=4, common=some_rows()[1], mesh=mesh)
+  found = next_logprobs(model, [rows[i] for i in few], COLUMNS, 2, Setup(4, some_rows()[1], mesh))
   np.testing.assert_allclose(found, read[few], atol=1e-5)
   assert len(texts) == 3
   for text in texts.values():
@@ -129,12 +129,11 @@ def test_token_logprobs_equal_full_forwards(rows):
     logprobs(stacked(), prefix + suffix, room=112)[len(prefix) - 1 : -1][np.arange(len(suffix)), list(suffix)]
     for prefix, suffix in rows
   ]
-  for ours, theirs in zip(token_logprobs(stacked(), rows, batch=8, common=some_rows()[1]), wanted):
+  for ours, theirs in zip(token_logprobs(stacked(), rows, Setup(8, some_rows()[1])), wanted, strict=True):
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
   mesh = sharding.make_mesh(data=4, tensor=2)
-  for ours, theirs in zip(
-    token_logprobs(on_mesh(stacked(), mesh, sharding.DECODE), rows[:4], batch=2, mesh=mesh), wanted
-  ):
+  found = token_logprobs(on_mesh(stacked(), mesh, sharding.DECODE), rows[:4], Setup(2, mesh=mesh))
+  for ours, theirs in zip(found, wanted[:4], strict=True):
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
@@ -142,10 +141,13 @@ def test_bfloat16_weights_leave_the_logits_of_a_read_in_fp32():
   model = llama.cast(stacked(), jnp.bfloat16)
   hidden = jax.random.normal(jax.random.key(0), (3, 2, CONFIG.width))
   wanted = np.float64(hidden) @ np.float64(model.head[...])
-  error = lambda z: np.abs(np.float64(z) - wanted).max()
+
+  def error(z):
+    return np.abs(np.float64(z) - wanted).max()
+
   assert error(llama.logits(model, hidden.astype(jnp.bfloat16))) > 1e-3
   assert error(score._exact_logits(model, hidden)) < 1e-4
-  found = next_logprobs(model, [((1, 2), (3, 4))], np.arange(CONFIG.vocab), reads=1, batch=2)
+  found = next_logprobs(model, [((1, 2), (3, 4))], np.arange(CONFIG.vocab), 1, Setup(2))
   assert found.dtype == np.float32 and np.exp(found).sum() == pytest.approx(1, abs=1e-5)
 
 
@@ -181,8 +183,8 @@ def test_judging_equals_transformers_on_every_answer_in_full(peer):
   texts = [(m, text) for m in asked for text in ("Fine, thanks.", "the quick fox", "")]
   rows = [(judge.judge_prefix(tok, fmt, judge.A2, m), judge.judge_suffix(tok, fmt, judge.A2, x)) for m, x in texts]
   forced = [(prefix, (*suffix, *trie.inner)) for prefix, suffix in rows]
-  found = next_logprobs(model, forced, np.arange(tok.size), len(trie.inner) + 1, batch=4)
-  for (prefix, suffix), read in zip(rows, found):
+  found = next_logprobs(model, forced, np.arange(tok.size), len(trie.inner) + 1, Setup(4))
+  for (prefix, suffix), read in zip(rows, found, strict=True):
     said = np.zeros(11)
     for n, path in enumerate(trie.paths):
       p = theirs([*prefix, *suffix, *path])
@@ -204,9 +206,9 @@ def test_sequence_logprobs_equal_transformers(peer):
   wanted = []
   for prefix, suffix in rows:
     wanted.append(theirs([*prefix, *suffix])[len(prefix) - 1 : -1][np.arange(len(suffix)), suffix])
-  for ours, alone in zip(token_logprobs(model, rows, batch=4), wanted):
+  for ours, alone in zip(token_logprobs(model, rows, Setup(4)), wanted, strict=True):
     np.testing.assert_allclose(ours, alone, atol=2e-5)
-  np.testing.assert_allclose(sequence_logprobs(model, rows, batch=4), [x.sum() for x in wanted], atol=1e-4)
+  np.testing.assert_allclose(sequence_logprobs(model, rows, Setup(4)), [x.sum() for x in wanted], atol=1e-4)
 
 
 sizes = st.dictionaries(st.integers(0, 40), st.lists(st.integers(1, 90), min_size=1, max_size=30), min_size=1)
@@ -216,7 +218,7 @@ sizes = st.dictionaries(st.integers(0, 40), st.lists(st.integers(1, 90), min_siz
 @given(sizes, st.integers(1, 4), st.integers(1, 12), st.sampled_from([0, 64]))
 def test_waves_hold_every_row_once_on_the_replica_of_its_prefix(lengths, replicas, rows, before):
   grouped = {
-    (name,) * (1 + name): [buckets.Row((0,) * n, [(name, i)]) for i, n in enumerate(found)]
+    (name,) * (1 + name): [buckets.Suffix((0,) * n, [(name, i)]) for i, n in enumerate(found)]
     for name, found in lengths.items()
   }
   seen, held = [], collections.Counter()

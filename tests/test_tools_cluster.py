@@ -1,6 +1,7 @@
 """The command cluster: what it writes against NumPy and the embeddings' own functions, killed and resumed starts, and
 what it says of a user's mistakes."""
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -227,9 +228,9 @@ def test_a_start_killed_anywhere_is_completed_to_the_same_bytes(tmp_path, monkey
 
   fit, begun = kmeans.fit, []
 
-  def fitted(*args, progress, restore, **more):
-    begun.append(restore() and restore()[0])
-    return fit(*args, progress=iterated, restore=restore, **more)
+  def fitted(*args, hooks, **more):
+    begun.append(hooks.restore() and hooks.restore()[0])
+    return fit(*args, hooks=dataclasses.replace(hooks, progress=iterated), **more)
 
   def iterated(n):
     calls.append("iteration")

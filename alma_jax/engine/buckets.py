@@ -9,6 +9,8 @@ All of this happens on the host and follows from the rows' lengths and order alo
 
 import dataclasses
 import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,7 +21,7 @@ SPARE = 1.125  # and only where tiles leave at most an eighth of all places empt
 ROOM = 1024  # tokens of prefixes that are held for every row of a call
 
 
-def rounded(length):
+def rounded(length: int) -> int:
   """The least width that holds the length: multiples of 16 up to 64, of 32 up to 128, of 64 up to 1024, and from there
   on eight per doubling. Powers of two are widths."""
   octave = 1 << (max(length, 1) - 1).bit_length()
@@ -27,8 +29,8 @@ def rounded(length):
   return -(-max(length, 1) // step) * step
 
 
-def padded(rows, width, least=0):
-  """(tokens [rows, width], lengths [rows]) of right-padded rows; a row that is None has length `least`."""
+def padded(rows: Sequence[Sequence[int] | None], width: int, least: int = 0) -> tuple[np.ndarray, np.ndarray]:
+  """Tokens [rows, width] and lengths [rows] of right-padded rows; a row that is None has length `least`."""
   tokens, lengths = np.zeros((len(rows), width), np.int32), np.full(len(rows), least, np.int32)
   for at, row in enumerate(rows):
     if row is not None:
@@ -36,22 +38,34 @@ def padded(rows, width, least=0):
   return tokens, lengths
 
 
-def batches(rows, batch, least=1):
-  """Yields (indices into rows, tokens [batch, width], lengths [batch]): rows of one rounded length together, shortest
-  first. Places that no row fills have length `least`."""
+class Bucket(NamedTuple):
+  """Rows of one rounded length; batches may have places that no row fills."""
+
+  indices: list[int]  # of the rows, in order of their places
+  tokens: np.ndarray  # [batch, width]
+  lengths: np.ndarray  # [batch]
+
+
+def batches(rows: Sequence[Sequence[int]], batch: int, least: int = 1) -> Iterator[Bucket]:
+  """Yields the Buckets of `batch` places that hold every row once, shortest first. Empty places have length `least`."""
   order = sorted(range(len(rows)), key=lambda i: (rounded(len(rows[i])), i))
   for width, members in itertools.groupby(order, key=lambda i: rounded(len(rows[i]))):
     members = list(members)
     for start in range(0, len(members), batch):
       take = members[start : start + batch]
-      filled = [rows[i] for i in take] + [None] * (batch - len(take))
-      yield take, *padded(filled, width, least)
+      filled = [*(rows[i] for i in take), *[None] * (batch - len(take))]
+      yield Bucket(take, *padded(filled, width, least))
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-  suffix: tuple
-  indices: list  # of all rows that are equal to this one
+class Suffix:
+  """What follows a prefix, once for all rows that are equal."""
+
+  ids: tuple[int, ...]
+  indices: list[int]  # of those rows
+
+
+Tile = list[Suffix]  # rows of one prefix, up to W of them, longest first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,65 +73,78 @@ class Call:
   """Tiles of rows that run together, replica by replica."""
 
   prefixes: np.ndarray  # [replicas * n] which of its replica's prefixes each tile continues
-  rows: list  # replicas x n x W of them; None where no row is
+  rows: list[Suffix | None]  # replicas x n x W of them; None where no row is
 
 
 @dataclasses.dataclass(frozen=True)
 class Wave:
   """Prefixes that are on the devices together, and the calls in which everything that continues them runs."""
 
-  prefixes: list  # replicas x P of them; None where no prefix is
-  calls: list
+  prefixes: list[tuple[int, ...] | None]  # replicas x P of them; None where no prefix is
+  calls: list[Call]
 
 
-def waves(grouped, replicas, rows, before=0):
-  """Yields the Waves of {prefix: Rows}; a replica runs `rows` rows per call.
+def waves(grouped: Mapping[tuple[int, ...], list[Suffix]], replicas: int, rows: int, before: int = 0) -> Iterator[Wave]:
+  """Yields the Waves of {prefix: its suffixes}; a replica runs `rows` rows per call.
 
   Up to W rows of one prefix and of like length form a tile, W = TILE or 1. Prefixes of like length, with suffixes of
   like length, share a wave, and in a wave the long tiles come first. `before`: tokens that precede every prefix.
+
+  Prefixes p with five rows and q with two, on one replica with rows = 8 and W = 4, so that a call has n = 2 tiles:
+
+    tiles   p: [a b c d] [e]   q: [f g]       Wave.prefixes  [p, q, None, None]
+    calls   prefixes [0, 1]    rows a b c d f g - -      (longest first; - is None)
+            prefixes [0, 0]    rows e - - - - - - -      (the second tile is empty)
   """
   W = _tile_width(grouped, rows, before)
   tiled = {prefix: _tiles(found, W) for prefix, found in grouped.items()}
   # A prefix with more than a replica's share of all tiles is held by several of them.
   share = -(-sum(map(len, tiled.values())) // replicas)
   pieces = [(prefix, tiles[at : at + share]) for prefix, tiles in tiled.items() for at in range(0, len(tiles), share)]
-  mean = lambda tiles: sum(len(tile[0].suffix) for tile in tiles) / len(tiles)
-  pieces.sort(key=lambda piece: (rounded(len(piece[0])), mean(piece[1])), reverse=True)
+
+  def size(piece: tuple[tuple[int, ...], list[Tile]]) -> tuple[int, float]:
+    prefix, tiles = piece
+    return rounded(len(prefix)), sum(len(tile[0].ids) for tile in tiles) / len(tiles)
+
+  pieces.sort(key=size, reverse=True)
   while pieces:
     most = max(rows, rows * ROOM // (before + rounded(len(pieces[0][0]))))
     now, pieces = pieces[: replicas * most], pieces[replicas * most :]
     yield _wave(now, replicas, rows, most, W)
 
 
-def _tile_width(grouped, rows, before):
+def _tile_width(grouped: Mapping[tuple[int, ...], list[Suffix]], rows: int, before: int) -> int:
+  """W: TILE where prefixes are long and tiles nearly full, else 1."""
   tiles = [tile for found in grouped.values() for tile in _tiles(found, TILE)]
-  places = TILE * sum(len(tile[0].suffix) for tile in tiles)
-  full = rows % TILE == 0 and places <= SPARE * sum(len(row.suffix) for tile in tiles for row in tile)
+  places = TILE * sum(len(tile[0].ids) for tile in tiles)
+  full = rows % TILE == 0 and places <= SPARE * sum(len(row.ids) for tile in tiles for row in tile)
   long = before + sum(map(len, grouped)) / len(grouped) >= LONG
   return TILE if full and long else 1
 
 
-def _tiles(rows, W):
-  ordered = sorted(rows, key=lambda row: len(row.suffix), reverse=True)
+def _tiles(rows: list[Suffix], W: int) -> list[Tile]:
+  ordered = sorted(rows, key=lambda row: len(row.ids), reverse=True)
   return [ordered[at : at + W] for at in range(0, len(ordered), W)]
 
 
-def _wave(pieces, replicas, rows, most, W):
-  """Each replica holds at most `most` prefixes."""
-  held, tiles = [{} for _ in range(replicas)], [[] for _ in range(replicas)]
+def _wave(pieces: list[tuple[tuple[int, ...], list[Tile]]], replicas: int, rows: int, most: int, W: int) -> Wave:
+  """The Wave of these (prefix, tiles); each replica holds at most `most` prefixes."""
+  held: list[dict[tuple[int, ...], int]] = [{} for _ in range(replicas)]  # prefix -> its place, for each replica
+  tiles: list[list[tuple[int, Tile]]] = [[] for _ in range(replicas)]  # (place of the prefix, tile), for each replica
+  # The prefix with most tiles first, each to the replica with the fewest tiles that still has room.
   for prefix, found in sorted(pieces, key=lambda piece: len(piece[1]), reverse=True):
     to = min((i for i in range(replicas) if len(held[i]) < most), key=lambda i: len(tiles[i]))
     place = held[to].setdefault(prefix, len(held[to]))
     tiles[to] += [(place, tile) for tile in found]
   for share in tiles:
-    share.sort(key=lambda tile: len(tile[1][0].suffix), reverse=True)
+    share.sort(key=lambda tile: len(tile[1][0].ids), reverse=True)
   P, n = _few(max(map(len, held)), rows, most), rows // W
   prefixes = [prefix for share in held for prefix in (*share, *[None] * (P - len(share)))]
   calls = [_call([share[at : at + n] for share in tiles], n, W) for at in range(0, max(map(len, tiles)), n)]
   return Wave(prefixes, calls)
 
 
-def _few(count, rows, most):
+def _few(count: int, rows: int, most: int) -> int:
   """One of a few numbers of prefixes that hold the count: powers of four up to `rows`, then twice that and so on."""
   size = 1
   while size < count:
@@ -125,8 +152,10 @@ def _few(count, rows, most):
   return min(size, most)
 
 
-def _call(tiles, n, W):
-  prefixes, rows = np.zeros((len(tiles), n), np.int32), []
+def _call(tiles: list[list[tuple[int, Tile]]], n: int, W: int) -> Call:
+  """The Call of each replica's tiles, at most n of them, filled up to n tiles of W rows."""
+  prefixes = np.zeros((len(tiles), n), np.int32)
+  rows: list[Suffix | None] = []
   for replica, found in enumerate(tiles):
     prefixes[replica, : len(found)] = [place for place, _ in found]
     for _, tile in found:

@@ -8,15 +8,17 @@ the edge of the nucleus are found by bisection on the bits of a float, and the i
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from alma_jax.errors import UserError
 
 
 class DecodingError(UserError):
-  """A way of drawing tokens that there is not; the message names the value."""
+  """An invalid sampling option; the message names it and what is allowed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Decoding:
   """How tokens are drawn. The meanings are those of transformers' `generate`."""
 
   max_new_tokens: int
-  stop_ids: tuple = ()
+  stop_ids: tuple[int, ...] = ()
   temperature: float = 1.0  # 0: greedy
   top_k: int = 0  # 0: all tokens
   top_p: float = 1.0
@@ -32,8 +34,8 @@ class Decoding:
   penalize_prompt: bool = True  # tokens of the prompt count as said, too
   min_new_tokens: int = 0  # no stop token before that
 
-  def __post_init__(self):
-    """A value outside its range would be sampled from silently."""
+  def __post_init__(self) -> None:
+    """Check the ranges: a value outside would be sampled from silently."""
     ranges = dict(
       max_new_tokens=(self.max_new_tokens >= 1, "at least 1"),
       temperature=(self.temperature >= 0, "0 (greedy) or more"),
@@ -47,13 +49,15 @@ class Decoding:
         raise DecodingError(f"{name} is {getattr(self, name)!r}; it must be {wanted}")
 
   @property
-  def remembers(self):
-    """Whether the tokens said so far matter."""
+  def remembers(self) -> bool:
+    """True if the tokens said so far matter."""
     return self.repetition_penalty != 1
 
 
-def choose(logits, uniform, decoding, said=None, count=None):
-  """(token [B], its log-probability in the model's own distribution [B]) from fp32 logits [B, V].
+def choose(
+  logits: Array, uniform: Array, decoding: Decoding, said: Array | None = None, count: Array | None = None
+) -> tuple[Array, Array]:
+  """Tokens [B] and their log-probabilities [B] in the model's own distribution, from fp32 logits [B, V].
 
   `said` [B, V] marks the tokens that the penalty applies to, `count` [B] is how many have been drawn.
   """
@@ -67,8 +71,15 @@ def choose(logits, uniform, decoding, said=None, count=None):
   return token, (jnp.take_along_axis(logits, token[:, None], axis=1) - top)[:, 0] - jnp.log(mass)
 
 
-def weights(logits, decoding, said=None, count=None):
-  """fp32 [B, V]: what is drawn from, in proportion; the largest of a row is 1."""
+def weights(logits: Array, decoding: Decoding, said: Array | None = None, count: Array | None = None) -> Array:
+  """fp32 [B, V] in proportion to the probabilities that are drawn from; the largest of a row is 1.
+
+  Weights 1, .5, .5, .3, .2 (sum 2.5) by the steps below:
+
+    top_k = 3    the edge is the largest number that three weights reach, .5; below it: 1, .5, .5, 0, 0
+    top_p = .7   of the sum 2, wanted are 1.4; the edge is the largest number whose weights reach that, .5. The weights
+                 above it have 1 and are short by .4, so ceil(.4 / .5) = 1 of the two at the edge stays: 1, .5, 0, 0, 0
+  """
   z = _ruled(logits, decoding, said, count)
   w = jnp.exp((z - z.max(axis=-1, keepdims=True)) / decoding.temperature)
   if 0 < decoding.top_k < w.shape[-1]:
@@ -85,24 +96,28 @@ def weights(logits, decoding, said=None, count=None):
   return w
 
 
-def _ruled(logits, decoding, said, count):
+def _ruled(logits: Array, decoding: Decoding, said: Array | None, count: Array | None) -> Array:
+  """Logits [B, V] after the rules that do not depend on the temperature: repetition penalty and minimum length."""
   z = logits
   if decoding.remembers:
     penalty = decoding.repetition_penalty
+    assert said is not None
     z = jnp.where(said, jnp.where(z < 0, z * penalty, z / penalty), z)
   if decoding.min_new_tokens and decoding.stop_ids:
+    assert count is not None
     stop = jnp.zeros(z.shape[-1], bool).at[jnp.asarray(decoding.stop_ids)].set(True, mode="drop")
     z = jnp.where((count[:, None] < decoding.min_new_tokens) & stop, -jnp.inf, z)
   return z
 
 
-def _edge(w, enough):
-  """[B, 1]: the largest number such that the weights of at least that size are enough. All of them always are.
+def _edge(w: Array, enough: Callable[[Array], Array]) -> Array:
+  """[B, 1]: the largest number e for which enough(w >= e) holds. It must hold for all weights, e = 0.
 
-  Non-negative floats are ordered as their bits are, and 1.0 is 0x3f800000, so that 30 bits decide.
+  Non-negative floats are ordered as their bits are, and 1.0 is 0x3f800000, so that 30 bits decide: each step tries the
+  next bit of the edge, from the highest on, and keeps it while the weights at or above the edge are enough.
   """
 
-  def narrow(i, low):
+  def narrow(i: Array, low: Array) -> Array:
     tried = low + (1 << (29 - i))
     return jnp.where(enough(w >= jax.lax.bitcast_convert_type(tried, jnp.float32)), tried, low)
 
@@ -110,16 +125,22 @@ def _edge(w, enough):
   return jax.lax.bitcast_convert_type(low, jnp.float32)
 
 
-def _blocks(x, filler):
+def _blocks(x: Array, filler: float) -> Array:
   """[B, V] as [B, n, size], n about as large as the size. The size divides V where it can: padding is a copy."""
   V = x.shape[-1]
-  size, divides = 1 << ((V.bit_length() + 1) // 2), V & -V
+  size, divides = 1 << ((V.bit_length() + 1) // 2), V & -V  # V & -V is the largest power of two that divides V
   size = divides if size // 4 <= divides < size else size
   return jnp.pad(x, ((0, 0), (0, -V % size)), constant_values=filler).reshape(x.shape[0], -1, size)
 
 
-def _inverse_cdf(w, uniform):
-  """The first token whose cumulative weight is above uniform x total: its block by the blocks' sums, then inside."""
+def _inverse_cdf(w: Array, uniform: Array) -> Array:
+  """[B]: the first token whose cumulative weight is above uniform x total. One row, V = 8, uniform = 0.6:
+
+  weights    1 0 | 2 1 | 0 3 | 1 0     in blocks of 2
+  mass        1  |  3  |  3  |  1
+  reach       1  |  4  |  7  |  8      target = 0.6 x 8 = 4.8, first reached in block 2; 4 stands before the block
+  inside                 0 3           reach inside 0 3, the target 4.8 - 4 = 0.8 is first reached at 1: token 5
+  """
   blocks = _blocks(w, 0.0)
   mass = blocks.sum(axis=-1)
   reach = jnp.cumsum(mass, axis=-1)
@@ -130,18 +151,24 @@ def _inverse_cdf(w, uniform):
   return block[:, 0] * blocks.shape[-1] + _first_above(jnp.cumsum(inside, axis=-1), target - before, inside > 0)
 
 
-def _first_above(reach, target, possible):
-  """A parallel sum is not quite monotonic and differences round: what has no weight is ruled out by name, and where
-  rounding leaves nothing, it is the last of the others."""
+def _first_above(reach: Array, target: Array, possible: Array) -> Array:
+  """[B]: the first possible place whose reach [B, n] is above the target [B].
+
+  A parallel sum is not quite monotonic and differences round: `possible` excludes what has no weight, and where
+  rounding leaves no place at all, the last possible one is taken.
+  """
   at = jnp.arange(reach.shape[-1])
   first = jnp.where(possible & (reach > target[:, None]), at, at.size).min(axis=-1)
   return jnp.where(first < at.size, first, jnp.where(possible, at, 0).max(axis=-1))
 
 
-def _argmax(z):
-  """The lowest index of the largest: on CPUs many times faster by blocks, and by a smallest index, than in one."""
+def _argmax(z: Array) -> Array:
+  """[B]: the lowest index of the largest. In blocks and by a smallest index: many times faster than argmax on CPUs."""
+
+  def first(x: Array) -> Array:
+    size = x.shape[-1]
+    return jnp.where(x == x.max(axis=-1, keepdims=True), jnp.arange(size), size).min(axis=-1)
+
   blocks = _blocks(z, -jnp.inf)
-  top = blocks.max(axis=-1)
-  first = lambda x: jnp.where(x == x.max(axis=-1, keepdims=True), jnp.arange(x.shape[-1]), x.shape[-1]).min(axis=-1)
-  block = first(top)[:, None]
+  block = first(blocks.max(axis=-1))[:, None]
   return block[:, 0] * blocks.shape[-1] + first(jnp.take_along_axis(blocks, block[..., None], axis=1)[:, 0])

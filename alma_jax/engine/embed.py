@@ -1,8 +1,8 @@
 """Embeddings of prompts: the base model's hidden states, averaged over the prompt's tokens without BOS, or the last.
 
-  states = embeddings(model, rows, batch)                          # fp32 [rows, D]
-  p, kept = projection(states_of_a_sample, dims=1024)              # kept: the share of the variance
-  points = embeddings(model, rows, batch, projection=p)            # [rows, dims] of length 1
+  states = embeddings(model, rows, batch)                                     # fp32 [rows, D]
+  p, kept = projection(states_of_a_sample, dims=1024)                         # kept: the share of the variance
+  points = embeddings(model, rows, batch, kind=Embedding(projection=p))       # [rows, dims] of length 1
 
 BOS is left out because Llama parks huge activations on the first token, which would own every distance. Hidden states
 have a large common mean and few loud dimensions: a projection centres, scales and, where there are more dimensions than
@@ -11,13 +11,17 @@ asked for, keeps the principal ones. It runs on the device, so that nothing as w
 
 import dataclasses
 import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jax.sharding import Mesh
 
 from alma_jax.engine import buckets
 from alma_jax.llama import model as llama
+from alma_jax.llama.model import Llama
 from alma_jax.llama.sharding import REPLICA, WHOLE, per_replica, replicas
 
 POOLING = ("mean", "last")
@@ -32,12 +36,29 @@ class Projection:
   matrix: np.ndarray
 
 
+@dataclasses.dataclass(frozen=True)
+class Embedding:
+  """How a row becomes a vector."""
+
+  layers: int | None = None  # the states after so many; None: after all
+  pooling: str = "mean"  # one of POOLING
+  projection: Projection | None = None
+
+
+STATES = Embedding()
+
+
 @functools.partial(jax.jit, static_argnames=("mesh", "layers", "pooling"))
-def _pooled(model, projection, tokens, lengths, mesh, layers, pooling):
-  def pooled(model, projection, tokens, lengths):
+def _pooled(
+  model: Llama, projection: Projection | None, tokens: Array, lengths: Array, mesh: Mesh | None,
+  layers: int | None, pooling: str,
+) -> Array:  # fmt: skip
+  """fp32 [B, D or dims] of tokens [B, T]."""
+
+  def pooled(model: Llama, projection: Projection | None, tokens: Array, lengths: Array) -> Array:
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     inside = positions < lengths[:, None]
-    hidden = llama.hidden_states(model, tokens, positions, inside.astype(jnp.int32), depth=layers)
+    hidden = llama.hidden_states(llama.first_layers(model, layers), tokens, positions, inside.astype(jnp.int32))
     hidden = hidden.astype(jnp.float32)
     counted = inside & (positions > 0 if pooling == "mean" else positions == lengths[:, None] - 1)
     x = jnp.where(counted[..., None], hidden, 0.0).sum(axis=1) / jnp.maximum(counted.sum(axis=1, keepdims=True), 1)
@@ -50,37 +71,43 @@ def _pooled(model, projection, tokens, lengths, mesh, layers, pooling):
   return per_replica(pooled, mesh, specs, REPLICA)(model, projection, tokens, lengths)
 
 
-def embeddings(model, rows, batch, mesh=None, progress=None, layers=None, pooling="mean", projection=None):
-  """fp32 [rows, D] for rows of token ids that begin with BOS, of the states after so many `layers` (None: all);
-  length buckets in batches of `batch` rows for each replica of the model, the order is kept."""
-  out = np.zeros((len(rows), model.c.width if projection is None else projection.matrix.shape[1]), np.float32)
+def embeddings(
+  model: Llama, rows: Sequence[Sequence[int]], batch: int, mesh: Mesh | None = None,
+  progress: Callable[[int], object] | None = None, kind: Embedding = STATES,
+) -> np.ndarray:  # fmt: skip
+  """fp32 [rows, D], or [rows, dims] with a projection, of rows of token ids that begin with BOS, in their order.
+
+  They run in length buckets of `batch` rows for each replica of the model; `progress(rows)` hears of what is done.
+  """
+  width = model.c.width if kind.projection is None else kind.projection.matrix.shape[1]
+  out = np.zeros((len(rows), width), np.float32)
+
+  def put(indices: list[int], found: Array) -> None:
+    out[indices] = np.asarray(found)[: len(indices)]
+    if progress:
+      progress(len(indices))
+
   waiting = None
   for take, tokens, lengths in buckets.batches(rows, batch * replicas(mesh)):
-    found = _pooled(model, projection, tokens, lengths, mesh=mesh, layers=layers, pooling=pooling)
+    how = dict(mesh=mesh, layers=kind.layers, pooling=kind.pooling)
+    found = _pooled(model, kind.projection, tokens, lengths, **how)
     if waiting:  # the device works on the next batch meanwhile
-      _put(out, waiting, progress)
+      put(*waiting)
     waiting = take, found
   if waiting:
-    _put(out, waiting, progress)
+    put(*waiting)
   return out
 
 
-def layout():
-  """Which layout of the model is quicker here: on CPUs a scan copies every layer's weights for every batch; elsewhere
-  it compiles sooner."""
+def layout() -> str:
+  """The layout of the model that is quicker here: on CPUs a scan copies every layer's weights for every batch;
+  elsewhere it compiles sooner."""
   return "unrolled" if jax.default_backend() == "cpu" else "stacked"
 
 
-def _put(out, waiting, progress):
-  take, found = waiting
-  out[take] = np.asarray(found)[: len(take)]
-  if progress:
-    progress(len(take))
-
-
-def projection(x, dims):
-  """(the Projection that fits these states [n, D], the share of the scaled variance that it keeps). Deviations have a
-  floor, so that dead dimensions stay small."""
+def projection(x: np.ndarray, dims: int) -> tuple[Projection, float]:
+  """The Projection that fits these states [n, D], and the share of the scaled variance that it keeps. Deviations have
+  a floor, so that dead dimensions stay small."""
   x = np.asarray(x, np.float64)
   mean, deviation = x.mean(axis=0), x.std(axis=0)
   scale = 1 / np.maximum(deviation, 1e-3 * np.median(deviation) + 1e-12)
@@ -98,32 +125,32 @@ def projection(x, dims):
 class Rows:
   """The rows of several arrays as if they were one: `shape`, `dtype`, and `[a:b]`, which alone reads anything."""
 
-  arrays: tuple
+  arrays: tuple[np.ndarray, ...]
   whitening: np.ndarray | None = None  # [2, dimensions]: rows are centred by the first and divided by the second
   unit: bool = False  # rows have length 1
 
   @functools.cached_property
-  def ends(self):
+  def ends(self) -> np.ndarray:
     """Where each array ends; there may be thousands."""
     return np.cumsum([len(array) for array in self.arrays])
 
-  def __len__(self):
+  def __len__(self) -> int:
     return int(self.ends[-1])
 
   @property
-  def shape(self):
+  def shape(self) -> tuple[int, int]:
     return len(self), self.arrays[0].shape[1]
 
   @functools.cached_property
-  def dtype(self):
+  def dtype(self) -> np.dtype:
     half = not self.unit and all(array.dtype == np.float16 for array in self.arrays)
     return np.dtype(np.float16 if half else np.float32)
 
-  def __getitem__(self, rows):
+  def __getitem__(self, rows: slice) -> np.ndarray:
     begin, end, _ = rows.indices(len(self))
     first, last = np.searchsorted(self.ends, (begin, end), side="right")
     found = [np.empty((0, self.shape[1]), self.dtype)]
-    for array, at in zip(self.arrays[first : last + 1], self.ends[first : last + 1]):
+    for array, at in zip(self.arrays[first : last + 1], self.ends[first : last + 1], strict=True):
       found.append(array[max(0, begin - at + len(array)) : max(0, end - at + len(array))])
     x = np.concatenate(found, dtype=self.dtype, casting="same_kind")
     if self.whitening is not None:

@@ -3,108 +3,132 @@
 A row is (prefix, suffix), two tuples of token ids. Rows of one prefix share its keys and values, which are computed
 once, and equal rows are scored once. The model is in the stacked layout.
 
-  logprobs = next_logprobs(model, rows, columns, reads=1, batch=32)  # a judge: of some tokens after every suffix
-  logprobs = token_logprobs(model, rows, batch=32)                   # a reference: of every token of the suffixes
+  logprobs = next_logprobs(model, rows, columns, reads=1, setup=Setup(batch=32))  # a judge: of some next tokens
+  logprobs = token_logprobs(model, rows, Setup(batch=32))                         # a reference: of the suffixes' tokens
 
 What to expect: what a row is scored with does not change its numbers (in fp32 up to 1e-6). `batch` rows run at a time,
 and at most batch * buckets.ROOM tokens of prefixes are held as keys and values. Under a mesh every group of `tensor`
 devices is a replica that runs `batch` rows of its own and holds their prefixes; replicas exchange nothing.
 """
 
+import dataclasses
 import functools
 import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from alma_jax.engine import buckets, crossentropy
 from alma_jax.llama import model as llama
-from alma_jax.llama.sharding import BATCH, WHOLE, per_replica, replicas
-from alma_jax.llama.sharding import REPLICA as ROWS
+from alma_jax.llama.model import Llama
+from alma_jax.llama.sharding import BATCH, REPLICA, WHOLE, per_replica, replicas
+
+Ids = Sequence[int]
 
 
-def next_logprobs(model, rows, columns, reads, batch, common=(), mesh=None, progress=None):
+@dataclasses.dataclass(frozen=True)
+class Setup:
+  """How rows are run, which changes results only by rounding."""
+
+  batch: int  # rows per call, on each replica
+  common: Ids = ()  # what most prefixes begin with; it is computed once for all
+  mesh: Mesh | None = None
+  progress: Callable[[int, int], object] | None = None  # hears (rows, equal ones included; tokens computed for them)
+
+
+def next_logprobs(
+  model: Llama, rows: Sequence[tuple[Ids, Ids]], columns: Sequence[int], reads: int, setup: Setup
+) -> np.ndarray:
   """fp32 [rows, reads, columns]: log p(token) for the given token ids after each of the last `reads` tokens of every
-  suffix, which are at least as many.
-
-  `common`: ids that most prefixes begin with; they are computed once for all. `progress(rows, tokens)` hears what is
-  done: the rows, equal ones included, and the tokens that were computed for them.
-  """
+  suffix, which are at least as many."""
   short = next((i for i, (_, suffix) in enumerate(rows) if len(suffix) < reads), None)
   if short is not None:
     raise ValueError(f"row {short}: {reads} places are to be read of a suffix of {len(rows[short][1])}")
-  columns = np.asarray(columns, np.int32)
-  out = np.zeros((len(rows), reads, len(columns)), np.float32)
-  run = lambda *arrays, mesh: _read(model, *arrays, columns, reads=reads, mesh=mesh)
-  for indices, found in _results(model, rows, run, batch, reads, common, mesh, progress):
+  ids = np.asarray(columns, np.int32)
+  out = np.zeros((len(rows), reads, len(ids)), np.float32)
+
+  def program(prefix: llama.Prefix, tokens: np.ndarray, lengths: np.ndarray, mesh: Mesh | None) -> Array:
+    return _read(model, prefix, tokens, lengths, ids, reads=reads, mesh=mesh)
+
+  for indices, found in _results(model, rows, program, reads, setup):
     out[indices] = found
   return out
 
 
-def token_logprobs(model, rows, batch, common=(), mesh=None, progress=None):
-  """A list of fp32 arrays: log p of every token of each row's suffix. No prefix is empty: it begins with BOS."""
+def token_logprobs(model: Llama, rows: Sequence[tuple[Ids, Ids]], setup: Setup) -> list[np.ndarray]:
+  """fp32 arrays: log p of every token of each row's suffix. No prefix is empty: it begins with BOS."""
   # The last token of the prefix is where the first one of the suffix is read.
   rows = [(tuple(prefix[:-1]), (*prefix[-1:], *suffix)) for prefix, suffix in rows]
-  out = [None] * len(rows)
-  for indices, found in _results(model, rows, functools.partial(_score, model), batch, 1, common, mesh, progress):
+  out = [np.zeros(0, np.float32)] * len(rows)
+  for indices, found in _results(model, rows, functools.partial(_score, model), 1, setup):
     for i in indices:
       out[i] = found[: len(rows[i][1]) - 1]
   return out
 
 
-def sequence_logprobs(model, rows, batch, common=(), mesh=None, progress=None):
+def sequence_logprobs(model: Llama, rows: Sequence[tuple[Ids, Ids]], setup: Setup) -> np.ndarray:
   """float64 [rows]: log p of each row's suffix after its prefix."""
-  return np.array([x.sum(dtype=np.float64) for x in token_logprobs(model, rows, batch, common, mesh, progress)])
+  return np.array([x.sum(dtype=np.float64) for x in token_logprobs(model, rows, setup)])
 
 
 # What runs on devices: rows lead all arrays, but in keys and values the layers do
 
-PREFIX = llama.Prefix(P(None, BATCH), ROWS)
+PREFIX = llama.Prefix(P(None, BATCH), REPLICA)
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
-def _prefixes(model, tokens, lengths, common, mesh):
+def _prefixes(
+  model: Llama, tokens: Array, lengths: Array, common: llama.Prefix | None, mesh: Mesh | None
+) -> llama.Prefix:
   """The Prefix of right-padded rows; `common` is that of the one row which they all continue, or None."""
 
-  def prefixes(model, tokens, lengths, common):
+  def prefixes(model: Llama, tokens: Array, lengths: Array, common: llama.Prefix | None) -> llama.Prefix:
     kv = llama.keys_values(model, tokens, lengths, common)
     if common is None:
       return llama.Prefix(kv, lengths)
 
-    def joined(first, rest):  # all places of `first` are real, so there is no gap
+    def joined(first: Array, rest: Array) -> Array:  # all places of `first` are real, so there is no gap
       return jnp.concatenate([jnp.broadcast_to(first, (*rest.shape[:2], *first.shape[2:])), rest], axis=2)
 
     return llama.Prefix(jax.tree.map(joined, common.kv, kv), lengths + common.lengths)
 
-  specs = WHOLE, ROWS, ROWS, common and PREFIX
+  specs = WHOLE, REPLICA, REPLICA, common and PREFIX
   return per_replica(prefixes, mesh, specs, PREFIX)(model, tokens, lengths, common)
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
-def _chosen(prefix, places, mesh):
+def _chosen(prefix: llama.Prefix, places: Array, mesh: Mesh | None) -> llama.Prefix:
   """The Prefix of the rows at these places."""
 
-  def chosen(prefix, places):
+  def chosen(prefix: llama.Prefix, places: Array) -> llama.Prefix:
     return llama.Prefix(jax.tree.map(lambda x: x[:, places], prefix.kv), prefix.lengths[places])
 
-  return per_replica(chosen, mesh, (PREFIX, ROWS), PREFIX)(prefix, places)
+  return per_replica(chosen, mesh, (PREFIX, REPLICA), PREFIX)(prefix, places)
 
 
 @functools.partial(jax.jit, static_argnames=("reads", "mesh"))
-def _read(model, prefix, tokens, lengths, columns, reads, mesh):
-  def read(model, prefix, tokens, lengths, columns):
+def _read(
+  model: Llama, prefix: llama.Prefix, tokens: Array, lengths: Array, columns: Array, reads: int, mesh: Mesh | None
+) -> Array:
+  """fp32 [B, reads, columns]: log p of the columns after the last places of every row."""
+
+  def read(model: Llama, prefix: llama.Prefix, tokens: Array, lengths: Array, columns: Array) -> Array:
     places = lengths[:, None] - reads + jnp.arange(reads)
     z = _exact_logits(model, llama.read(model, tokens, lengths, places, prefix))
     return z[..., columns] - jax.nn.logsumexp(z, axis=-1, keepdims=True)
 
-  specs = WHOLE, PREFIX, ROWS, ROWS, WHOLE
-  return per_replica(read, mesh, specs, ROWS)(model, prefix, tokens, lengths, columns)
+  specs = WHOLE, PREFIX, REPLICA, REPLICA, WHOLE
+  return per_replica(read, mesh, specs, REPLICA)(model, prefix, tokens, lengths, columns)
 
 
-def _exact_logits(model, hidden):
-  """fp32 logits of fp32 hidden states, whatever the weights are: what rounding to their dtype leaves goes through the
+def _exact_logits(model: Llama, hidden: Array) -> Array:
+  """fp32 logits of fp32 hidden states, whatever dtype the weights have: what rounding to it leaves goes through the
   head as well. The head itself is never copied to fp32."""
   dtype = model.embed[...].dtype
   rounded = hidden.astype(dtype)
@@ -115,57 +139,75 @@ def _exact_logits(model, hidden):
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
-def _score(model, prefix, tokens, lengths, mesh):
-  def score(model, prefix, tokens, lengths):
+def _score(model: Llama, prefix: llama.Prefix, tokens: Array, lengths: Array, mesh: Mesh | None) -> Array:
+  """fp32 [B, T]: log p of the token after every place; the last place of a row has no such token."""
+
+  def score(model: Llama, prefix: llama.Prefix, tokens: Array, lengths: Array) -> Array:
     hidden, _ = llama.prefill(model, tokens, lengths, prefix)
     return crossentropy.token_logprobs(model, hidden, jnp.roll(tokens, -1, axis=1))
 
-  return per_replica(score, mesh, (WHOLE, PREFIX, ROWS, ROWS), ROWS)(model, prefix, tokens, lengths)
+  return per_replica(score, mesh, (WHOLE, PREFIX, REPLICA, REPLICA), REPLICA)(model, prefix, tokens, lengths)
 
 
 # On the host
 
 
-def _results(model, rows, run, batch, least, common, mesh, progress):
-  """Yields (indices of equal rows, their result): row b of what `run(prefix, tokens [B, T], lengths, mesh)` gives."""
-  mesh = None if mesh is None or mesh.size == 1 else mesh
-  calls = _calls(model, rows, batch, least, common, mesh)
-  started = ((call, run(*arrays, mesh=mesh), tokens) for call, arrays, tokens in calls)
-  # The devices run the next call while the host reads the last one.
-  for (call, found, tokens), _ in itertools.pairwise(itertools.chain(started, [None])):
-    found = np.asarray(found)
-    members = [(b, row.indices) for b, row in enumerate(call.rows) if row]
-    for b, indices in members:
-      yield indices, found[b]
-    if progress:
-      progress(sum(len(indices) for _, indices in members), tokens)
+def _results(
+  model: Llama, rows: Sequence[tuple[Ids, Ids]], program: Callable[..., Array], least: int, setup: Setup
+) -> Iterator[tuple[list[int], np.ndarray]]:
+  """Yields (indices of equal rows, their result): row b of `program(prefix, tokens [B, T], lengths, mesh)`."""
+  mesh = None if setup.mesh is None or setup.mesh.size == 1 else setup.mesh
+  waiting = None
+  for work in itertools.chain(_calls(model, rows, least, setup, mesh), [None]):
+    # The devices run the next call while the host reads the last one.
+    started = work and (work, program(*work.arrays, mesh=mesh))
+    if waiting:
+      call, found = waiting[0].call, np.asarray(waiting[1])
+      members = [(b, row.indices) for b, row in enumerate(call.rows) if row]
+      for b, indices in members:
+        yield indices, found[b]
+      if setup.progress:
+        setup.progress(sum(len(indices) for _, indices in members), waiting[0].tokens)
+    waiting = started
 
 
-def _calls(model, rows, batch, least, common, mesh):
-  """Yields (Call, the arrays it runs on, how many tokens were computed since the last one)."""
+class _Work(NamedTuple):
+  call: buckets.Call
+  arrays: tuple[llama.Prefix, np.ndarray, np.ndarray]  # each tile's prefix, tokens [B, T], lengths [B]
+  tokens: int  # that were computed since the last call
+
+
+def _calls(
+  model: Llama, rows: Sequence[tuple[Ids, Ids]], least: int, setup: Setup, mesh: Mesh | None
+) -> Iterator[_Work]:
+  """Yields the calls that score all rows: for each opening its keys, for each wave its prefixes', for each call those
+  of its tiles, chosen from the wave's (see buckets.waves)."""
   ways = replicas(mesh)
-  for opening, grouped in _grouped(rows, common).items():
+  for opening, grouped in _grouped(rows, setup.common).items():
     shared, tokens = None, len(opening)
     if opening:
       shared = _prefixes(model, *buckets.padded([opening] * ways, len(opening)), None, mesh=mesh)
-    for wave in buckets.waves(grouped, ways, batch, len(opening)):
+    for wave in buckets.waves(grouped, ways, setup.batch, len(opening)):
       held = _prefixes(model, *buckets.padded(wave.prefixes, _width(wave.prefixes)), shared, mesh=mesh)
       tokens += sum(len(prefix) for prefix in wave.prefixes if prefix)
       for call in wave.calls:
-        suffixes = [row and row.suffix for row in call.rows]
+        suffixes = [row and row.ids for row in call.rows]
         arrays = buckets.padded(suffixes, _width(suffixes), least)
         tokens += sum(len(suffix) for suffix in suffixes if suffix)
-        yield call, (_chosen(held, call.prefixes, mesh=mesh), *arrays), tokens
+        yield _Work(call, (_chosen(held, call.prefixes, mesh=mesh), *arrays), tokens)
         tokens = 0
       del held  # before the next wave's are computed
 
 
-def _width(rows):
+def _width(rows: Sequence[Ids | None]) -> int:
   return buckets.rounded(max(len(row) for row in rows if row is not None))
 
 
-def _grouped(rows, common):
-  """{what prefixes begin with: {the rest of a prefix: Rows}}: of `common` a whole number of steps, or nothing."""
+def _grouped(
+  rows: Sequence[tuple[Ids, Ids]], common: Ids
+) -> dict[tuple[int, ...], dict[tuple[int, ...], list[buckets.Suffix]]]:
+  """Rows by prefix: {opening: {rest of the prefix: [Suffix]}}. The opening is `common` cut to a multiple of
+  buckets.STEP, or () for prefixes that do not begin with it."""
   common = tuple(common[: len(common) // buckets.STEP * buckets.STEP])
   found = {}
   for i, (prefix, suffix) in enumerate(rows):
@@ -173,6 +215,6 @@ def _grouped(rows, common):
     equal = found.setdefault(opening, {}).setdefault(tuple(prefix[len(opening) :]), {})
     equal.setdefault(tuple(suffix), []).append(i)
   return {
-    opening: {rest: [buckets.Row(*item) for item in equal.items()] for rest, equal in prefixes.items()}
+    opening: {rest: [buckets.Suffix(*item) for item in equal.items()] for rest, equal in prefixes.items()}
     for opening, prefixes in found.items()
   }

@@ -354,15 +354,10 @@ def _fitted(flags, vectors):
       last = time.monotonic()
 
   with _bar("k-means", flags.iterations, "iterations", done=saved[0] if saved else 0) as bar:
-    try:
-      mesh = kmeans.mesh_for(flags.k, vectors.shape[1], jax.local_devices())
-      settings = kmeans.Settings(flags.k, flags.iterations, spherical=flags.spherical)
-      key, restore = key_of(flags.seed, "k-means"), lambda: saved
-      return kmeans.fit(vectors, settings, key, mesh, progress=bar.update, save=save, restore=restore)
-    except ValueError as error:
-      if not str(error).startswith("k-means: "):  # else a message for users
-        raise
-      raise DataError(str(error)) from None
+    mesh = kmeans.mesh_for(flags.k, vectors.shape[1], jax.local_devices())
+    settings = kmeans.Settings(flags.k, flags.iterations, spherical=flags.spherical)
+    key, hooks = key_of(flags.seed, "k-means"), kmeans.FitHooks(bar.update, save, lambda: saved)
+    return kmeans.fit(vectors, settings, key, mesh, hooks=hooks)
 
 
 def _distances(vectors, found):

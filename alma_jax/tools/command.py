@@ -16,7 +16,7 @@ import jax
 from ml_collections import ConfigDict
 
 from alma_jax import start
-from alma_jax.engine.sample import SlotsError
+from alma_jax.engine.slots import SlotsError
 from alma_jax.errors import RunError
 from alma_jax.llama import sharding
 from alma_jax.llama.config import ModelError, read_config

@@ -28,7 +28,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from alma_jax.corpus.normalise import prompt_id
-from alma_jax.engine.sample import MOST_SLOTS
+from alma_jax.engine.slots import MOST_SLOTS
 from alma_jax.keys import key_of
 from alma_jax.llama.config import read_config
 from alma_jax.runtime.sampling import drafts

@@ -1,0 +1,179 @@
+"""The programs of a Lloyd iteration on a mesh ("data", "k"): points are spread over "data", centroids over "k".
+
+  programs = programs_for(mesh, tile, spherical)
+  *sums, objective = programs.accumulate(*sums, x, squares, c, rows, k)   # for every chunk of the points
+  c, counts = programs.move(*sums, c)
+  labels, distances = programs.assign(x, squares, c, rows, k)
+
+On every device x [L, d] are its share of a chunk's points, squares [L] their |x|^2, c [K, d] its share of the
+centroids; of all points of the chunk `rows` count, of all centroids k. A device's sums are those of its own points for
+its own centroids:
+
+                 "k" 0: centroids 0, 1     "k" 1: centroids 2, 3
+    "data" 0     its points' sums [2, d]   its points' sums [2, d]     accumulate: nothing is exchanged but which
+    "data" 1     its points' sums [2, d]   its points' sums [2, d]     centroid is nearest, along "k"
+                 --------- sum ---------   --------- sum ---------     move: along "data"
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+FOLD = 8  # rows of a tile of scores that are compared in one go
+FAR = 3e38  # the score of centroids that only fill a tile
+NONE = np.iinfo(np.int32).max
+
+Tile = tuple[int, int]  # points, centroids
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+  assign: Callable[..., Any]  # labels and squared distances of all points of the chunk, on every device
+  accumulate: Callable[..., Any]  # sums, counts, and partial sums of the squared distances
+  move: Callable[..., Any]  # the means of the sums, and the counts of all centroids
+  repair: Callable[..., Any]  # (c, empty, donors): donors' centroids halved, see `programs_for`
+  block: Callable[..., Any]  # (c, at, size): these centroids on every device
+
+
+def on_cpu(mesh: Mesh) -> bool:
+  return mesh.devices.flat[0].platform == "cpu"
+
+
+def _nearest(x: Array, c: Array, half: Array, rows: Array, k: Array, tile: Tile) -> tuple[Array, Array]:
+  """The least score, half - xc, and its index [L] for the first `rows` points against the first k centroids.
+
+  x [L, d], c [K, d], half [K]; the tile divides L and K. The loops go as far as rows and k do, so that padding costs
+  next to nothing. Points are the columns of a tile of scores, so that comparing needs whole vectors only:
+
+    scores [centroids, points]   fold by FOLD -> [centroids / FOLD, points]    least of the rows -> [points]
+    tile s, t                    the best of rows i, i + part, i + 2 part, ... the best so far keeps score and index
+  """
+  points, centroids = tile
+  fold = min(FOLD, centroids // 64)
+  part = centroids // fold
+
+  def against(s: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
+    ct = lax.dynamic_slice_in_dim(c, s * centroids, centroids)
+    ht = lax.dynamic_slice_in_dim(half, s * centroids, centroids)[:, None]
+
+    def one(t: Array, better: tuple[Array, Array]) -> tuple[Array, ...]:
+      xt = lax.dynamic_slice_in_dim(x, t * points, points).astype(c.dtype)
+      dot = lax.dot_general(ct, xt, (((1,), (1,)), ((), ())), precision="highest", preferred_element_type=jnp.float32)
+      # Folding keeps XLA from going over the tile twice, for the least score and for where it is.
+      score, which = (ht - dot)[:part], jnp.zeros((part, points), jnp.int32)
+      for r in range(1, fold):
+        other = (ht - dot)[r * part : (r + 1) * part]
+        which = jnp.where(other < score, r, which)
+        score = jnp.where(other < score, other, score)
+      score, which = lax.optimization_barrier((score, which))
+      # Of equal scores the lowest index, here and (because of the strict comparison) between tiles.
+      least = score.min(axis=0)
+      index = which * part + lax.broadcasted_iota(jnp.int32, which.shape, 0)
+      index = jnp.where(score == least, index, len(half)).min(axis=0) + s * centroids
+      held = [lax.dynamic_slice_in_dim(b, t * points, points) for b in best]
+      held = jnp.where(least < held[0], least, held[0]), jnp.where(least < held[0], index, held[1])
+      return tuple(lax.dynamic_update_slice_in_dim(b, h, t * points, 0) for b, h in zip(better, held, strict=True))
+
+    # What a step reads is not what it writes, or XLA would copy all scores in every step.
+    return lax.fori_loop(0, -(-rows // points), one, best)
+
+  start = jnp.full(len(x), jnp.inf, jnp.float32), jnp.zeros(len(x), jnp.int32)
+  return lax.fori_loop(0, -(-k // centroids), against, start)
+
+
+def _unit(c: Array) -> Array:
+  return c / jnp.maximum(jnp.linalg.norm(c, axis=1, keepdims=True), 1e-30)
+
+
+def _share(count: Array, axis: str, mine: int) -> Array:
+  """How many of the first `count` are this device's; each device along the axis has `mine` places."""
+  return jnp.clip(count - lax.axis_index(axis) * mine, 0, mine)
+
+
+def _wrapped(mesh: Mesh, f: Callable[..., Any], inputs: Any, outputs: Any, **more: Any) -> Callable[..., Any]:
+  return jax.jit(jax.shard_map(f, mesh=mesh, in_specs=inputs, out_specs=outputs, check_vma=False), **more)
+
+
+@functools.cache
+def look_for(mesh: Mesh) -> Callable[..., Any]:
+  """The program (x, rows) -> |x|^2 of a chunk's points, and where the first one is that is not finite, or NONE."""
+
+  def look(x: Array, rows: Array) -> tuple[Array, Array]:
+    squares = (x.astype(jnp.float32) ** 2).sum(axis=1)
+    wrong = ~jnp.isfinite(squares) & (jnp.arange(len(x)) < _share(rows, "data", len(x)))
+    first = jnp.where(wrong.any(), jnp.argmax(wrong) + lax.axis_index("data") * len(x), NONE)
+    return squares, lax.pmin(first, "data")
+
+  return _wrapped(mesh, look, (P("data"), P()), (P("data"), P()))
+
+
+@functools.cache
+def programs_for(mesh: Mesh, tile: Tile, spherical: bool) -> Programs:
+  def nearest(x: Array, squares: Array, c: Array, rows: Array, k: Array) -> tuple[Array, Array]:
+    """The index among all centroids, and the squared distance, of this device's points."""
+    c = c.astype(jnp.float32 if on_cpu(mesh) else x.dtype)  # a CPU has no fast product of halves
+    half = 0.5 if spherical else (c.astype(jnp.float32) ** 2).sum(axis=1) / 2
+    half = jnp.where(jnp.arange(len(c)) < _share(k, "k", len(c)), half, FAR)
+    score, index = _nearest(x, c, half, _share(rows, "data", len(x)), _share(k, "k", len(c)), tile)
+    if mesh.shape["k"] > 1:
+      index += lax.axis_index("k") * len(c)
+      least = lax.pmin(score, "k")
+      score, index = least, lax.pmin(jnp.where(score == least, index, NONE), "k")
+    return index, jnp.maximum(squares + 2 * score, 0.0)
+
+  def assign(x: Array, squares: Array, c: Array, rows: Array, k: Array) -> tuple[Array, ...]:
+    return tuple(lax.all_gather(y, "data", tiled=True) for y in nearest(x, squares, c, rows, k))
+
+  def accumulate(
+    sums: Array, counts: Array, x: Array, squares: Array, c: Array, rows: Array, k: Array
+  ) -> tuple[Array, Array, Array]:
+    index, distance = nearest(x, squares, c, rows, k)
+    # Where a point's centroid is on this device; len(c), which is dropped, if it is on another one.
+    mine = jnp.arange(len(x)) < _share(rows, "data", len(x))
+    index -= lax.axis_index("k") * len(c)
+    index = jnp.where(mine & (index >= 0) & (index < len(c)), index, len(c))
+
+    def add(t: Array, to: tuple[Array, Array]) -> tuple[Array, Array]:
+      xt, at = (lax.dynamic_slice_in_dim(y, t * tile[0], tile[0]) for y in (x, index))
+      return to[0].at[at].add(xt.astype(jnp.float32), mode="drop"), to[1].at[at].add(1, mode="drop")
+
+    sums, counts = lax.fori_loop(0, -(-_share(rows, "data", len(x)) // tile[0]), add, (sums[0], counts[0]))
+    objective = jnp.where(mine, distance, 0.0).reshape(-1, tile[0]).sum(axis=1)  # the host adds these up
+    return sums[None], counts[None], lax.all_gather(objective, "data", tiled=True)
+
+  def move(sums: Array, counts: Array, c: Array) -> tuple[Array, Array]:
+    sums, counts = lax.psum(sums[0], "data"), lax.psum(counts[0], "data")
+    means = sums / jnp.maximum(counts, 1)[:, None]
+    # An empty cluster stays. A sum of points may be zero, and then has no direction.
+    moves = counts > 0 if not spherical else (counts > 0) & (jnp.abs(means).max(axis=1) > 0)
+    c = jnp.where(moves[:, None], _unit(means) if spherical else means, c)
+    return c, lax.all_gather(counts, "k", tiled=True)
+
+  def repair(c: Array, empty: Array, donors: Array) -> Array:
+    """Each empty centroid becomes a copy of its donor's; both move a hair apart, dimensions taking turns in sign."""
+    sign = jnp.where(jnp.arange(c.shape[1]) % 2, 1 + 1 / 1024, 1 - 1 / 1024)
+    rows = c.at[donors].get(mode="fill", fill_value=0)
+    halves = (_unit(rows * s) if spherical else rows * s for s in (sign, 2 - sign))
+    for at, half in zip((empty, donors), halves, strict=True):
+      c = c.at[at].set(half, mode="drop")
+    return c
+
+  def block(c: Array, at: Array, size: int) -> Array:
+    return lax.dynamic_slice_in_dim(c, at, size)
+
+  x, c, own, whole = P("data"), P("k"), P("data", "k"), P()
+  return Programs(
+    assign=_wrapped(mesh, assign, (x, x, c, whole, whole), (whole, whole)),
+    accumulate=_wrapped(mesh, accumulate, (own, own, x, x, c, whole, whole), (own, own, whole), donate_argnums=(0, 1)),
+    move=_wrapped(mesh, move, (own, own, c), (c, whole), donate_argnums=(0, 1)),
+    repair=jax.jit(repair, out_shardings=NamedSharding(mesh, c), donate_argnums=0),
+    block=jax.jit(block, static_argnums=2, out_shardings=NamedSharding(mesh, whole)),
+  )

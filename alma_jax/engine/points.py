@@ -1,0 +1,214 @@
+"""Points and centroids of k-means on a mesh ("data", "k"), of one process or of several.
+
+  points = Points(source, mesh_for(k, d), chunk, k, spherical)
+  labels, distances = points.assigned(centroids)        # [n] each, on every host
+  c, programs = points.placed(centroids)                # centroids on the devices, and what runs with so many of them
+
+`source` stays where it is (memory, disk): each process reads the rows of its own devices, a chunk at a time.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from alma_jax.engine.lloyd import Programs, look_for, on_cpu, programs_for
+from alma_jax.errors import UserError
+
+NEAR = 8  # rows no further apart are read as one slice
+CPU_TILE = 64, 1024  # points and centroids: their scores stay in the cache of a core
+TILE = 16384, 4096  # elsewhere: few kernel launches
+
+
+class ClusteringError(UserError):
+  """Points or settings that k-means cannot use; the message says which, and what is allowed."""
+
+
+class Source(Protocol):
+  """Points [n, d] that are read in slices: an array, a memory map, a view over many `.npy`."""
+
+  @property
+  def shape(self) -> tuple[int, ...]: ...
+
+  @property
+  def dtype(self) -> np.dtype: ...
+
+  def __getitem__(self, part: slice, /) -> np.ndarray: ...
+
+
+class Picked:
+  """Some rows of a source, in ascending order, as a source."""
+
+  def __init__(self, source: Source, rows: np.ndarray) -> None:
+    self.source, self.rows = source, rows
+    self.shape, self.dtype = (len(rows), source.shape[1]), source.dtype
+
+  def __getitem__(self, part: slice, /) -> np.ndarray:
+    rows = self.rows[part]
+    out = np.empty((len(rows), self.shape[1]), self.dtype)
+    cuts = np.flatnonzero(np.diff(rows) > NEAR) + 1
+    for a, b in zip([0, *cuts], [*cuts, len(rows)], strict=True):
+      if a < b:
+        out[a:b] = self.source[int(rows[a]) : int(rows[b - 1]) + 1][rows[a:b] - rows[a]]
+    return out
+
+
+def mesh_of(data: int, k: int, devices: Sequence[Any]) -> Mesh:
+  return jax.make_mesh((data, k), ("data", "k"), devices=devices, axis_types=(AxisType.Auto,) * 2)
+
+
+def mesh_for(k: int, d: int, devices: Sequence[Any] | None = None) -> Mesh:
+  """A mesh ("data", "k") over the devices (default: all of all hosts): all on "data" while centroids and sums take at
+  most a quarter of a device's memory, else the fewest on "k" with which they do."""
+  devices = jax.devices() if devices is None else devices
+  room = _room(devices) // 4
+  ways = [w for w in range(1, len(devices) + 1) if len(devices) % w == 0]
+  fits = [w for w in ways if 2 * 4 * d * -(-k // w) <= room]
+  if not fits:
+    raise ClusteringError(
+      f"k-means: {k} centroids of {d} dimensions and their sums do not fit a quarter of the memory of {len(devices)}"
+      " devices; take more devices, fewer clusters or fewer dimensions"
+    )
+  return mesh_of(len(devices) // fits[0], fits[0], devices)
+
+
+def _room(devices: Sequence[Any]) -> int:
+  """Bytes of memory of a device, the least that any process of these devices has: all must plan alike."""
+  mine = _memory(next(x for x in devices if x.process_index == jax.process_index()))
+  if len({x.process_index for x in devices}) == 1:
+    return mine
+  return int(multihost_utils.process_allgather(np.array(mine >> 20, np.int32)).min()) << 20  # there are no 64 bits
+
+
+def _memory(device: Any) -> int:
+  """Bytes; of a CPU device its share of this machine's."""
+  stats = device.memory_stats() if device.platform != "cpu" else None
+  if stats and "bytes_limit" in stats:
+    return stats["bytes_limit"]
+  return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // max(1, jax.local_device_count())
+
+
+def _up(n: int, step: int) -> int:
+  return -(-n // step) * step
+
+
+def power_of_two(n: int) -> int:
+  """The next one."""
+  return 1 << (n - 1).bit_length()
+
+
+class Points:
+  """Points that pass over the devices chunk by chunk, or stay there if they are one chunk."""
+
+  def __init__(
+    self, source: Source, mesh: Mesh, chunk: int | None, k: int, spherical: bool, rounded: bool = False
+  ) -> None:
+    """k: the most centroids there will be. rounded: few shapes for many sizes, so that few programs are compiled."""
+    self.source, self.mesh, self.chunk, self.spherical, self.rounded = source, mesh, chunk, spherical, rounded
+    self.n, self.d = source.shape
+    self.dtype = np.dtype(source.dtype)
+    if self.dtype.itemsize != 2 or self.dtype.kind in "iu":
+      self.dtype = np.dtype(np.float32)
+    self.held: tuple[Array, Array, Array] | None = None  # the only chunk, once it is read
+    # L, the rows of a device, are a whole number of tiles; a chunk has L rows for each device along "data".
+    each = -(-min(self.n, chunk or self._fitting(k), 1 << 30) // mesh.shape["data"])
+    each = power_of_two(each) if rounded else each
+    self._tiles = CPU_TILE if on_cpu(mesh) else TILE
+    self.tile = min(_up(each, 16), self._tiles[0])
+    self.rows = _up(each, self.tile) * mesh.shape["data"]
+
+  def _fitting(self, k: int) -> int:
+    """Rows that the devices hold at a time."""
+    room = _room(list(self.mesh.devices.flat)) * (0.4 if on_cpu(self.mesh) else 0.8)
+    room -= 4 * 4 * self.d * -(-k // self.mesh.shape["k"])  # centroids old and new, sums and a spare
+    rows = int(max(room, 0) // (self.d * self.dtype.itemsize + 32)) * self.mesh.shape["data"]
+    return self.n if rows >= self.n else max(rows // 2, 1)  # the next chunk is read while one is used
+
+  def each(self, f: Callable[[Array, Array, int], Any]) -> list[Any]:
+    """What f(x, squares, rows) gives for every chunk, on the host; the next one is read while one computes."""
+    found, running = [], None
+    for at in range(0, self.n, self.rows):
+      x, squares, wrong = self.held or self._read(at)
+      if running:
+        found.append(self._ended(*running))
+      running = at, wrong, f(x, squares, min(self.n - at, self.rows))
+    return [*found, self._ended(*running)] if running else found
+
+  def _read(self, at: int) -> tuple[Array, Array, Array]:
+    """The chunk from row `at` on: x, |x|^2, and where the first point is that is not finite."""
+    rows = min(self.n - at, self.rows)
+
+    @functools.cache  # devices that differ in "k" only hold the same rows
+    def share(start: int, stop: int) -> np.ndarray:
+      out = np.zeros((stop - start, self.d), self.dtype)
+      if start < rows:
+        stop = min(stop, rows)
+        out[: stop - start] = self.source[at + start : at + stop]
+      return out
+
+    def read(index: Any) -> np.ndarray:
+      return share(*index[0].indices(self.rows)[:2])
+
+    x = jax.make_array_from_callback((self.rows, self.d), NamedSharding(self.mesh, P("data")), read)
+    squares, wrong = look_for(self.mesh)(x, rows)
+    if self.rows >= self.n:
+      self.held = x, squares, wrong
+    return x, squares, wrong
+
+  def _ended(self, at: int, wrong: Array, result: Any) -> Any:
+    if int(wrong) < self.rows:
+      source, row = self.source, at + int(wrong)
+      while isinstance(source, Picked):  # its number in the caller's points
+        source, row = source.source, int(source.rows[row])
+      raise ClusteringError(f"k-means: point {row} has a value that is not finite, or too large for its square in fp32")
+    return jax.device_get(result)
+
+  def placed(self, centroids: np.ndarray) -> tuple[Array, Programs]:
+    """Centroids of the host on the devices, and the programs for so many."""
+    k, ways = len(centroids), self.mesh.shape["k"]
+    each = -(-(power_of_two(k) if self.rounded else k) // ways)
+    tiles = -(-each // self._tiles[1])
+    tile = _up(-(-each // tiles), 64)
+    padded = np.zeros((tile * tiles * ways, self.d), np.float32)
+    padded[:k] = centroids
+    c = jax.make_array_from_callback(padded.shape, NamedSharding(self.mesh, P("k")), lambda index: padded[index])
+    return c, programs_for(self.mesh, (self.tile, tile), self.spherical)
+
+  def zeros(self, c: Array) -> tuple[Array, Array]:
+    """Sums and counts of each device's own points for the centroids c."""
+    place, ways = NamedSharding(self.mesh, P("data", "k")), self.mesh.shape["data"]
+    sums = jnp.zeros((ways, *c.shape), jnp.float32, device=place)
+    return sums, jnp.zeros((ways, c.shape[0]), jnp.int32, device=place)
+
+  def assigned(self, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Labels int32 [n] and squared distances fp32 [n], on every host."""
+    c, programs = self.placed(centroids)
+    parts = self.each(lambda x, squares, rows: programs.assign(x, squares, c, rows, len(centroids)))
+    labels, distances = (np.concatenate(part)[: self.n] for part in zip(*parts, strict=True))
+    return labels, distances
+
+  def chosen(self, rows: np.ndarray) -> np.ndarray:
+    """These points as fp32 on every host, each of which reads a share of them."""
+    if len({x.process_index for x in self.mesh.devices.flat}) == 1:
+      return np.asarray(Picked(self.source, rows)[:], np.float32)
+    ways, mine = jax.process_count(), jax.process_index()
+    share = -(-len(rows) // ways)
+    padded = np.pad(rows, (0, share * ways - len(rows)), mode="edge")
+    read = np.asarray(Picked(self.source, padded[mine * share : (mine + 1) * share])[:], np.float32)
+    return np.asarray(multihost_utils.process_allgather(read)).reshape(-1, self.d)[: len(rows)]
+
+
+def fetched(c: Array, k: int, programs: Programs) -> np.ndarray:
+  """The first k centroids on every host; in blocks, because there may be more than one device can hold."""
+  if c.is_fully_addressable:
+    return np.array(c)[:k]
+  size = next(s for s in (65536, 4096, 64) if len(c) % s == 0)
+  return np.concatenate([np.asarray(programs.block(c, at, size)) for at in range(0, len(c), size)])[:k]
