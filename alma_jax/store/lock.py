@@ -21,6 +21,10 @@ ABANDONED = 600.0  # a lock from another machine this old is abandoned without w
 _logger = logging.getLogger(__name__)
 
 
+class LockedError(RunError):
+  """Another process writes in the run directory."""
+
+
 class Lock:
   """The file `.lock`: it names the process that writes in this run directory. A thread touches it, which shows other
   machines that the process lives."""
@@ -77,12 +81,12 @@ class Lock:
     if holder["host"] == socket.gethostname():
       if not _is_alive(holder["pid"]) or _process_mark(holder["pid"]) != holder["process"]:
         return self._remove(text)
-      raise RunError(
+      raise LockedError(
         f"another process (pid {holder['pid']}) is using this run directory: {self.path.parent}.\n"
         "Wait for it, stop it, or start in another --workdir."
       )
     if self._shows_life():
-      raise RunError(
+      raise LockedError(
         f"another process is using this run directory: {where}.\n"
         f"Wait for it or start in another --workdir. If you know that it is gone, remove {self.path}."
       )
@@ -103,9 +107,9 @@ class Lock:
     end = time.monotonic() + SILENCE
     while time.monotonic() < end:
       time.sleep(min(1.0, SILENCE / 10))
-      now = self._stamp()
-      if now != first:
-        return now is not None  # None: the holder has just released it
+      last = self._stamp()
+      if last != first:
+        return last is not None  # None: the holder has just released it
     return False
 
   def _stamp(self) -> float | None:

@@ -42,6 +42,14 @@ _SHOWN = 60  # characters of a changed value in a message
 T = TypeVar("T")
 
 
+class ChangedError(RunError):
+  """A stage was made with other values than this start asks for: name -> "old -> new"."""
+
+  def __init__(self, message: str, changed: Mapping[str, str]) -> None:
+    super().__init__(message)
+    self.changed = changed
+
+
 class Run:
   """One run directory. `barrier(name)` returns when all processes have called it; `made_with` (versions, devices)
   enters every manifest, outside the fingerprint."""
@@ -77,9 +85,11 @@ class Run:
     if self._lock:
       self._lock.release()
 
-  def stage(self, name: str, fields: Mapping[str, Any], inputs: "Mapping[str, Input] | None" = None) -> "Stage":
+  def stage(
+    self, name: str, fields: Mapping[str, Any], inputs: "Mapping[str, Input] | None" = None, suffix: str = ".parquet"
+  ) -> "Stage":
     """The stage of this name; `fields`, nested or flat, are what decides its result besides the inputs."""
-    return Stage(self, name, _fingerprint(fields, inputs or {}))
+    return Stage(self, name, _fingerprint(fields, inputs or {}), suffix)
 
   def log(self, event: str, **fields: Any) -> None:
     if self.process == 0:
@@ -123,8 +133,9 @@ class Run:
 class Stage:
   """One artefact: a directory of parts and files, done when its manifest is there. Made by `Run.stage`."""
 
-  def __init__(self, run: Run, name: str, fingerprint: dict[str, Any]) -> None:
+  def __init__(self, run: Run, name: str, fingerprint: dict[str, Any], suffix: str = ".parquet") -> None:
     self.run, self.name, self.dir, self.fingerprint = run, name, run.dir / name, fingerprint
+    self.suffix = suffix  # of the parts
     self._manifest: Manifest | None = None
     self._parts: int | None = None  # None until it is known
     # Listed before the fingerprint is read: another process may be writing both just now, in the opposite order.
@@ -166,7 +177,7 @@ class Stage:
     return len(self.manifest["parts"])
 
   def part_path(self, i: int, n: int) -> pathlib.Path:
-    return self.dir / shards.part_name(i, n)
+    return (self.dir / shards.part_name(i, n)).with_suffix(self.suffix)
 
   def missing(self, n: int) -> list[int]:
     """The indices of the parts, of n, that are not on disk."""
@@ -181,6 +192,12 @@ class Stage:
     self, i: int, n: int, records: Sequence[T], kind: type[T], counts: Mapping[str, Any] | None = None
   ) -> None:
     """Writes part i of n; `counts` are numbers, nested as you like, that the manifest sums over the parts."""
+    self.write_file(i, n, lambda path: shards.write_records(path, records, kind), len(records), counts)
+
+  def write_file(
+    self, i: int, n: int, write: Callable[[pathlib.Path], str], rows: int, counts: Mapping[str, Any] | None = None
+  ) -> None:
+    """The same for a part of any format: `write(path)` writes it and returns its digest."""
     if self.done:
       raise RuntimeError(f"write_part on stage {self.name}, which is done; check stage.done first")
     self._count(n)
@@ -188,8 +205,8 @@ class Stage:
     path = self.part_path(i, n)
     # A sidecar speaks for the part beside it, so the old one goes first and the new one comes last.
     path.with_suffix(".json").unlink(missing_ok=True)
-    digest = shards.write_records(path, records, kind)
-    row = {"digest": digest, "size": path.stat().st_size, "rows": len(records), "counts": counts or {}}
+    digest = write(path)
+    row = {"digest": digest, "size": path.stat().st_size, "rows": rows, "counts": counts or {}}
     shards.write_json(path.with_suffix(".json"), row)
     self.beat()
 
@@ -211,9 +228,6 @@ class Stage:
     self._manifest = load_manifest(self.dir)
     self._parts = self.parts
     return self.manifest
-
-  def read(self, kind: type[T], part: int | None = None) -> list[T]:
-    return Artefact(self, kind).read(part)
 
   def _write_manifest(self, counts: dict[str, Any], files: Sequence[str], extra: dict[str, Any]) -> None:
     self.run.check()
@@ -280,13 +294,14 @@ class Stage:
       self._mismatch(changed, done)
 
   def _mismatch(self, changed: dict[str, tuple[str, str]], done: bool) -> None:
-    lines = [f"  {key}: {_change(*pair)}" for key, pair in changed.items()]
-    raise RunError(
+    shown = {key: _change(*pair) for key, pair in changed.items()}
+    raise ChangedError(
       f"run directory {self.run.dir}: stage {self.name} {'was made' if done else 'is half made'}"
       " with other values than this start asks for:\n"
-      + "\n".join(lines)
+      + "\n".join(f"  {key}: {change}" for key, change in shown.items())
       + f"\nPut the old value back, or start in another --workdir, or delete {self.dir} to have it made again"
-      " (stages made from it will then ask for the same)."
+      " (stages made from it will then ask for the same).",
+      shown,
     )
 
 
@@ -359,10 +374,6 @@ def read_stage(directory: str | pathlib.Path, kind: type[T], part: int | None = 
   names = [p["name"] for p in load_manifest(directory)["parts"]]
   names = names if part is None else [names[part]]
   return shards.read_records([pathlib.Path(directory) / name for name in names], kind)
-
-
-def rows_of(stage: Stage, kind: type[T], rows: np.ndarray) -> list[T]:
-  return Artefact(stage, kind).rows(rows)
 
 
 def _check_format(run: pathlib.Path) -> None:
