@@ -39,7 +39,6 @@ import os
 import sys
 import tempfile
 import time
-import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -162,7 +161,8 @@ def ours(directory: str, batches: Callable[[int], Any], steps: int, objective: A
 
   optimizer = train.Optimizer(RATE, RATE, 0.0, *BETAS, EPS, DECAY, CLIP, schedule="constant")
   start, mesh = time.process_time(), one_device()
-  plan = train.planned(weights.load(directory).c, mesh, optimizer, objective, batches(0))
+  task = train.Task(optimizer, objective, mesh, steps)
+  plan = train.planned(weights.load(directory).c, task, batches(0))
   compiling = time.process_time() - start
 
   def run() -> Trained:
@@ -172,7 +172,7 @@ def ours(directory: str, batches: Callable[[int], Any], steps: int, objective: A
       losses.append(metrics["loss"])
 
     start = time.process_time()
-    model = jax.block_until_ready(train.fit(model, batches, steps, optimizer, objective, mesh, plan, report=report))
+    model = jax.block_until_ready(train.fit(model, batches, task, plan, train.Hooks(report=report)))
     return Trained(time.process_time() - start, losses, jax.tree.leaves(jax.device_get(model)))
 
   run()  # compiles the rest
@@ -190,9 +190,9 @@ def one_device() -> Any:
 
 def in_order(data: Any, batch: int, row_length: int) -> Any:
   """The batches of one epoch in the order of the data."""
-  from alma_jax.runtime.batches import Batches
+  from alma_jax.runtime.batches import Batches, Sizes
 
-  return Batches(data, types.SimpleNamespace(batch=batch, row_length=row_length), seed=None, unit=1)
+  return Batches(data, Sizes(batch=batch, epochs=1, row_length=row_length), seed=None, unit=1)
 
 
 def read(directory: str) -> Any:

@@ -1,101 +1,119 @@
-"""Log-probabilities of targets, fp32, that never hold all logits where they are large.
+"""Log-probabilities of targets, fp32, without all logits where those are large.
 
-  token_logprobs(model, hidden, targets, where)      log p of every target; what is not asked for is not computed
-  weighted_logprobs(model, hidden, targets, weights) their weighted sum, with its gradient made on the way
+  token_logprobs(model, hidden, targets, where)        log p of every target; 0 where `where` is False
+  weighted_logprobs(model, hidden, targets, weights)   their weighted sum, with its gradient made on the way
 
-Only supervised places are taken, a tile of them at a time: prompts and padding cost nothing. `token_logprobs` makes
-every tile again in the backward pass, because what a place weighs there follows from whole sequences;
-`weighted_logprobs` knows the weights and makes each tile once, at a quarter less of arithmetic. Logits of at most
-`DENSE_BYTES` are made at once instead, which is quicker for them. Under a mesh each device has the tiles of its own
-rows and its share of the vocabulary. The gradients have the inputs' dtype; statistics and sums are fp32.
+Prompts and padding cost nothing: only supervised places are taken, a tile of them at a time. With 2 rows of 6 tokens,
+x for what is supervised, and tiles of 3 places:
+
+  where      . . x x . .        places   2  3  8        logits of a tile   [3, V]
+             . . x x x .                 9 10 12        2 tiles are made; a third and fourth would hold no x
+  numbered   0 .. 11            12 is one too far: reading there gives 0, writing there does nothing
+
+`token_logprobs` makes every tile again in the backward pass, because the weight of a place there follows from whole
+sequences; `weighted_logprobs` knows the weights and makes each tile once, with a quarter less arithmetic. Logits of at
+most `DENSE_BYTES` are made at once instead, which is quicker for them. Under a mesh each device has the tiles of its
+own rows and its share of the vocabulary. The gradients have the inputs' dtype; statistics and sums are fp32.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from alma_jax.llama import model as llama
-from alma_jax.llama.sharding import BATCH
+from alma_jax.llama.sharding import BATCH, platform
+
+Axes = Literal["vd", "dv"]  # of the head's weight: [V, D] where it is the embedding table, else [D, V]
 
 # Bytes are of fp32 logits, on each device. Every tile adds to the gradient of the whole head: with fewer places than
-# these that traffic shows beside the arithmetic, and with more tiles less is made that nobody asked for.
+# these that traffic shows beside the arithmetic, and with more tiles fewer unsupervised places are computed.
 DENSE_BYTES = 4 * 2**20
 LEAST_PLACES = {"cpu": 128, "gpu": 4096, "tpu": 4096}
 TILE_BYTES = {"cpu": 128 * 2**20, "gpu": 2 * 2**30, "tpu": 2 * 2**30}
 TILES = 8
 
 
-def token_logprobs(model, hidden, targets, where=None):
+def token_logprobs(model: llama.Llama, hidden: Array, targets: Array, where: Array | None = None) -> Array:
   """fp32 log p(target) [B, T] for hidden [B, T, D] and targets [B, T]; 0 where `where` [B, T] is False."""
   tile, where = _tile(model, targets), jnp.ones(targets.shape, bool) if where is None else where
   if not tile:
     return jnp.where(where, _dense(model, hidden, targets), 0.0)
 
-  def logprobs(weight, *rows):
-    return _tiled(_axes(model), tile, weight, *map(_flat, rows)).reshape(rows[1].shape)
+  def logprobs(weight: Array, *rows: Array) -> Array:
+    out: Any = _tiled(_axes(model), tile, weight, *map(_flat, rows))
+    return out.reshape(rows[1].shape)
 
   return _on_own_rows(logprobs, targets)(_weight(model), hidden, targets, where)
 
 
-def weighted_logprobs(model, hidden, targets, weights):
+def weighted_logprobs(model: llama.Llama, hidden: Array, targets: Array, weights: Array) -> Array:
   """Sum of weights * log p(target), a scalar. The weights are constants; where they are 0, nothing is computed."""
   tile, weights = _tile(model, targets), jax.lax.stop_gradient(weights)
   if not tile:
     return (jnp.where(weights != 0, _dense(model, hidden, targets), 0.0) * weights).sum()
 
-  def total(weight, *rows):
-    return _tiled_sum(_axes(model), tile, weight.dtype, weight, *map(_flat, rows))[None]  # one for each device
+  def total(weight: Array, *rows: Array) -> Array:
+    out: Any = _tiled_sum(_axes(model), tile, weight.dtype, weight, *map(_flat, rows))
+    return out[None]  # one for each device
 
   return _on_own_rows(total, targets)(_weight(model), hidden, targets, weights).sum()
 
 
-def _weight(model):
-  return (model.embed if model.c.tied else model.head)[...]
+def _weight(model: llama.Llama) -> Array:
+  return (model.embed if model.head is None else model.head)[...]
 
 
-def _axes(model):
+def _axes(model: llama.Llama) -> Axes:
   return "vd" if model.c.tied else "dv"
 
 
-def _flat(x):
+def _flat(x: Array) -> Array:
   return x.reshape(-1, *x.shape[2:])
 
 
-def _dense(model, hidden, targets):
+def _dense(model: llama.Llama, hidden: Array, targets: Array) -> Array:
   z = llama.logits(model, hidden)
   return jnp.take_along_axis(z, targets[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(z, axis=-1)
 
 
-def _picked(z, targets):
+def _picked(z: Array, targets: Array) -> Array:
   """The logits of the targets: a sum over what `tensor` has split, where indexing would gather it."""
   return jnp.where(_hits(z, targets), z, 0.0).sum(axis=-1)
 
 
-def _hits(z, targets):
+def _hits(z: Array, targets: Array) -> Array:
   return jnp.arange(z.shape[-1]) == targets[..., None]
 
 
-def _tile(model, targets):
-  """How many places a device takes at a time; 0: all at once."""
+def _tile(model: llama.Llama, targets: Array) -> int:
+  """The number of places that a device takes at a time; 0: all at once.
+
+  A tile's logits fit into TILE_BYTES. Within that it takes a TILES-th of the places, but at least LEAST_PLACES: with
+  8 rows of 512 places and a vocabulary of 32,000 on one CPU device, max(128, 4096 / 8) = 512.
+  """
   mesh = jax.sharding.get_abstract_mesh()
   ways = 1 if _whole(targets, mesh) else mesh.shape["data"] * mesh.shape["fsdp"]
   shared = 1 if mesh.empty or model.c.vocab % mesh.shape["tensor"] else mesh.shape["tensor"]
   places, each = targets.size // ways, 4 * model.c.vocab // shared
   if places * each <= DENSE_BYTES:
     return 0
-  platform = jax.default_backend()
-  return max(1, min(TILE_BYTES[platform] // each, places, max(LEAST_PLACES[platform], places // TILES)))
+  return max(1, min(TILE_BYTES[platform()] // each, places, max(LEAST_PLACES[platform()], places // TILES)))
 
 
-def _whole(targets, mesh):
-  """Whether every device has all the rows that there are here: no mesh, rows that its ways do not divide, or the inside
-  of a shard_map over these ways."""
-  return mesh.empty or "data" in mesh.manual_axes or targets.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"])
+def _whole(targets: Array, mesh: jax.sharding.AbstractMesh) -> bool:
+  """True if each device holds every row: there is no mesh, the batch axes do not divide the rows, or we are already
+  inside a shard_map over those axes."""
+  if mesh.empty or "data" in mesh.manual_axes:
+    return True
+  return targets.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) != 0
 
 
-def _on_own_rows(f, targets):
+def _on_own_rows(f: Callable[..., Array], targets: Array) -> Callable[..., Array]:
   """f(weight, arrays by rows) on every device's own rows: then no tile takes from two devices, and the devices' shares
   of the weight's gradient meet once, at the end."""
   if _whole(targets, jax.sharding.get_abstract_mesh()):
@@ -104,42 +122,49 @@ def _on_own_rows(f, targets):
   return jax.shard_map(f, in_specs=specs, out_specs=P(BATCH), axis_names=set(BATCH), check_vma=False)
 
 
-def _tiles(tile, where):
-  """(places [tiles, tile], those where `where` is True first and then none, which is one too far; tiles with any)."""
+# The parts of a tile; N = B * T places are numbered through
+
+
+def _tiles(tile: int, where: Array) -> tuple[Array, Array]:
+  """(places [tiles, tile], number of tiles with any): the places where `where` [N] is True, then N, one too far."""
   n = where.shape[0]
   places = jnp.nonzero(where, size=-(-n // tile) * tile, fill_value=n)[0].reshape(-1, tile)
   return places, (where.sum() + tile - 1) // tile
 
 
-def _at(x, places):
+def _at(x: Array, places: Array) -> Array:
   return x.at[places].get(mode="fill", fill_value=0)
 
 
-def _put(x, places, values):
+def _put(x: Array, places: Array, values: Array) -> Array:
   return x.at[places].set(values.astype(x.dtype), mode="drop")
 
 
-def _logits(axes, weight, x):
+def _logits(axes: Axes, weight: Array, x: Array) -> Array:
+  """[n, V] for x [n, D]."""
   return jnp.einsum(f"nd,{axes}->nv", x, weight, preferred_element_type=jnp.float32)
 
 
-def _gradients(axes, weight, x, dz):
-  """(of x, of the weight) for dz, the gradient of the logits."""
+def _gradients(axes: Axes, weight: Array, x: Array, dz: Array) -> tuple[Array, Array]:
+  """(of x, of the weight) for dz [n, V], the gradient of the logits."""
   dz = dz.astype(jnp.result_type(x, weight))
   dx = jnp.einsum(f"nv,{axes}->nd", dz, weight, preferred_element_type=jnp.float32)
   return dx, jnp.einsum(f"nd,nv->{axes}", x, dz, preferred_element_type=jnp.float32)
 
 
+# log p of every place. The backward pass gets the gradient g [N] of each and makes the tiles again.
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _tiled(axes, tile, weight, x, y, where):
+def _tiled(axes: Axes, tile: int, weight: Array, x: Array, y: Array, where: Array) -> Array:
   """log p(y) [N] for x [N, D], 0 where `where` is False."""
   return _tiled_forward(axes, tile, weight, x, y, where)[0]
 
 
-def _tiled_forward(axes, tile, weight, x, y, where):
+def _tiled_forward(axes: Axes, tile: int, weight: Array, x: Array, y: Array, where: Array) -> tuple[Array, Any]:
   places, count = _tiles(tile, where)
 
-  def step(i, found):
+  def step(i: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
     at = places[i]
     z = _logits(axes, weight, _at(x, at))
     lse = jax.nn.logsumexp(z, axis=-1)
@@ -150,14 +175,15 @@ def _tiled_forward(axes, tile, weight, x, y, where):
   return logprobs, (weight, x, y, where, lse)
 
 
-def _tiled_backward(axes, tile, kept, g):
+def _tiled_backward(axes: Axes, tile: int, kept: Any, g: Array) -> tuple[Array, Array, None, None]:
   weight, x, y, where, lse = kept
   places, count = _tiles(tile, where)
 
-  def step(i, found):
+  def step(i: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
     at = places[i]
     mine = _at(x, at)
     z = _logits(axes, weight, mine)
+    # d log p(y) / dz = (1 at y, 0 elsewhere) - p, and p = exp(z - lse)
     dz = (_hits(z, _at(y, at)) - jnp.exp(z - _at(lse, at)[:, None])) * _at(g, at)[:, None]
     dx, dw = _gradients(axes, weight, mine, dz)
     return _put(found[0], at, dx), found[1] + dw
@@ -169,19 +195,26 @@ def _tiled_backward(axes, tile, kept, g):
 _tiled.defvjp(_tiled_forward, _tiled_backward)
 
 
+# Their weighted sum. Its gradients are known in the forward pass, where the logits are; the backward pass scales them.
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _tiled_sum(axes, tile, dtype, weight, x, y, weights):
+def _tiled_sum(axes: Axes, tile: int, dtype: Any, weight: Array, x: Array, y: Array, weights: Array) -> Array:
   """Sum of weights * log p(y) for x [N, D]."""
-  return (_tiled(axes, tile, weight, x, y, weights != 0) * weights).sum()
+  logprobs: Any = _tiled(axes, tile, weight, x, y, weights != 0)
+  return (logprobs * weights).sum()
 
 
-def _tiled_sum_forward(axes, tile, dtype, weight, x, y, weights):
+def _tiled_sum_forward(
+  axes: Axes, tile: int, dtype: Any, weight: Array, x: Array, y: Array, weights: Array
+) -> tuple[Array, tuple[Array, Array]]:
   places, count = _tiles(tile, weights != 0)
 
-  def step(i, found):
+  def step(i: Array, found: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
     at = places[i]
     mine, targets, w = _at(x, at), _at(y, at), _at(weights, at)
     z = _logits(axes, weight, mine)
+    # One exp of the logits gives the log-prob and, divided by its sum, the probabilities of the gradient.
     most = z.max(axis=-1, keepdims=True)
     p = jnp.exp(z - most)
     mass = p.sum(axis=-1, keepdims=True)
@@ -194,7 +227,9 @@ def _tiled_sum_forward(axes, tile, dtype, weight, x, y, weights):
   return total, (dx, dw)
 
 
-def _tiled_sum_backward(axes, tile, dtype, kept, g):
+def _tiled_sum_backward(
+  axes: Axes, tile: int, dtype: Any, kept: tuple[Array, Array], g: Array
+) -> tuple[Array, Array, None, None]:
   dx, dw = kept
   return (g * dw).astype(dtype), (g * dx).astype(dx.dtype), None, None
 

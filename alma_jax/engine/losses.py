@@ -1,14 +1,16 @@
 """Losses, all fp32, over one core of log-probabilities (engine/crossentropy.py).
 
-  sft(model, batch), preference(model, batch, Preference("ipo", beta=0.1)), grpo(model, batch, Grpo())
+  loss, metrics = sft(model, batch)
+  loss, metrics = preference(model, batch, Preference("ipo", beta=0.1))
+  loss, metrics = grpo(model, batch, Grpo())
 
 A loss and its metrics are sums over the batch divided by `totals` of it. Given the totals of the whole batch, the
 losses of its parts add up to that of the whole.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,43 +28,50 @@ Metrics = dict[str, Array]
 
 @dataclasses.dataclass(frozen=True)
 class How:
-  """How the model is run: what is kept for the backward pass (`llama.model.REMAT`), and the last layer's dropout."""
+  """How the model is run: what is kept for the backward pass (a word of `llama.model.REMAT`), and the dropout of the
+  last layer."""
 
   remat: str = "none"
   dropout: float = 0.0
 
 
-def totals(batch):
+def totals(batch: Batch) -> Totals:
   """What the losses of a batch are divided by."""
   found = {"weight": jnp.maximum(batch["weights"].sum(), 1.0)}
   return found | ({"pairs": jnp.maximum(batch["real"].sum(), 1.0)} if "real" in batch else {})
 
 
-def batch_logprobs(model, batch, how=How()):
+def batch_logprobs(model: llama.Llama, batch: Batch, how: How = How()) -> Array:
   """fp32 [rows, T] log-probs of the batch's targets, zero where nothing is supervised."""
   return token_logprobs(model, _hidden(model, batch, how), batch["targets"], batch["weights"] > 0)
 
 
-def _hidden(model, batch, how):
+def _hidden(model: llama.Llama, batch: Batch, how: How) -> Array:
   forks = llama.Forks(batch["second"], batch["order"], batch["order_segments"]) if "second" in batch else None
   dropout = llama.Dropout(how.dropout, jax.random.wrap_key_data(batch["key"])) if how.dropout else None
   text = batch["tokens"], batch["positions"], batch["segments"]
-  return llama.hidden_states(model, *text, remat=how.remat, forks=forks, dropout=dropout)
+  return llama.hidden_states(model, *text, forks, llama.TrainingPass(how.remat, dropout))
 
 
-def sequence_logprobs(logprobs, batch, sequences):
-  """Sum of the weighted token log-probs of every packed sequence, [sequences]; padding falls into a spare bin."""
+def sequence_logprobs(logprobs: Array, batch: Batch, sequences: int) -> Array:
+  """[sequences] sums of the weighted token log-probs of every packed sequence; padding falls into a spare bin.
+
+  example   0  0  0  1  1 -1        sums of a row, with sequences = 2:
+  index     0  0  0  1  1  2        [0 + 0 + 0, 1 + 1], and bin 2 is dropped
+  """
   index = jnp.where(batch["example"] >= 0, batch["example"], sequences)
   sums = jax.ops.segment_sum((logprobs * batch["weights"]).ravel(), index.ravel(), sequences + 1)
   return sums[:sequences]
 
 
-def sft(model, batch, how=How(), whole=None):
+def sft(model: llama.Llama, batch: Batch, how: How = How(), whole: Totals | None = None) -> tuple[Array, Metrics]:
   """(loss, metrics): weighted NLL over the whole batch divided by its weight."""
   total = weighted_logprobs(model, _hidden(model, batch, how), batch["targets"], batch["weights"])
   loss = -total / (whole or totals(batch))["weight"]
   return loss, {"loss": loss, "target_tokens": (batch["weights"] > 0).sum()}
 
+
+# Preferences
 
 # Every preference loss and the parameters it has beside beta and nll_weight.
 PREFERENCES: dict[str, tuple[str, ...]] = {
@@ -114,45 +123,64 @@ class Preference(Checked):
       raise ConfigError(f"label_smoothing is 0, with which the loss {self.loss!r} is 'dpo': set it, for example to 0.1")
 
   @property
-  def sides(self):
+  def sides(self) -> int:
     """Sequences of a pair: chosen, rejected and, for kto, a response to another prompt."""
     return 3 if self.loss == "kto" else 2
 
   @property
-  def has_reference(self):
+  def has_reference(self) -> bool:
     return self.loss != "simpo"
 
   @property
-  def per_token(self):
+  def per_token(self) -> bool:
     return self.loss in ("ipo", "dpo_norm", "simpo")
 
 
-def preference(model, batch, p, how=How(), whole=None):
-  """(loss, metrics). The sequences 2 i and 2 i + 1 are pair i's chosen and rejected; `reference` [pairs, sides] holds
-  the reference's log-probs, if the loss has one, `real` [pairs] is 0 for what only fills the batch up, and `kl` is
-  `divergence`, if the loss has that."""
+class ScoredPairs(NamedTuple):
+  """What a preference loss is computed from; chosen and rejected stand in the columns."""
+
+  logprobs: Array  # [pairs, 2] of the whole responses
+  lengths: Array  # [pairs, 2] in tokens
+  reference: Array | None  # [pairs, 2] the reference's log-probs, if the loss has one
+  real: Array  # [pairs] 0 for what only fills the batch up
+  kl: Array | float = 0.0  # kto: the average log-ratio, see `divergence`
+
+
+def preference(
+  model: llama.Llama, batch: Batch, p: Preference, how: How = How(), whole: Totals | None = None
+) -> tuple[Array, Metrics]:
+  """(loss, metrics). The sequences 2 i and 2 i + 1 are pair i's chosen and rejected. `real` [pairs] is 0 for what only
+  fills the batch up; `reference` [pairs, sides] and `kl` are there if the loss has them."""
   pairs = batch["real"].shape[0]
-  of = lambda x: sequence_logprobs(x, batch, 2 * pairs).reshape(pairs, 2)
-  logprobs, lengths = of(batch_logprobs(model, batch, how)), of(jnp.ones(batch["weights"].shape))
+
+  def by_pair(x: Array) -> Array:
+    return sequence_logprobs(x, batch, 2 * pairs).reshape(pairs, 2)
+
+  logprobs, lengths = by_pair(batch_logprobs(model, batch, how)), by_pair(jnp.ones(batch["weights"].shape))
   reference = batch["reference"][:, :2] if p.has_reference else None
   here = batch["real"] * (lengths[:, 0] > 0)  # the others are in other parts of the batch
-  count = (whole or totals(batch))["pairs"]
-  loss, metrics = preference_of(p, logprobs, lengths, reference, here, count, batch.get("kl"))
+  scored = ScoredPairs(logprobs, lengths, reference, here, batch.get("kl", 0.0))
+  loss, metrics = preference_of(p, scored, (whole or totals(batch))["pairs"])
   return loss, metrics | {"target_tokens": (batch["weights"] > 0).sum()}
 
 
-def divergence(logprobs, reference, real):
+def divergence(logprobs: Array, reference: Array, real: Array) -> Array:
   """The average log-ratio of sequences [pairs], at least 0: a constant, without a gradient."""
   ratios = (logprobs - reference) * real
   return jax.lax.stop_gradient(jnp.maximum(ratios.sum() / jnp.maximum(real.sum(), 1.0), 0.0))
 
 
-def preference_of(p, logprobs, lengths, reference, real, count=None, kl=None):
-  """`preference` from the log-probs and lengths [pairs, 2]: the sum over the real pairs divided by `count`, which is
-  how many there are, unless the batch has more."""
-  count, lengths = jnp.maximum(real.sum(), 1.0) if count is None else count, jnp.maximum(lengths, 1.0)
-  mean = lambda x: (x * real).sum() / count
-  ratios = logprobs - reference if p.has_reference else logprobs
+def preference_of(p: Preference, pairs: ScoredPairs, count: Array | None = None) -> tuple[Array, Metrics]:
+  """`preference` from the log-probs: the sum over the real pairs divided by their number in the whole batch, `count`
+  (default: these are all)."""
+  logprobs, real = pairs.logprobs, pairs.real
+  count = jnp.maximum(real.sum(), 1.0) if count is None else count
+  lengths = jnp.maximum(pairs.lengths, 1.0)
+
+  def mean(x: Array) -> Array:
+    return (x * real).sum() / count
+
+  ratios = logprobs if pairs.reference is None else logprobs - pairs.reference
   ratios = ratios / lengths if p.per_token else ratios
   rewards = p.beta * ratios
   margin = rewards[:, 0] - rewards[:, 1]
@@ -165,9 +193,9 @@ def preference_of(p, logprobs, lengths, reference, real, count=None, kl=None):
     "rejected_length": mean(lengths[:, 1]),
   }
   if p.loss == "kto":
-    away = p.beta * kl - rewards
+    away = p.beta * pairs.kl - rewards
     loss = mean(jax.nn.sigmoid(away[:, 0]) + jax.nn.sigmoid(-away[:, 1])) / 2
-    metrics["kl"] = kl * (real.sum() / count)
+    metrics["kl"] = pairs.kl * (real.sum() / count)
   else:
     loss = mean(_of_margin(p, margin))
   if p.nll_weight:
@@ -176,7 +204,8 @@ def preference_of(p, logprobs, lengths, reference, real, count=None, kl=None):
   return loss, {"loss": loss} | metrics
 
 
-def _of_margin(p, margin):
+def _of_margin(p: Preference, margin: Array) -> Array:
+  """[pairs] losses of margins beta h."""
   if p.loss in ("ipo", "ipo_sum"):
     return (margin / p.beta - 1 / (2 * p.beta)) ** 2
   if p.loss == "hinge":
@@ -186,6 +215,9 @@ def _of_margin(p, margin):
   if p.loss == "rdpo":
     return ((1 - e) * right - e * wrong) / (1 - 2 * e)
   return (1 - e) * right + e * wrong if e else right
+
+
+# Policy gradients
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,24 +234,32 @@ class Grpo(Checked):
       refuse("clip_ratio", self.clip_ratio, "must lie between 0 and 1")
 
 
-def advantages(scores):
-  """[N] of one prompt's N scores: what each has over the mean, in standard deviations; zeros where all are equal."""
-  scores = np.asarray(scores, np.float64)
-  if len(scores) < 2 or np.ptp(scores) == 0:
-    return np.zeros(len(scores))
-  return (scores - scores.mean()) / (scores.std(ddof=1) + 1e-4)
+def advantages(scores: Sequence[float]) -> np.ndarray:
+  """[N] the lead of each of one prompt's N scores over their mean, in standard deviations; zeros where all are
+  equal."""
+  of = np.asarray(scores, np.float64)
+  if len(of) < 2 or np.ptp(of) == 0:
+    return np.zeros(len(of))
+  return (of - of.mean()) / (of.std(ddof=1) + 1e-4)
 
 
-def grpo(model, batch, g, how=How(), whole=None):
-  """(loss, metrics) by tokens: `advantage`, `old` and `reference` [rows, T] are a place's advantage, and its log-prob
-  under the model that the response is from and under the reference."""
+def grpo(
+  model: llama.Llama, batch: Batch, g: Grpo, how: How = How(), whole: Totals | None = None
+) -> tuple[Array, Metrics]:
+  """(loss, metrics) by tokens. `advantage`, `old` and `reference` [rows, T] are each place's advantage, its log-prob
+  under the model that wrote the response, and that under the reference."""
   logprobs, weight = batch_logprobs(model, batch, how), (whole or totals(batch))["weight"]
-  mean = lambda x: (x * batch["weights"]).sum() / weight
+
+  def mean(x: Array) -> Array:
+    return (x * batch["weights"]).sum() / weight
+
   loss, metrics = grpo_of(g, logprobs, batch["old"], batch["reference"], batch["advantage"], mean)
   return loss, metrics | {"target_tokens": (batch["weights"] > 0).sum()}
 
 
-def grpo_of(g, logprobs, old, reference, advantage, mean=jnp.mean):
+def grpo_of(
+  g: Grpo, logprobs: Array, old: Array, reference: Array, advantage: Array, mean: Callable[[Array], Array] = jnp.mean
+) -> tuple[Array, Metrics]:
   """`grpo` from log-probs and advantages of any shape."""
   ratio, apart = jnp.exp(logprobs - old), reference - logprobs
   clipped = jnp.clip(ratio, 1 - g.clip_ratio, 1 + g.clip_ratio)

@@ -1,32 +1,52 @@
 """What is trained on, as the steps' packed batches: examples, pairs, or graded responses.
 
-  data = Examples(sequences, names)                     sequences: [(token ids, weights)], names: what errors call them
+  data = Examples([compact(*example) for example in encoded], names)    names: what errors call them
   batches = Batches(data, options, seed, unit=8)        batches(step) -> dict of arrays, of one shape for all steps
 
 A step takes `batch` items from a permutation that follows from (seed, epoch), packs them best-fit into rows, and fills
-up to the same number of rows at every step, so that the step compiles once.
+up to the same number of rows at every step, so that the step compiles once:
+
+  5 examples of 9, 4, 3, 2, 2 tokens, batch 3, row_length 12, unit 2
+
+  step 0   items 4 0 2   [0 0 0 0 0 0 0 0 0 2 2 2] [4 4 . . . . . . . . . .] [empty] [empty]
+  step 1   items 1 3     [1 1 1 1 3 3 . . . . . .] [empty] [empty] [empty]      2 rows at most -> lcm(ROWS, unit) = 4
 """
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from alma_jax.options import Checked, option
 from alma_jax.text import packing
+from alma_jax.text.packing import Example
 
 ROWS = 4  # the number of rows is rounded up to this, so that rounds of like size share a compilation
+
+Arrays = dict[str, Any]  # arrays by name, and for KTO a dict of more of them under "other"
+Packing = list[list[int]]  # for each row the items in it, as places in the step's members
+
+
+def compact(ids: Sequence[int], mask: Sequence[float] | np.ndarray) -> Example:
+  """The sequence as arrays of 4 bytes a token, and 1 for a mask without fractions (else 4)."""
+  weights = np.asarray(mask)
+  return np.asarray(ids, np.int32), weights.astype(np.float32 if weights.dtype.kind == "f" else bool)
 
 
 class _Sequences:
   """Items that are one sequence each."""
 
-  def lengths(self, i):
+  sequences: Sequence[Example]
+
+  def lengths(self, i: int) -> list[int]:
     return [len(self.sequences[i][0])]
 
-  def packings(self, members, row_length):
+  def packings(self, members: np.ndarray, row_length: int) -> tuple[Packing, ...]:
     return (packing.pack([len(self.sequences[i][0]) for i in members], row_length),)
 
-  def packed(self, members, packings, row_length, counts):
+  def packed(self, members: np.ndarray, packings: Sequence[Packing], row_length: int, counts: Sequence[int]) -> Arrays:
     return packing.rows([self.sequences[i] for i in members], packings[0], row_length, counts[0], pad_id=0)
 
 
@@ -34,11 +54,13 @@ class _Sequences:
 class Examples(_Sequences):
   """For SFT. `average`: "tokens" weighs every supervised token alike, "examples" every example."""
 
-  sequences: list
-  names: list
+  sequences: Sequence[Example]
+  names: Sequence[object]
   average: str = "tokens"
 
-  def rows(self, members, packings, row_length, counts, batch):
+  def rows(
+    self, members: np.ndarray, packings: Sequence[Packing], row_length: int, counts: Sequence[int], batch: int
+  ) -> Arrays:
     made = self.packed(members, packings, row_length, counts)
     if self.average == "examples":
       whole = np.array([np.sum(self.sequences[i][1][1:]) for i in members] + [1.0])  # the last one is padding's
@@ -48,24 +70,27 @@ class Examples(_Sequences):
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-  """For preferences: sides [(chosen, rejected)], the reference's log-probs [pairs, 2 or 3] if the loss has one, and for
-  KTO a third sequence for each pair, a response to another prompt."""
+  """For preferences: rows of twice the length, packed as `packing.forked_rows` shows, [prompt][chosen][rejected]."""
 
-  sides: list
-  names: list
-  reference: np.ndarray | None = None
-  others: list | None = None
+  sides: Sequence[tuple[Example, Example]]  # (chosen, rejected)
+  names: Sequence[object]
+  reference: np.ndarray | None = None  # [pairs, 2 or 3] the reference's log-probs, if the loss has one
+  others: Sequence[Example] | None = None  # for KTO: for each pair a response to another prompt
 
-  def lengths(self, i):
+  def lengths(self, i: int) -> list[int]:
     return [len(ids) for ids, _ in self.sides[i]]
 
-  def packings(self, members, row_length):
+  def packings(self, members: np.ndarray, row_length: int) -> tuple[Packing, ...]:
     pairs = packing.pack([packing.forked_length(*self.sides[i]) for i in members], 2 * row_length)
-    others = packing.pack([len(self.others[i][0]) for i in members], row_length) if self.others else ()
+    others = packing.pack([len(self.others[i][0]) for i in members], row_length) if self.others else []
     return pairs, others
 
-  def rows(self, members, packings, row_length, counts, batch):
-    made = packing.forked_rows([self.sides[i] for i in members], packings[0], 2 * row_length, counts[0], pad_id=0)
+  def rows(
+    self, members: np.ndarray, packings: Sequence[Packing], row_length: int, counts: Sequence[int], batch: int
+  ) -> Arrays:
+    sides = [self.sides[i] for i in members]
+    made: Arrays = dict(packing.forked_rows(sides, packings[0], 2 * row_length, counts[0], pad_id=0))
+    # The last step of an epoch may have fewer pairs: arrays by pairs are filled up with ones that are not real.
     made["real"] = (np.arange(batch) < len(members)).astype(np.float32)
     if self.reference is not None:
       made["reference"] = np.zeros((batch, self.reference.shape[1]), np.float32)
@@ -77,44 +102,70 @@ class Pairs:
 
 @dataclasses.dataclass(frozen=True)
 class Graded(_Sequences):
-  """For policy gradients: responses with their advantages, and the log-prob of each token under the model that wrote it
-  and under the reference; old[i][t] is that of token t + 1 of sequence i, so that there is one less than tokens."""
+  """For policy gradients: responses with their advantages, and the log-prob of each token under two models.
 
-  sequences: list
-  names: list
-  advantages: np.ndarray
-  old: list
-  reference: list
+  old[i][t] is that of token t + 1 of sequence i, so it is one shorter than the sequence.
+  """
 
-  def rows(self, members, packings, row_length, counts, batch):
+  sequences: Sequence[Example]
+  names: Sequence[object]
+  advantages: np.ndarray  # [sequences]
+  old: Sequence[np.ndarray]  # under the model that wrote the responses
+  reference: Sequence[np.ndarray]  # under the reference
+
+  def rows(
+    self, members: np.ndarray, packings: Sequence[Packing], row_length: int, counts: Sequence[int], batch: int
+  ) -> Arrays:
+    """The packed rows, and the values of each place. Sequences a of 3 tokens and b of 2, packed as [b a]:
+
+    flat       a1 a2  0 b1  0  0       every sequence's values and a 0 for its last token, then one 0 for padding
+    starts      0        3     5       where each begins in `flat`; the last is the padding's
+    example     1  1  0  0  0 -1       of a row of 6 places
+    positions   0  1  0  1  2  0
+    at          3  4  0  1  2  5       starts[example] + positions: the row is b1 0 a1 a2 0 0
+    """
     made = self.packed(members, packings, row_length, counts)
     starts = np.cumsum([0, *(len(self.sequences[i][0]) for i in members)])
-    # Behind everything stands a 0 for padding, whose example is -1.
     at = np.where(made["example"] < 0, starts[-1], starts[made["example"]] + made["positions"])
-    flat = lambda logprobs: np.concatenate([np.append(logprobs[i], 0.0) for i in members] + [[0.0]])
+
+    def flat(logprobs: Sequence[np.ndarray]) -> np.ndarray:
+      return np.concatenate([np.append(logprobs[i], 0.0) for i in members] + [np.zeros(1)])
+
     spread = np.concatenate([np.repeat(self.advantages[members], np.diff(starts)), [0.0]])
     for name, values in {"advantage": spread, "old": flat(self.old), "reference": flat(self.reference)}.items():
       made[name] = values[at].astype(np.float32)
     return made
 
 
+Data = Examples | Pairs | Graded
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes(Checked):
+  """How data becomes steps."""
+
+  batch: int = option(least=1)  # items of a step
+  epochs: float = option(above=0)
+  row_length: int = option(least=1)  # tokens; longer examples are cut and counted
+
+
 class Batches:
   """step -> the step's packed batch, a function of (data, options, seed, step) alone; no seed: in order, once."""
 
-  def __init__(self, data, options, seed, unit):
+  def __init__(self, data: Data, options: Sizes, seed: int | None, unit: int) -> None:
     self.data, self.seed = data, seed
     self.batch, self.row_length = options.batch, options.row_length
     self.count = len(data.names)
     self.per_epoch = math.ceil(self.count / self.batch)
     # 2.2 * 25 is 55.00000000000001
     self.steps = self.per_epoch if seed is None else max(1, math.ceil(round(options.epochs * self.per_epoch, 6)))
-    self._order = (None, None)
+    self._order: tuple[int, np.ndarray] = (-1, np.arange(0))  # (epoch, its permutation)
     epochs = math.ceil(self.steps / self.per_epoch)
     needed = [self._packings(self.members(step)) for step in range(epochs * self.per_epoch)]
     unit = math.lcm(ROWS, unit)
-    self.counts = [-(-max(map(len, packings)) // unit) * unit for packings in zip(*needed)]
+    self.counts = [-(-max(map(len, packings)) // unit) * unit for packings in zip(*needed, strict=True)]
 
-  def members(self, step):
+  def members(self, step: int) -> np.ndarray:
     """Which items the step takes."""
     epoch, at = divmod(step, self.per_epoch)
     if self._order[0] != epoch:
@@ -122,13 +173,13 @@ class Batches:
       self._order = epoch, order if self.seed is None else np.random.default_rng([self.seed, epoch]).permutation(order)
     return self._order[1][at * self.batch : (at + 1) * self.batch]
 
-  def lengths(self, step):
-    """Of all sequences of the step."""
+  def lengths(self, step: int) -> list[int]:
+    """The lengths of all sequences of the step."""
     return [length for i in self.members(step) for length in self.data.lengths(i)]
 
-  def _packings(self, members):
+  def _packings(self, members: np.ndarray) -> tuple[Packing, ...]:
     return self.data.packings(members, self.row_length)
 
-  def __call__(self, step):
+  def __call__(self, step: int) -> Arrays:
     members = self.members(step)
     return self.data.rows(members, self._packings(members), self.row_length, self.counts, self.batch)
