@@ -48,9 +48,11 @@ def option(
   above: float | None = None,
   names: known_names.Names | None = None,
   practical: bool = False,
+  doc: str | None = None,
 ) -> Any:
-  """A field with bounds, with the table of its known words, or one that changes a result only by rounding."""
-  allowed = {"least": least, "most": most, "above": above, "names": names, "practical": practical}
+  """A field with bounds, with the table of its known words, or one that changes a result only by rounding; `doc` is
+  the help of its flag, where it is one."""
+  allowed = {"least": least, "most": most, "above": above, "names": names, "practical": practical, "doc": doc}
   return dataclasses.field(default=default, metadata=allowed)
 
 
@@ -96,7 +98,7 @@ def _check(field: dataclasses.Field, hint: Any, value: Any) -> None:
     refuse(name, value, f"must be above {above:g}")
   if most is not None and not value <= most:
     refuse(name, value, f"must be at most {most:g}")
-  if table := allowed.get("names"):
+  if value is not None and (table := allowed.get("names")):
     known_names.check(table, value, name)
 
 
