@@ -290,9 +290,8 @@ def fake_packed_attention(q, k, v, *, q_seqlen, kv_seqlen, q_offsets, kv_offsets
   """cuDNN's packed contract: starts of the runs of every row, runs of all rows numbered without gaps."""
   q, k, v, q_offsets, q_seqlen = (np.asarray(x) for x in (q, k, v, q_offsets, q_seqlen))
   out, stats = np.zeros(q.shape, np.float32), np.full((q_seqlen.size, q.shape[2], q.shape[1]), np.nan, np.float32)
-  runs = [
-    (b, s, n) for b in range(len(q)) for s, n in zip(q_offsets[b], q_seqlen[b], strict=False) if n >= 0 and s >= 0
-  ]
+  starts = q_offsets[:, :-1]  # the last offset ends the last run
+  runs = [(b, s, n) for b in range(len(q)) for s, n in zip(starts[b], q_seqlen[b], strict=True) if n >= 0 and s >= 0]
   assert (q_offsets >= 0).sum() == (q_seqlen >= 0).sum() == len(runs)
   for i, (b, s, n) in enumerate(runs):
     at = slice(int(s), int(s + n))

@@ -86,7 +86,7 @@ def test_prefill_after_a_shared_prefix_equals_the_full_forward(layout):
   rows = np.stack([np.roll(tokens[o], -shared[o])[:8] for o in owner])
   rows[1, 2:] = rows[3, 2:]  # another continuation than row 0's
   hidden, _ = jax.jit(llama.prefill)(model, rows, lengths, llama.Prefix(kv, shared))
-  for row, o, n, x in zip(rows, owner, lengths, llama.logits(model, hidden)):
+  for row, o, n, x in zip(rows, owner, lengths, llama.logits(model, hidden), strict=True):
     whole = np.concatenate([tokens[o, : shared[o]], row[:n]])
     np.testing.assert_allclose(x[:n], row_logits(model, whole[None])[0, shared[o] :], atol=2e-5)
   assert T >= 18
@@ -143,7 +143,7 @@ def test_live_gradients_equal_transformers():
 
   def loss(model):
     positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
-    hidden = llama.hidden_states(model, tokens, positions, np.ones_like(tokens), remat="full")
+    hidden = llama.hidden_states(model, tokens, positions, np.ones_like(tokens), training=llama.TrainingPass("full"))
     out = llama.logits(model, hidden)[:, :-1]
     return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(out), tokens[:, 1:, None], axis=-1))
 

@@ -21,7 +21,8 @@ TOKENS = np.random.default_rng(3).integers(0, 50, (8, 16))
 
 def loss_and_logits(model, tokens):
   positions, segments = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape), jnp.ones_like(tokens)
-  out = llama.logits(model, llama.hidden_states(model, tokens, positions, segments, remat="full"))
+  hidden = llama.hidden_states(model, tokens, positions, segments, training=llama.TrainingPass("full"))
+  out = llama.logits(model, hidden)
   return -jnp.mean(jax.nn.log_softmax(out)[..., 3]), out
 
 

@@ -60,6 +60,31 @@ class LlamaConfig:
 # The only values of these keys that this code computes; they are also the defaults.
 _FIXED = dict(hidden_act="silu", attention_bias=False, mlp_bias=False)
 
+# Our field -> the key of a Hugging Face config, in the order of the files.
+_KEYS = dict(
+  vocab="vocab_size",
+  width="hidden_size",
+  ffn="intermediate_size",
+  depth="num_hidden_layers",
+  heads="num_attention_heads",
+  kv_heads="num_key_value_heads",
+  head_dim="head_dim",
+  norm_eps="rms_norm_eps",
+  rope_base="rope_theta",
+  rope_scaling="rope_scaling",
+  tied="tie_word_embeddings",
+  max_positions="max_position_embeddings",
+)
+_SCALINGS = {
+  "linear": dict(factor="factor"),
+  "llama3": dict(
+    factor="factor",
+    low_freq_factor="low_freq_factor",
+    high_freq_factor="high_freq_factor",
+    original_positions="original_max_position_embeddings",
+  ),
+}
+
 
 def from_hf(hf: Mapping[str, Any], where: str = "config.json") -> LlamaConfig:
   """The LlamaConfig of a Hugging Face dictionary, in old (`rope_theta`) or new (`rope_parameters`) spelling.
@@ -77,53 +102,31 @@ def from_hf(hf: Mapping[str, Any], where: str = "config.json") -> LlamaConfig:
     if hf.get(key, value) != value:
       raise ModelError(f"{where}: {key} is {hf[key]!r}; this model code computes {key}={value!r} only")
 
-  def need(key: str) -> Any:
-    if hf.get(key) is None:
-      raise ModelError(f"{where}: the key {key!r} is missing")
-    return hf[key]
-
   rope = hf.get("rope_parameters") or {}
   base = rope.get("rope_theta", hf.get("rope_theta"))
   if base is None:
     raise ModelError(
       f"{where}: rope_theta is missing; add the value of the released model (Llama-2: 10000.0, Llama-3: 500000.0)"
     )
-  heads, width = need("num_attention_heads"), need("hidden_size")
-  head_dim = hf.get("head_dim") or width // heads
+  for ours, key in _KEYS.items():  # the others may be missing
+    if ours not in ("kv_heads", "head_dim", "rope_base", "rope_scaling") and hf.get(key) is None:
+      raise ModelError(f"{where}: the key {key!r} is missing")
+  found: dict[str, Any] = {ours: hf.get(key) for ours, key in _KEYS.items()}
+  heads = found["heads"]
+  head_dim, kv_heads = found["head_dim"] or found["width"] // heads, found["kv_heads"] or heads
   if head_dim % 2:
     raise ModelError(f"{where}: head_dim {head_dim} is odd; rotary embeddings need an even one")
-  kv_heads = hf.get("num_key_value_heads") or heads
   if heads % kv_heads:
     raise ModelError(f"{where}: {heads} attention heads cannot share {kv_heads} key/value heads evenly")
-  return LlamaConfig(
-    vocab=need("vocab_size"),
-    width=width,
-    depth=need("num_hidden_layers"),
-    heads=heads,
-    kv_heads=kv_heads,
-    head_dim=head_dim,
-    ffn=need("intermediate_size"),
-    norm_eps=need("rms_norm_eps"),
-    rope_base=float(base),
-    rope_scaling=_rope_scaling(hf.get("rope_scaling") or rope, where),
-    tied=bool(need("tie_word_embeddings")),
-    max_positions=need("max_position_embeddings"),
-  )
+  found |= dict(head_dim=head_dim, kv_heads=kv_heads, rope_base=float(base), tied=bool(found["tied"]))
+  return LlamaConfig(**found | dict(rope_scaling=_rope_scaling(hf.get("rope_scaling") or rope, where)))
 
 
 def _rope_scaling(d: Mapping[str, Any], where: str) -> RopeScaling | None:
   kind = d.get("rope_type") or d.get("type") or "default"
   if kind == "default":
     return None
-  keys = {
-    "linear": dict(factor="factor"),
-    "llama3": dict(
-      factor="factor",
-      low_freq_factor="low_freq_factor",
-      high_freq_factor="high_freq_factor",
-      original_positions="original_max_position_embeddings",
-    ),
-  }.get(kind)
+  keys = _SCALINGS.get(kind)
   if keys is None:
     raise ModelError(f"{where}: rope scaling {kind!r} is not supported (supported: default, linear, llama3)")
   missing = [key for key in keys.values() if d.get(key) is None]
@@ -134,35 +137,12 @@ def _rope_scaling(d: Mapping[str, Any], where: str) -> RopeScaling | None:
 
 def to_hf(c: LlamaConfig) -> dict[str, Any]:
   """The Hugging Face config dictionary of `c` (classic spelling, read by every release of transformers and by vLLM)."""
-  scaling = None
-  if c.rope_scaling:
-    s = c.rope_scaling
-    scaling = {"rope_type": s.kind, "factor": s.factor}
-    if s.kind == "llama3":
-      scaling |= {
-        "low_freq_factor": s.low_freq_factor,
-        "high_freq_factor": s.high_freq_factor,
-        "original_max_position_embeddings": s.original_positions,
-      }
-  return {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": c.vocab,
-    "hidden_size": c.width,
-    "intermediate_size": c.ffn,
-    "num_hidden_layers": c.depth,
-    "num_attention_heads": c.heads,
-    "num_key_value_heads": c.kv_heads,
-    "head_dim": c.head_dim,
-    "rms_norm_eps": c.norm_eps,
-    "rope_theta": c.rope_base,
-    "rope_scaling": scaling,
-    "tie_word_embeddings": c.tied,
-    "max_position_embeddings": c.max_positions,
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-  }
+  s, scaling = c.rope_scaling, None
+  if s is not None:
+    scaling = {"rope_type": s.kind} | {theirs: getattr(s, ours) for ours, theirs in _SCALINGS[s.kind].items()}
+  fields = {theirs: getattr(c, ours) for ours, theirs in _KEYS.items()}
+  kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+  return kind | fields | {"rope_scaling": scaling} | _FIXED
 
 
 def read_config(directory: str | os.PathLike[str]) -> LlamaConfig:

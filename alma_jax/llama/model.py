@@ -1,12 +1,18 @@
 """Llama 2, 3, 3.1 and 3.2 as a typed pytree of weights and pure functions over it.
 
-`Llama` is a flax.nnx Module in tree style: it holds weights and nothing else changes, so plain jax.jit / grad / scan
-work on it. Two layouts of the same weights:
+  model = init(c, seed)                                                  # or weights.load(directory)
+  z = logits(model, hidden_states(model, tokens, positions, segments))   # training, scoring
+  hidden, kv = prefill(model, tokens, lengths)                           # prompts; then `decode`, token by token
 
-  stacked    blocks is one Block whose leaves lead with the layer axis; run by lax.scan      (training, scoring)
-  unrolled   blocks is a tuple of Blocks; each has its own K and V buffer in the cache       (decoding)
+`Llama` is a flax.nnx Module in tree style: it holds weights and nothing in it changes, so plain jax.jit / grad / scan
+work on it. The same weights come in two layouts; with L layers, the query weights are
 
-Numbers follow the weights' dtype (cast the tree to change it); norms, rotary angles, softmax and logits are fp32.
+  stacked    blocks.q [L, D, N, H]: blocks is one Block whose leaves lead with the layer axis, run by lax.scan
+  unrolled   blocks[i].q [D, N, H]: blocks is a tuple of L Blocks; each has its own K and V buffer in the cache
+
+Training and scoring use the stacked layout, decoding the unrolled one. What is made per layer (keys and values, the
+cache) comes in the model's layout. Numbers follow the weights' dtype (cast the tree to change it); norms, rotary
+angles, softmax and logits are fp32.
 
 Axes: B batch, T query length, S key length, N query heads, K key/value heads, G = N/K, H head dim, D width,
 F feed-forward width, V vocabulary, L layers.
@@ -14,24 +20,35 @@ F feed-forward width, V vocabulary, L layers.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax import Array
 
 from alma_jax.llama import attention
-from alma_jax.llama.sharding import constrain_batch, constrain_vocab
+from alma_jax.llama.attention_reference import Attended
+from alma_jax.llama.config import LlamaConfig
+from alma_jax.llama.sharding import constrain_batch, constrain_vocab, platform
+
+CosSin = tuple[Array, Array]  # fp32 [B, T, 1, H/2] each
+KeysValues = tuple[Array, Array]  # [B, S, K, H] each
+Attend = Callable[[Array, Array, Array], tuple[Array, Any]]  # q, k, v -> attention's out, and what is kept of the layer
+Drop = Callable[[Array, int], Array]  # x, site -> x
+Layer = Callable[[Array, "Block", Any], tuple[Array, Any]]  # x, block, the layer's own input -> x, and what is kept
 
 
-def param(rngs, shape, axes, scale):
-  """A weight with its logical axes; `axes` is our own metadata, so flax never shards anything by itself."""
+def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], scale: float | None) -> nnx.Param[Array]:
+  """A normal weight (ones without `scale`) and its logical axes, which are our own metadata: flax shards nothing."""
   init = jnp.ones(shape, jnp.float32) if scale is None else scale * jax.random.normal(rngs.params(), shape)
   return nnx.Param(init, axes=axes)
 
 
 class Block(nnx.Module):
-  def __init__(self, c, rngs):
+  def __init__(self, c: LlamaConfig, rngs: nnx.Rngs) -> None:
     D, N, K, H, F = c.width, c.heads, c.kv_heads, c.head_dim, c.ffn
     out = (2 * c.depth) ** -0.5  # residual branches start small, so depth does not grow the stream
     self.attn_norm = param(rngs, (D,), ("norm",), None)
@@ -46,36 +63,49 @@ class Block(nnx.Module):
 
 
 class Llama(nnx.Module):
-  def __init__(self, c, rngs):
+  def __init__(self, c: LlamaConfig, rngs: nnx.Rngs) -> None:
     self.c = c
     self.embed = param(rngs, (c.vocab, c.width), ("vocab", "embed"), 0.02)
-    self.blocks = nnx.data(jax.vmap(lambda key: Block(c, nnx.Rngs(key)))(jax.random.split(rngs.params(), c.depth)))
+    self.blocks: Any = nnx.data(jax.vmap(lambda key: Block(c, nnx.Rngs(key)))(jax.random.split(rngs.params(), c.depth)))
     self.norm = param(rngs, (c.width,), ("norm",), None)
-    self.head = nnx.data(None if c.tied else param(rngs, (c.width, c.vocab), ("embed", "vocab"), c.width**-0.5))
+    head = None if c.tied else param(rngs, (c.width, c.vocab), ("embed", "vocab"), c.width**-0.5)
+    self.head: nnx.Param[Array] | None = nnx.data(head)
 
 
-def init(c, seed):
+def init(c: LlamaConfig, seed: int) -> Llama:
   """A random model in fp32, stacked."""
   return Llama(c, nnx.Rngs(seed))
 
 
-def cast(model, dtype):
+def cast(model: Llama, dtype: Any) -> Llama:
   return jax.tree.map(lambda x: x.astype(dtype), model)
 
 
-def unrolled(model):
+def unrolled(model: Llama) -> Llama:
   """The decoding layout: one Block per layer. Call it under jit, so that the stacked weights are sliced once."""
-  blocks = tuple(jax.tree.map(lambda x: x[i], model.blocks) for i in range(model.c.depth))
-  return _with_blocks(model, blocks)
+  return _with_blocks(model, tuple(jax.tree.map(lambda x: x[i], model.blocks) for i in range(model.c.depth)))
 
 
-def _with_blocks(model, blocks):
+def first_layers(model: Llama, count: int | None) -> Llama:
+  """The model cut behind its first `count` layers (None: whole), in its layout, with the same final norm."""
+  if count is None or count >= model.c.depth:
+    return model
+  unrolled = isinstance(model.blocks, tuple)
+  new = _with_blocks(model, model.blocks[:count] if unrolled else jax.tree.map(lambda x: x[:count], model.blocks))
+  new.c = dataclasses.replace(model.c, depth=count)
+  return new
+
+
+def _with_blocks(model: Llama, blocks: Any) -> Llama:
   new = nnx.clone(model)
   new.blocks = nnx.data(blocks)
   return new
 
 
-def rope_frequencies(c):
+# ---- The parts of a layer
+
+
+def rope_frequencies(c: LlamaConfig) -> Array:
   """fp32 [H/2] rotary frequencies with the config's scaling."""
   frequency = 1.0 / c.rope_base ** (jnp.arange(0, c.head_dim, 2, dtype=jnp.float32) / c.head_dim)
   s = c.rope_scaling
@@ -83,37 +113,44 @@ def rope_frequencies(c):
     return frequency
   if s.kind == "linear":
     return frequency / s.factor
+  assert s.original_positions and s.low_freq_factor and s.high_freq_factor  # llama3 has them all
   wavelength = 2 * math.pi / frequency
   smooth = (s.original_positions / wavelength - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
   smooth = jnp.clip(smooth, 0.0, 1.0)  # 0: long waves, divided by the factor; 1: short waves, kept
   return (1 - smooth) * frequency / s.factor + smooth * frequency
 
 
-def rope_angles(c, positions):
-  """(cos, sin), each fp32 [B, T, 1, H/2]."""
+def rope_angles(c: LlamaConfig, positions: Array) -> CosSin:
+  """(cos, sin) of the rotary angles at positions [B, T]."""
   angle = positions[..., None, None].astype(jnp.float32) * rope_frequencies(c)
-  if jax.default_backend() != "cpu":
+  if platform() != "cpu":
     return jnp.cos(angle), jnp.sin(angle)
-  # In a loop, which XLA leaves alone: else it makes them again for every use in every layer, a tenth of a forward pass.
-  return tuple(jax.lax.map(lambda first: jnp.where(first, jnp.cos(angle), jnp.sin(angle)), jnp.array([True, False])))
+  # XLA leaves a loop alone; without it the angles are made again for each use in each layer, a tenth of a forward pass.
+  cos, sin = jax.lax.map(lambda first: jnp.where(first, jnp.cos(angle), jnp.sin(angle)), jnp.array([True, False]))
+  return cos, sin
 
 
-def rotate(x, cos_sin):
-  """Rotary embedding with half-split pairs, as in the Hugging Face weights."""
+def rotate(x: Array, cos_sin: CosSin) -> Array:
+  """Rotary embedding of x [B, T, heads, H] with half-split pairs, as in the Hugging Face weights.
+
+  Entry i and entry i + H/2 turn by position * frequency i. H = 4: (x0, x2) turn by one angle, (x1, x3) by another.
+  """
   cos, sin = cos_sin
   a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def rms_norm(x, weight, eps):
+def rms_norm(x: Array, weight: nnx.Param[Array], eps: float) -> Array:
   x32 = x.astype(jnp.float32)
   x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
   return (weight[...].astype(jnp.float32) * x32).astype(x.dtype)
 
 
-def run_block(block, c, x, cos_sin, attend, drop=lambda x, site: x):
-  """One layer; `attend(q, k, v) -> (out, kept)` decides what is looked at and what is kept of k and v. `drop` is
-  applied to what the attention (site 0) and the feed-forward part (site 1) add to the stream."""
+def run_block(
+  block: Block, c: LlamaConfig, x: Array, cos_sin: CosSin, attend: Attend, drop: Drop = lambda x, site: x
+) -> tuple[Array, Any]:
+  """x after one layer, and what `attend` keeps of it. `drop` changes what attention (site 0) and the feed-forward part
+  (site 1) add to the stream."""
   x = constrain_batch(x)
   h = rms_norm(x, block.attn_norm, c.norm_eps)
   q = rotate(_times(h, block.q[...]), cos_sin)
@@ -126,10 +163,12 @@ def run_block(block, c, x, cos_sin, attend, drop=lambda x, site: x):
   return x + drop(_times(h, block.down[...]), 1), kept
 
 
-def _times(x, weight):
-  """x [B, T, inputs...] times a weight [inputs..., outputs...]. On one device as a product of two matrices: with more
-  axes its backward pass copies activations on CPUs, which takes a fifth of a training step. Spread over devices the
-  axes stay as they are, because they carry the shardings."""
+def _times(x: Array, weight: Array) -> Array:
+  """x [B, T, inputs...] times a weight [inputs..., outputs...].
+
+  One device: a product of two matrices, because with more axes its backward pass copies activations on CPUs, a fifth of
+  a training step. Several devices: the axes stay apart, because they carry the shardings.
+  """
   B, T, *inputs = x.shape
   if not _on_one_device():
     return jnp.tensordot(x, weight, len(inputs))
@@ -137,90 +176,26 @@ def _times(x, weight):
   return (x.reshape(B * T, -1) @ weight.reshape(math.prod(inputs), -1)).reshape(B, T, *outputs)
 
 
-def embedded(model, tokens):
-  """[..., D] rows of the embedding table."""
-  return constrain_vocab(model.embed[...])[tokens]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Forks:
-  """Rows in which a second continuation of a text stands behind the first: [text][first][second]. To it the first one
-  is not there; everything before it in its segment is, up to where the first one began."""
-
-  second: Any  # [B, T] bool: the places of second continuations
-  order: Any  # [B, T] the places of each row with every second continuation right behind its text
-  segments: Any  # [B, T] in that order: text and second continuation are one segment, the first one is another
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Dropout:
-  """Residual dropout: the rate rises evenly from 0 in the first layer to `last` in the last one."""
-
-  last: Any
-  key: Any
-
-
-# What the backward pass finds kept of every layer, from the quickest to the leanest: everything; the results of matrix
-# products, so that the rest is computed again; the layer's input alone.
-REMAT = {"none": None, "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
-
-
-def hidden_states(model, tokens, positions, segments, remat="none", forks=None, dropout=None, depth=None):
-  """Final-norm hidden states [B, T, D] of right-padded or packed rows; positions restart with every segment. Segments
-  [B, T] number the packed examples; padding is 0. `depth`: stop after so many layers."""
-  c, cos_sin = model.c, rope_angles(model.c, positions)
-  depth = c.depth if depth is None else min(depth, c.depth)
-
-  def attend(q, k, v):
-    return attention.causal(q, k, v, segments)[0] if forks is None else _forked(q, k, v, segments, forks), None
-
-  def layer(x, block, i):
-    drop = (lambda x, site: x) if dropout is None else lambda x, site: _dropped(x, dropout, c.depth, i, site)
-    return run_block(block, c, x, cos_sin, attend, drop)
-
-  if remat != "none":
-    layer = jax.checkpoint(layer, prevent_cse=False, policy=REMAT[remat])
-  if isinstance(model.blocks, tuple):
-    model = _with_blocks(model, model.blocks[:depth])
-  elif remat == "none" and _unroll(depth, tokens.size * c.width):
-    model = _with_blocks(model, tuple(jax.tree.map(lambda x: x[i], model.blocks) for i in range(depth)))
-  elif depth < c.depth:
-    model = _with_blocks(model, jax.tree.map(lambda x: x[:depth], model.blocks))
-  x, _ = _run_layers(model, layer, embedded(model, tokens), jnp.arange(depth))
-  return rms_norm(x, model.norm, c.norm_eps)
-
-
-def _unroll(depth, size):
-  """Whether to write out the layers, hidden states having so many numbers: on CPUs a scan spends a tenth of the time on
-  putting together and taking apart what it keeps for the backward pass. Small ones had rather compile quickly."""
-  return jax.default_backend() == "cpu" and _on_one_device() and depth <= 8 and size >= 2**18
-
-
-def _on_one_device():
+def _on_one_device() -> bool:
   mesh = jax.sharding.get_abstract_mesh()
   return mesh.empty or mesh.size == 1
 
 
-def _forked(q, k, v, segments, forks):
-  """Attention over rows with forks: once as they stand, which is right for all but the second continuations, and once
-  in the order in which these follow their texts."""
-  moved = lambda x, to: jnp.take_along_axis(x, to[..., None, None], axis=1)
-  first = attention.causal(q, k, v, segments)[0]
-  second = attention.causal(*(moved(x, forks.order) for x in (q, k, v)), forks.segments)[0]
-  return jnp.where(forks.second[..., None, None], moved(second, jnp.argsort(forks.order, axis=1)), first)
+def embedded(model: Llama, tokens: Array) -> Array:
+  """[..., D] rows of the embedding table."""
+  return constrain_vocab(model.embed[...])[tokens]
 
 
-def _dropped(x, dropout, depth, i, site):
-  rate = dropout.last * i / max(1, depth - 1)
-  kept = jax.random.uniform(jax.random.fold_in(dropout.key, 2 * i + site), x.shape) >= rate
-  return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
+def logits(model: Llama, hidden: Array) -> Array:
+  """fp32 logits [..., V]."""
+  if model.head is None:
+    return jnp.einsum("...d,vd->...v", hidden, model.embed[...], preferred_element_type=jnp.float32)
+  return jnp.einsum("...d,dv->...v", hidden, model.head[...], preferred_element_type=jnp.float32)
 
 
-def _run_layers(model, layer, x, per_layer):
-  """`layer(x, block, its own) -> (x, kept)` through all blocks of either layout; what is kept comes in that layout: a
-  tuple with one entry per layer, or arrays that lead with the layer axis. So does `per_layer`, unless it is None."""
+def _run_layers(model: Llama, layer: Layer, x: Array, per_layer: Any) -> tuple[Array, Any]:
+  """x after all blocks, and what the layers keep, in the model's layout: a tuple with one entry per layer, or arrays
+  that lead with the layer axis. `per_layer` holds the layers' own inputs in that layout, or is None."""
   if not isinstance(model.blocks, tuple):
     return jax.lax.scan(lambda x, inputs: layer(x, *inputs), x, (model.blocks, per_layer))
   kept = []
@@ -230,15 +205,214 @@ def _run_layers(model, layer, x, per_layer):
   return x, tuple(kept)
 
 
-def logits(model, hidden):
-  """fp32 logits [..., V]."""
-  if model.c.tied:
-    return jnp.einsum("...d,vd->...v", hidden, model.embed[...], preferred_element_type=jnp.float32)
-  return jnp.einsum("...d,dv->...v", hidden, model.head[...], preferred_element_type=jnp.float32)
+# ---- Whole rows: training and scoring
 
 
-def new_cache(model, slots, capacity):
-  """One K and one V buffer [slots, capacity, K, H] per layer, zeros (masked entries are multiplied, never NaN)."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Forks:
+  """Packed rows with two continuations of a text: [text][first][second]. The second attends to the text and to itself,
+  but not to the first. `text.packing.forked_rows` makes them; t, a, b are tokens of the text, the first and the second:
+
+    place        0 1 2 3 4 5 6 7         order         0 1 2 5 6 3 4 7
+    row          t t t a a b b .         row in order  t t t b b a a .
+    positions    0 1 2 3 4 3 4 0
+    segments     1 1 1 1 1 2 2 0         segments      1 1 1 1 1 2 2 0
+    right for    x x x x x               right for     x x x x x        (b b, at places 5 and 6)
+  """
+
+  second: Array  # [B, T] bool: the places of second continuations
+  order: Array  # [B, T] the places of each row, with each second continuation right behind its text
+  segments: Array  # [B, T] in that order: text and second continuation are one segment, the first one is another
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Dropout:
+  """Residual dropout: the rate rises evenly from 0 in the first layer to `last` in the last one."""
+
+  last: float | Array
+  key: Array
+
+
+# What the forward pass keeps of each layer for the backward pass, from the quickest to the leanest: everything; the
+# results of matrix products, the rest is computed again; the layer's input alone.
+REMAT: dict[str, Any] = dict(none=None, products=jax.checkpoint_policies.dots_with_no_batch_dims_saveable, full=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingPass:
+  """What training adds to a forward pass."""
+
+  remat: str = "none"  # a word of REMAT
+  dropout: Dropout | None = None
+
+
+def hidden_states(
+  model: Llama,
+  tokens: Array,
+  positions: Array,
+  segments: Array,
+  forks: Forks | None = None,
+  training: TrainingPass = TrainingPass(),
+) -> Array:
+  """Final-norm hidden states [B, T, D] of right-padded or packed rows.
+
+  Segments [B, T] number the packed examples, positions restart with each of them; padding is segment 0.
+  """
+  c, cos_sin = model.c, rope_angles(model.c, positions)
+
+  def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
+    return attention.causal(q, k, v, segments)[0] if forks is None else _forked(q, k, v, segments, forks), None
+
+  def layer(x: Array, block: Block, i: Array) -> tuple[Array, None]:
+    def drop(x: Array, site: int) -> Array:
+      return x if training.dropout is None else _dropped(x, training.dropout, c.depth, i, site)
+
+    return run_block(block, c, x, cos_sin, attend, drop)
+
+  if training.remat != "none":
+    layer = jax.checkpoint(layer, prevent_cse=False, policy=REMAT[training.remat])
+  elif not isinstance(model.blocks, tuple) and _unroll(c.depth, tokens.size * c.width):
+    model = unrolled(model)
+  x, _ = _run_layers(model, layer, embedded(model, tokens), jnp.arange(c.depth))
+  return rms_norm(x, model.norm, c.norm_eps)
+
+
+def _unroll(depth: int, size: int) -> bool:
+  """Whether to write out the layers, for hidden states of `size` numbers. On CPUs a scan spends a tenth of the time on
+  copying what it keeps for the backward pass; small sizes gain more from compiling quickly."""
+  return platform() == "cpu" and _on_one_device() and depth <= 8 and size >= 2**18
+
+
+def _forked(q: Array, k: Array, v: Array, segments: Array, forks: Forks) -> Array:
+  """Attention over rows with forks: once as they stand, right for text and first continuations, and once in the order
+  where second continuations follow their texts."""
+
+  def moved(x: Array, to: Array) -> Array:  # place t of the result holds place to[t]
+    return jnp.take_along_axis(x, to[..., None, None], axis=1)
+
+  first = attention.causal(q, k, v, segments)[0]
+  q, k, v = (moved(x, forks.order) for x in (q, k, v))
+  second = attention.causal(q, k, v, forks.segments)[0]
+  back = moved(second, jnp.argsort(forks.order, axis=1))  # a permutation's argsort is its inverse
+  return jnp.where(forks.second[..., None, None], back, first)
+
+
+def _dropped(x: Array, dropout: Dropout, depth: int, i: int | Array, site: int) -> Array:
+  """x with dropout as in layer i; each layer and site draws from a key of its own."""
+  rate = dropout.last * i / max(1, depth - 1)
+  kept = jax.random.uniform(jax.random.fold_in(dropout.key, 2 * i + site), x.shape) >= rate
+  return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
+
+
+# ---- Rows after a shared prefix: prompts and judging
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prefix:
+  """What came before: keys and values of every layer. The fields are Any because a Prefix of PartitionSpecs is also
+  used, to say where these arrays lie."""
+
+  kv: Any  # [P, S, K, H]: in the model's layout, a tuple of (k, v) per layer, or (k, v) that lead with the layer axis
+  lengths: Any  # [P] how many of the S places are real
+
+
+def prefill(model: Llama, tokens: Array, lengths: Array, prefix: Prefix | None = None) -> tuple[Array, Any]:
+  """Hidden states [B, T, D] of right-padded rows, and every layer's (k, v) [B, T, K, H] in the model's layout.
+
+  With a `prefix` of P rows, B / P consecutive rows of tokens continue each of them; its part is read and not computed
+  again.
+  """
+  layer = _layer(model.c, _cos_sin(model.c, tokens, prefix), lengths, prefix)
+  x, kept = _run_layers(model, layer, embedded(model, tokens), prefix and prefix.kv)
+  return rms_norm(x, model.norm, model.c.norm_eps), kept
+
+
+def keys_values(model: Llama, tokens: Array, lengths: Array, prefix: Prefix | None = None) -> KeysValues:
+  """The (k, v) of `prefill`, [L, B, T, K, H] each, without what follows them in the last layer. Stacked layout."""
+  cos_sin = _cos_sin(model.c, tokens, prefix)
+  layer = _layer(model.c, cos_sin, lengths, prefix)
+
+  def upper(x: Array, i: Array) -> tuple[Array, KeysValues]:
+    return layer(x, *_at((model.blocks, prefix and prefix.kv), i))
+
+  x, kept = jax.lax.scan(upper, embedded(model, tokens), jnp.arange(model.c.depth - 1))
+  last = _last_keys_values(model, x, cos_sin)
+  return jax.tree.map(lambda upper, x: jnp.concatenate([upper, x[None]]), kept, last)
+
+
+def read(model: Llama, tokens: Array, lengths: Array, places: Array, prefix: Prefix | None = None) -> Array:
+  """fp32 final-norm hidden states [B, R, D] at the places [B, R] of the rows of `prefill`. Stacked layout.
+
+  In the last layer every place gets keys and values, and only these R places the rest.
+  """
+  c, last, cos_sin = model.c, model.c.depth - 1, _cos_sin(model.c, tokens, prefix)
+  layer, past = _layer(c, cos_sin, lengths, prefix), prefix and prefix.kv
+  x = jax.lax.fori_loop(0, last, lambda i, x: layer(x, *_at((model.blocks, past), i))[0], embedded(model, tokens))
+  k, v = _last_keys_values(model, x, cos_sin)
+
+  def attend(q: Array, *_: Array) -> tuple[Array, None]:
+    parts = [attention.over(q[:, r : r + 1], k, v, places[:, r] + 1) for r in range(places.shape[1])]
+    found = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *parts)
+    return _with_prefix(found, q, _at(past, last), prefix), None
+
+  x = jnp.take_along_axis(x, places[..., None], axis=1)
+  x, _ = run_block(_at(model.blocks, last), c, x, rope_angles(c, places + _before(prefix, len(tokens))), attend)
+  return rms_norm(x.astype(jnp.float32), model.norm, c.norm_eps)
+
+
+def _layer(c: LlamaConfig, cos_sin: CosSin, lengths: Array, prefix: Prefix | None) -> Layer:
+  """layer(x, block, the prefix's (k, v) of this layer) -> (x, the rows' own (k, v)), for right-padded rows."""
+  segments = (jnp.arange(cos_sin[0].shape[1]) < lengths[:, None]).astype(jnp.int32)
+
+  def layer(x: Array, block: Block, past: KeysValues | None) -> tuple[Array, KeysValues]:
+    def attend(q: Array, k: Array, v: Array) -> tuple[Array, KeysValues]:
+      return _with_prefix(attention.causal(q, k, v, segments), q, past, prefix), (k, v)
+
+    return run_block(block, c, x, cos_sin, attend)
+
+  return layer
+
+
+def _last_keys_values(model: Llama, x: Array, cos_sin: CosSin) -> KeysValues:
+  """(k, v) of the last layer from its input; nothing uses the rest of the block, so the compiler leaves it out."""
+  block = _at(model.blocks, model.c.depth - 1)
+  return run_block(block, model.c, x, cos_sin, lambda q, k, v: (q, (k, v)))[1]
+
+
+def _at(stacked: Any, i: int | Array) -> Any:
+  """Layer i of a stacked tree, without a copy of the others."""
+  return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), stacked)
+
+
+def _before(prefix: Prefix | None, rows: int) -> int | Array:
+  """[rows, 1] how many tokens stand before each row."""
+  return 0 if prefix is None else jnp.repeat(prefix.lengths, rows // prefix.lengths.shape[0])[:, None]
+
+
+def _cos_sin(c: LlamaConfig, tokens: Array, prefix: Prefix | None) -> CosSin:
+  B, T = tokens.shape
+  return rope_angles(c, jnp.broadcast_to(jnp.arange(T) + _before(prefix, B), (B, T)))
+
+
+def _with_prefix(own: Attended, q: Array, past: KeysValues | None, prefix: Prefix | None) -> Array:
+  """Attention [B, T, N, H] over what `own` has looked at and over the prefix's keys and values of this layer."""
+  if past is None or prefix is None:
+    return own[0]
+  # The B / P rows after one prefix become queries of one row: [B, T, N, H] -> [P, B / P * T, N, H], and back.
+  shared = attention.over(q.reshape(past[0].shape[0], -1, *q.shape[2:]), *past, prefix.lengths)
+  return attention.merged(own, jax.tree.map(lambda new, old: new.reshape(old.shape), shared, own))[0]
+
+
+# ---- One token after another: decoding
+
+Cache = tuple[KeysValues, ...]  # per layer, K and V buffers [slots, capacity, K, H]
+
+
+def new_cache(model: Llama, slots: int, capacity: int) -> Cache:
+  """A cache of zeros: masked entries are multiplied, so they must never be NaN."""
   c, dtype = model.c, model.embed[...].dtype
   shape = (slots, capacity, c.kv_heads, c.head_dim)
   return tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(c.depth))
@@ -246,137 +420,60 @@ def new_cache(model, slots, capacity):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Prefix:
-  """Keys and values [P, S, K, H] of every layer that came before, and how many of the S places are real, [P]."""
-
-  kv: Any  # as the model's layout has it: a tuple of (k, v) per layer, or (k, v) that lead with the layer axis
-  lengths: Any
-
-
-def prefill(model, tokens, lengths, prefix=None):
-  """(hidden states [B, T, D], every layer's (k, v) [B, T, K, H]) of right-padded rows, B of them.
-
-  With a `prefix` of P rows, B / P consecutive rows of tokens continue each of them: it is read, never computed again.
-  """
-  c, (B, T) = model.c, tokens.shape
-  segments = (jnp.arange(T) < lengths[:, None]).astype(jnp.int32)
-  before = 0 if prefix is None else jnp.repeat(prefix.lengths, B // prefix.lengths.shape[0])[:, None]
-  cos_sin = rope_angles(c, jnp.broadcast_to(jnp.arange(T) + before, (B, T)))
-
-  def layer(x, block, past):
-    def attend(q, k, v):
-      own = attention.causal(q, k, v, segments)
-      if past is None:
-        return own[0], (k, v)
-      shared = attention.over(q.reshape(past[0].shape[0], -1, *q.shape[2:]), *past, prefix.lengths)
-      shared = jax.tree.map(lambda new, old: new.reshape(old.shape), shared, own)
-      return attention.merged(own, shared)[0], (k, v)
-
-    return run_block(block, c, x, cos_sin, attend)
-
-  x, kept = _run_layers(model, layer, embedded(model, tokens), None if prefix is None else prefix.kv)
-  return rms_norm(x, model.norm, c.norm_eps), kept
-
-
-def keys_values(model, tokens, lengths, prefix=None):
-  """`prefill` for the keys and values alone: the last layer ends with them. Stacked layout."""
-  last, layer, own = model.c.depth - 1, *_continued(model, tokens, lengths, prefix)
-  x, kept = jax.lax.scan(layer, embedded(model, tokens), jnp.arange(last))
-  return jax.tree.map(lambda upper, x: jnp.concatenate([upper, x[None]]), kept, own(x))
-
-
-def read(model, tokens, lengths, places, prefix=None):
-  """fp32 final-norm hidden states [B, R, D] at the places [B, R] of the rows of `prefill`. Of the last layer all places
-  get keys and values, and only these the rest. Stacked layout."""
-  c, (layer, own) = model.c, _continued(model, tokens, lengths, prefix)
-  x = jax.lax.fori_loop(0, c.depth - 1, lambda i, x: layer(x, i)[0], embedded(model, tokens))
-  k, v = own(x)
-
-  def attend(q, *_):
-    parts = [attention.over(q[:, r : r + 1], k, v, places[:, r] + 1) for r in range(places.shape[1])]
-    found = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *parts)
-    return _with_prefix(found, q, None if prefix is None else _at(prefix.kv, c.depth - 1), prefix), None
-
-  x = jnp.take_along_axis(x, places[..., None], axis=1)
-  cos_sin = rope_angles(c, places + _before(prefix, len(tokens)))
-  x, _ = run_block(_at(model.blocks, c.depth - 1), c, x, cos_sin, attend)
-  return rms_norm(x.astype(jnp.float32), model.norm, c.norm_eps)
-
-
-def _continued(model, tokens, lengths, prefix):
-  """(layer(x, i) -> (x, (k, v)), own(x) -> the last layer's (k, v)) for the rows of `prefill`."""
-  c, (B, T) = model.c, tokens.shape
-  segments = (jnp.arange(T) < lengths[:, None]).astype(jnp.int32)
-  cos_sin = rope_angles(c, jnp.broadcast_to(jnp.arange(T) + _before(prefix, B), (B, T)))
-
-  def layer(x, i):
-    past = None if prefix is None else _at(prefix.kv, i)
-    attend = lambda q, k, v: (_with_prefix(attention.causal(q, k, v, segments), q, past, prefix), (k, v))
-    return run_block(_at(model.blocks, i), c, x, cos_sin, attend)
-
-  def own(x):  # what the block makes of the queries is not used, so the compiler leaves it out
-    return run_block(_at(model.blocks, c.depth - 1), c, x, cos_sin, lambda q, k, v: (q, (k, v)))[1]
-
-  return layer, own
-
-
-def _at(stacked, i):
-  """Layer i of a stacked tree, without a copy of the others."""
-  return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), stacked)
-
-
-def _before(prefix, rows):
-  """[rows, 1] how many tokens stand before every row."""
-  return (
-    jnp.zeros((rows, 1), int) if prefix is None else jnp.repeat(prefix.lengths, rows // len(prefix.lengths))[:, None]
-  )
-
-
-def _with_prefix(own, q, past, prefix):
-  """Attention [B, T, N, H] over what `own` has looked at and over the prefix's keys and values of this layer."""
-  if past is None:
-    return own[0]
-  shared = attention.over(q.reshape(past[0].shape[0], -1, *q.shape[2:]), *past, prefix.lengths)
-  return attention.merged(own, jax.tree.map(lambda new, old: new.reshape(old.shape), shared, own))[0]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
 class Tiles:
-  """Which slots read which prefix: up to W slots of one prefix form a tile, so that its keys are read once for them."""
+  """The slots that read each prefix: up to W slots of one prefix form a tile, so that its keys are read once for them.
 
-  prefix: Any  # [n] the prefix of every tile; -1: the tile is not used
-  slots: Any  # [n, W] its slots; where a tile is not full, any slot
-  place: Any  # [B] where slot b's result stands among the n x W
+  Slots 0, 2 and 3 continue prefix 1, slot 1 continues prefix 0; W = 2, `-` is a place to spare:
+
+    tile   prefix   slots      results, n x W      place of slots 0 1 2 3
+      0       1      0 2           0 1                            0 4 1 2
+      1       1      3 -           2 .
+      2       0      1 -           4 .
+  """
+
+  prefix: Array | np.ndarray  # [n] the prefix of each tile; -1: the tile is not used
+  slots: Array | np.ndarray  # [n, W] its slots; any slot in a place to spare
+  place: Array | np.ndarray  # [B] where slot b's result stands among the n x W
 
 
-def decode(model, tokens, counts, cache, prefix, tiles):
-  """One step: token [B] takes place `counts` [B] of its slot's own cache and sees the slot's prefix before that.
+def decode(
+  model: Llama, tokens: Array, counts: Array, cache: Cache, prefix: Prefix, tiles: Tiles | None
+) -> tuple[Array, Cache]:
+  """Hidden states [B, D] after one step, and the updated cache. Unrolled layout.
 
-  Unrolled layout. Without `tiles` slot b has prefix b. Returns hidden [B, D] and the updated cache.
+  Token [B] takes place `counts` [B] of its slot's own cache and sees the slot's prefix before that. Without `tiles`
+  slot b has prefix b.
   """
   c = model.c
   if tiles is None:
-    before, grouped, single = prefix.lengths, lambda x: x, lambda x: x
+    before, lengths, rows = prefix.lengths, prefix.lengths, None
   else:
     before = prefix.lengths[tiles.prefix[tiles.place // tiles.slots.shape[1]]]
-    grouped = lambda x: x[tiles.slots][:, :, 0]  # [B, 1, ...] -> [n, W, ...]
-    single = lambda x: x.reshape(-1, 1, *x.shape[2:])[tiles.place]
-  lengths = prefix.lengths if tiles is None else jnp.where(tiles.prefix < 0, 0, prefix.lengths[tiles.prefix])
+    lengths = jnp.where(tiles.prefix < 0, 0, prefix.lengths[tiles.prefix])
+    rows = jnp.maximum(tiles.prefix, 0)
   cos_sin = rope_angles(c, (before + counts)[:, None])
-  # Written slot by slot: indexed with [slots, counts], every device would ask all others for their slots' indices.
-  put = jax.vmap(lambda buffer, at, new: buffer.at[at].set(new))
 
-  def layer(x, block, own):
+  def grouped(x: Array) -> Array:  # a slot per row -> a tile per row, [B, 1, ...] -> [n, W, ...]
+    return x if tiles is None else x[tiles.slots][:, :, 0]
+
+  def single(x: Array) -> Array:  # and back
+    return x if tiles is None else x.reshape(-1, 1, *x.shape[2:])[tiles.place]
+
+  @jax.vmap  # slot by slot: indexed with [slots, counts], each device would ask all others for their slots' indices
+  def put(buffer: Array, at: Array, new: Array) -> Array:
+    return buffer.at[at].set(new)
+
+  def layer(x: Array, block: Block, own: tuple[KeysValues, KeysValues]) -> tuple[Array, KeysValues]:
     (keys, values), (prefix_keys, prefix_values) = own
 
-    def attend(q, k, v):
+    def attend(q: Array, k: Array, v: Array) -> tuple[Array, KeysValues]:
       written = put(keys, counts, k[:, 0]), put(values, counts, v[:, 0])
       new = attention.over(q, *written, counts + 1)
-      old = attention.over(grouped(q), prefix_keys, prefix_values, lengths, tiles and jnp.maximum(tiles.prefix, 0))
+      old = attention.over(grouped(q), prefix_keys, prefix_values, lengths, rows)
       return attention.merged(new, jax.tree.map(single, old))[0], written
 
     return run_block(block, c, x, cos_sin, attend)
 
-  x, cache = _run_layers(model, layer, embedded(model, tokens[:, None]), tuple(zip(cache, prefix.kv)))
+  own = tuple(zip(cache, prefix.kv, strict=True))
+  x, cache = _run_layers(model, layer, embedded(model, tokens[:, None]), own)
   return rms_norm(x, model.norm, c.norm_eps)[:, 0], cache
