@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import types
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,10 @@ import pytest
 from engine_models import CONFIG, logprobs, on_mesh, stacked
 
 from alma_jax.engine import crossentropy, losses
-from alma_jax.engine.losses import Preference, preference_of
+from alma_jax.engine.losses import Preference, ScoredPairs, preference_of
 from alma_jax.llama import model as llama
 from alma_jax.llama import sharding
-from alma_jax.options import WORDS
+from alma_jax.options import ConfigError
 from alma_jax.text import packing
 
 ROW = 24
@@ -326,7 +327,8 @@ KINDS = {
 
 def of_pairs(p, logprobs=GOLDEN, lengths=LENGTHS, reference=REFERENCE, real=None, kl=None):
   reference = reference if p.has_reference else None  # nothing may look at it
-  return preference_of(p, logprobs, lengths, reference, np.ones(len(logprobs)) if real is None else real, kl=kl)
+  real = np.ones(len(logprobs)) if real is None else real
+  return preference_of(p, ScoredPairs(logprobs, lengths, reference, real, kl))
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -410,22 +412,22 @@ def test_dpo_stays_finite_for_huge_margins():
 @pytest.mark.parametrize(
   ("wrong", "said"),
   [
-    (dict(loss="dop"), "no preference loss 'dop'; there are dpo, cdpo"),
+    (dict(loss="dop"), "loss is 'dop'; it may be 'dpo', 'cdpo', .*did you mean 'dpo'"),
     (dict(label_smoothing=0.1), r"label_smoothing is 0.1, but the loss 'dpo' has none.*\(cdpo, rdpo, simpo\)"),
     (dict(loss="ipo", gamma_beta_ratio=0.5), r"gamma_beta_ratio is 0.5, but the loss 'ipo' has none.*\(simpo\)"),
     (dict(loss="rdpo", label_smoothing=0.5), "label_smoothing is 0.5; .*below 0.5"),
-    (dict(loss="cdpo"), "'cdpo' without label_smoothing is 'dpo'"),
+    (dict(loss="cdpo"), "label_smoothing is 0, with which the loss 'cdpo' is 'dpo'"),
     (dict(beta=0.0), "beta is 0.0"),
     (dict(nll_weight=-1.0), "nll_weight is -1.0"),
   ],
 )
-def test_losses_that_cannot_be_meant_are_refused(wrong, said):
-  with pytest.raises(ValueError, match=said):
+def test_invalid_losses_are_refused(wrong, said):
+  with pytest.raises(ConfigError, match=said):
     Preference(**wrong)
 
 
 def test_the_words_of_the_config_are_the_losses():
-  assert WORDS["dpo.loss"] == tuple(losses.PREFERENCES)
+  assert typing.get_args(typing.get_type_hints(Preference)["loss"]) == tuple(losses.PREFERENCES)
   assert set(losses.PREFERENCES) == {*KINDS, "kto"}
 
 
@@ -553,8 +555,8 @@ def test_grpo_of_known_log_probs():
 
 
 @pytest.mark.parametrize(("wrong", "said"), [(dict(clip_ratio=0.0), "clip_ratio is 0.0"), (dict(kl=-1.0), "kl is -1")])
-def test_policy_gradients_that_cannot_be_meant_are_refused(wrong, said):
-  with pytest.raises(ValueError, match=said):
+def test_invalid_policy_gradients_are_refused(wrong, said):
+  with pytest.raises(ConfigError, match=said):
     losses.Grpo(**wrong)
 
 
@@ -606,7 +608,7 @@ def test_live_losses_equal_those_of_trl(name):
   columns = [torch.tensor(x[:, side]) for x in (logprobs / scale, reference / scale) for side in (0, 1)]
   wanted, chosen, rejected = formula(trainer, *columns, kind, {})
   with jax.enable_x64(True):
-    args = (jnp.asarray(x, jnp.float64) for x in (logprobs, lengths, reference, np.ones(64)))
-    loss, metrics = preference_of(KINDS[name][0], *args)
+    pairs = ScoredPairs(*(jnp.asarray(x, jnp.float64) for x in (logprobs, lengths, reference, np.ones(64))))
+    loss, metrics = preference_of(KINDS[name][0], pairs)
   assert float(loss) == pytest.approx(float(wanted.mean()), rel=1e-6)
   assert float(metrics["margin"]) == pytest.approx(float((chosen - rejected).mean()), rel=1e-6)

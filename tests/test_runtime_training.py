@@ -1,6 +1,8 @@
 """Training in a run directory, on the miniature checkpoint: kills, epochs, logs, what is supervised."""
 
+import collections
 import contextlib
+import dataclasses
 import json
 import signal
 import struct
@@ -10,16 +12,28 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from engine_models import CONFIG
+from ml_collections import ConfigDict
+from orbax.checkpoint import v1 as ocp
 from tensorboardX.proto import event_pb2
 
-from alma_jax.engine import train as engine
+from alma_jax import options as options_lib
+from alma_jax.engine import train as engine_train
+from alma_jax.errors import RunError
 from alma_jax.llama import sharding
+from alma_jax.options import ConfigError
+from alma_jax.runtime import checkpoints as checkpoints_of
+from alma_jax.runtime import metrics as metrics_of
+from alma_jax.mini import formats
 from alma_jax.runtime import training
-from alma_jax.runtime.batches import Batches, Examples, Graded, Pairs
+from alma_jax.runtime.batches import Batches, Examples, Graded, Pairs, compact
+from alma_jax.runtime.display import Display
+from alma_jax.runtime.host import EngineOptions, Host, ModelOptions
+from alma_jax.runtime.metrics import StepLog
 from alma_jax.runtime.session import Session
 from alma_jax.store.runs import Run
-from alma_jax.text import chat
-from alma_jax.text.judge import MINI_JUDGE, judge_example
+from alma_jax.text import chat, packing
+from alma_jax.text.judge import judge_example
 from configs import alma, common
 
 COUNT, BATCH = 11, 4  # three batches an epoch, the last one of three examples
@@ -28,14 +42,17 @@ PAIRS = [("country : lyon oslo", f"answer: lyon france {word} norway .") for wor
 
 @pytest.fixture(scope="module")
 def session(tmp_path_factory):
-  mesh = sharding.make_mesh(2, 2, 2)
+  model = options_lib.build(ModelOptions, alma.get_config("mini").model, "config.model")
+  host = Host(model, EngineOptions(), sharding.make_mesh(), Display(speaks=False))
   with Run(tmp_path_factory.mktemp("run")) as run:
-    yield Session(run, alma.get_config("mini"), mesh, sharding.make_mesh())
+    yield Session(run, host, sharding.make_mesh(2, 2, 2), {}, ConfigDict())
 
 
-def options(section=common.training, **changes):
-  settings = dict(batch=BATCH, epochs=2.0, row_length=48, checkpoint_every=2) | changes
-  return section(1e-3, 1e-4, **settings)
+SETTINGS = dict(learning_rate=1e-3, final_learning_rate=1e-4, batch=BATCH, epochs=2.0, row_length=48)
+
+
+def options(kind=training.Options, **changes):
+  return options_lib.build(kind, SETTINGS | dict(checkpoint_every=2) | changes, "config.sft")
 
 
 def make_examples(session, count=COUNT):
@@ -45,7 +62,7 @@ def make_examples(session, count=COUNT):
     ([{"role": "user", "content": PAIRS[i % 3][0]}], f"answer: {' '.join(words[: 1 + i % 4])} lyon ." + " ." * (i // 4))
     for i in range(count)
   ]
-  return [chat.encode_example(session.tokenizer, session.chat, *turn) for turn in turns]
+  return [chat.encode_example(session.host.tokenizer, session.host.chat, *turn) for turn in turns]
 
 
 def data(examples):
@@ -72,6 +89,55 @@ def straight(session):
   return stage, facts
 
 
+# Options
+
+KINDS = [
+  (training.Options, common.training),
+  (training.PolicyOptions, common.policy),
+  (training.PreferenceOptions, common.preferences),
+  (training.GrpoOptions, common.policy_gradients),
+]
+
+
+@pytest.mark.parametrize(("kind", "section"), KINDS)
+def test_options_are_what_the_config_says_and_have_its_defaults(kind, section):
+  config = section(**SETTINGS)
+  assert options_lib.fields_of(kind).keys() == config.keys()
+  found = options_lib.build(kind, config, "config.sft")
+  assert found == options_lib.build(kind, SETTINGS, "config.sft")
+  practical = {"remat", "passes", "checkpoint_every", "checkpoint_keep"}
+  assert options_lib.fingerprint(found) == {k: v for k, v in config.to_dict().items() if k not in practical}
+
+
+@pytest.mark.parametrize(
+  ("kind", "wrong", "said"),
+  [
+    (training.Options, dict(batch=0), "config.sft.batch is 0; it must be at least 1"),
+    (training.Options, dict(epochs=0.0), "config.sft.epochs is 0.0; it must be above 0"),
+    (training.Options, dict(learning_rate=0), "config.sft.learning_rate is 0; it must be above 0"),
+    (training.Options, dict(average="token"), "config.sft.average is 'token'; .*did you mean 'tokens'"),
+    (training.Options, dict(dropout=1.0), "config.sft.dropout is 1.0; it must be at least 0 and below 1"),
+    (training.Options, dict(loss="dpo"), "config.sft has no field 'loss'"),
+    (training.PolicyOptions, dict(history="last"), "config.sft.history is 'last'; .*did you mean 'latest'"),
+    (training.PreferenceOptions, dict(loss="kot"), "config.sft.loss is 'kot'; .*did you mean 'kto'"),
+    (training.GrpoOptions, dict(kl=-1.0), "config.sft.kl is -1.0; it must be at least 0"),
+  ],
+)
+def test_invalid_options_are_refused(kind, wrong, said):
+  with pytest.raises(ConfigError, match=said):
+    options(kind, **wrong)
+
+
+def test_objectives_follow_from_the_options():
+  assert options(dropout=0.3, remat="full").objective("bfloat16") == engine_train.Objective(
+    None, "full", 0.3, "bfloat16"
+  )
+  preference = options(training.PreferenceOptions, loss="ipo")
+  assert preference.objective("float32").kind == preference.preference and preference.preference.loss == "ipo"
+  grpo = options(training.GrpoOptions, kl=0.5)
+  assert grpo.objective("float32").kind == grpo.grpo and grpo.grpo.kl == 0.5
+
+
 # Kills
 
 
@@ -81,14 +147,14 @@ class Killed(BaseException):
 
 def killed_at(monkeypatch, step):
   """The process dies when it is about to log this step (counted from 0)."""
-  write = training._Log.write
+  write = StepLog.write
 
   def dying(self, at, values):
     if at == step:
       raise Killed
     return write(self, at, values)
 
-  monkeypatch.setattr(training._Log, "write", dying)
+  monkeypatch.setattr(StepLog, "write", dying)
 
 
 @pytest.mark.parametrize("kills", [[1], [3], [4, 5], [2, 2]])
@@ -99,8 +165,8 @@ def test_a_killed_training_ends_like_one_that_was_not(kills, session, straight, 
     with monkeypatch.context() as patch, pytest.raises(Killed):
       killed_at(patch, step)
       training.train(session, stage, session.base, data(examples), options(), seed=5)
-  logged, write = [], training._Log.write
-  monkeypatch.setattr(training._Log, "write", lambda self, at, x: logged.append(at) or write(self, at, x))
+  logged, write = [], StepLog.write
+  monkeypatch.setattr(StepLog, "write", lambda self, at, x: logged.append(at) or write(self, at, x))
   _, facts = training.train(session, stage, session.base, data(examples), options(), seed=5)
   assert logged == list(range(kills[-1] // 2 * 2, 6))  # from the last checkpoint on, not from the start
   assert weights_file(stage) == weights_file(straight[0])
@@ -142,13 +208,28 @@ def test_times_and_curves_are_logged_for_people(session, straight):
 
 
 def test_the_share_of_the_devices_peak_is_logged_where_the_peak_is_known(session, tmp_path, monkeypatch):
-  monkeypatch.setattr(engine, "peak", lambda device: 1e9)
+  monkeypatch.setattr(metrics_of, "peak", lambda device: 1e9)
   batches = Batches(data(make_examples(session)), options(), 5, 1)
-  with training._Log(session, types.SimpleNamespace(dir=tmp_path), batches) as log:
+  with StepLog(session, types.SimpleNamespace(dir=tmp_path), batches) as log:
     log.write(0, {"loss": 1.0})
   row = json.loads((tmp_path / "speed.jsonl").read_text())
-  computed = engine.operations(training._config(session), batches.lengths(0))
+  computed = metrics_of.operations(session.host.trained_config, batches.lengths(0))
   assert row["mfu"] == pytest.approx(computed / row["seconds"] / (8 * 1e9), rel=1e-4)
+
+
+def test_operations_are_those_of_the_matrix_products():
+  # 2 for the forward and 4 for the backward pass, of each weight and of attention's two products, half of it masked.
+  c, lengths = CONFIG, [10, 3]
+  weights = c.depth * (c.width * c.head_dim * (2 * c.heads + 2 * c.kv_heads) + 3 * c.width * c.ffn) + c.width * c.vocab
+  norms = (2 * c.depth + 1) * c.width
+  attention = sum(6 * c.depth * n * n * c.heads * c.head_dim for n in lengths)
+  assert metrics_of.operations(c, lengths) == 6 * (weights + norms) * 13 + attention
+
+
+def test_peaks_are_found_by_the_names_of_devices():
+  of = lambda kind: metrics_of.peak(types.SimpleNamespace(device_kind=kind))
+  assert of("NVIDIA H200") == of("NVIDIA H100 80GB HBM3") == 989e12
+  assert (of("TPU v5 lite"), of("TPU v5p"), of("cpu")) == (197e12, 459e12, None)
 
 
 def tensorboard_scalars(path):
@@ -162,7 +243,7 @@ def tensorboard_scalars(path):
 
 def test_sigterm_saves_at_once_and_the_same_command_goes_on(session, straight, monkeypatch):
   stage, settings = new_stage(session, "stopped"), options(checkpoint_every=200)
-  examples, write = make_examples(session), training._Log.write
+  examples, write = make_examples(session), StepLog.write
 
   def signalled(self, at, values):
     if at == 1:
@@ -171,7 +252,7 @@ def test_sigterm_saves_at_once_and_the_same_command_goes_on(session, straight, m
 
   before = signal.getsignal(signal.SIGTERM)
   with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-    patch.setattr(training._Log, "write", signalled)
+    patch.setattr(StepLog, "write", signalled)
     training.train(session, stage, session.base, data(examples), settings, seed=5)
   assert stop.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
   saved = [int(path.name) for path in (stage.dir / "checkpoints").iterdir()]
@@ -183,19 +264,12 @@ def test_sigterm_saves_at_once_and_the_same_command_goes_on(session, straight, m
 
 def test_a_checkpoint_goes_on_on_another_mesh(session, straight, monkeypatch):
   stage, examples = new_stage(session, "moved"), make_examples(session)
-  with monkeypatch.context() as patch:
-    with pytest.raises(Killed):
-      killed_at(patch, 3)
-      training.train(session, stage, session.base, data(examples), options(), seed=5)
-    patch.undo()
-    for sizes in ((1, 8, 1), (8, 1, 1)):
-      patch.setattr(session, "mesh", sharding.make_mesh(*sizes))
-      with pytest.raises(Killed) if sizes[0] == 1 else contextlib.nullcontext():
-        if sizes[0] == 1:
-          killed_at(patch, 5)
-        training.train(session, stage, session.base, data(examples), options(), seed=5)
-        patch.undo()
-      patch.undo()
+  for kill, sizes in ((3, (2, 2, 2)), (5, (1, 8, 1)), (None, (8, 1, 1))):
+    moved = dataclasses.replace(session, mesh=sharding.make_mesh(*sizes))
+    with monkeypatch.context() as patch, pytest.raises(Killed) if kill else contextlib.nullcontext():
+      if kill:
+        killed_at(patch, kill)
+      training.train(moved, stage, session.base, data(examples), options(), seed=5)
   found, wanted = (safetensors.numpy.load_file(s.dir / "model" / "model.safetensors") for s in (stage, straight[0]))
   for name, x in wanted.items():
     np.testing.assert_allclose(found[name], x, atol=2e-5, err_msg=name)
@@ -209,11 +283,54 @@ def test_checkpoints_that_stay_can_be_exported(session, straight):
   wanted = safetensors.numpy.load_file(checkpoint.directory / "model.safetensors")
   moved = []
   for step in (2, 4):
-    model = training.checkpoint_model(session, stage.dir / "checkpoints", step, sharding.make_mesh(1, 4, 2))
-    found = safetensors.numpy.load_file(training.export(session, model, stage.dir / f"at_{step}") / "model.safetensors")
+    model = training.checkpoint_model(session.host, stage.dir / "checkpoints", step, sharding.make_mesh(1, 4, 2))
+    found = safetensors.numpy.load_file(
+      training.export(session.host, model, stage.dir / f"at_{step}") / "model.safetensors"
+    )
     assert found.keys() == wanted.keys()
     moved.append(sum(np.abs(found[name] - x).sum() for name, x in wanted.items()))
   assert moved[0] > moved[1] > 0  # nearer to the end
+
+
+def test_a_checkpoint_is_read_by_name_whatever_the_order_of_the_tree(tmp_path):
+  tree = collections.OrderedDict
+  state = {"embed": np.float32([1, 2]), "blocks": {"q": np.ones((2, 3), np.float32)}}, (np.int32(7), {})
+  with checkpoints_of.Checkpoints(tmp_path / "checkpoints") as checkpoints:
+    assert checkpoints.latest is None
+    checkpoints.save(3, state)
+  other = tree(norm=tree(), embed=np.zeros(2, np.float32), blocks=tree(q=np.zeros((2, 3), np.float32))), (np.int32(0),)
+  assert list(checkpoints_of.named(state)) == ["model/blocks/q", "model/embed", "moments/0"]
+  assert list(checkpoints_of.named(other)) == ["model/embed", "model/blocks/q", "moments/0"]
+  with checkpoints_of.Checkpoints(tmp_path / "checkpoints") as checkpoints:
+    assert checkpoints.latest == 3 and checkpoints.moments(3) == "float32"
+    (model, (count,)) = checkpoints.load(3, other)
+  assert model["embed"].tolist() == [1, 2] and model["blocks"]["q"].tolist() == [[1] * 3] * 2 and count == 7
+
+
+def test_the_names_in_a_checkpoint_are_paths_in_the_model_and_its_moments(session):
+  state = engine_train.abstract_state(session.host.trained_config, session.mesh, "float32")
+  names = set(checkpoints_of.named(state))
+  assert {"model/embed", "model/blocks/q", "moments/0/mu/blocks/q", "moments/0/nu/embed", "moments/0/count"} <= names
+  assert not any("value" in name for name in names)
+
+
+def test_a_checkpoint_with_numbered_arrays_is_refused_in_training_and_exported(session, straight):
+  stage, settings = new_stage(session, "old"), options(checkpoint_keep=2)
+  training.train(session, stage, session.base, data(make_examples(session)), settings, seed=5)
+  directory, mesh = stage.dir / "checkpoints", sharding.make_mesh(1, 4, 2)
+  state = engine_train.abstract_state(session.host.trained_config, session.mesh, "float32")
+  with checkpoints_of.Checkpoints(directory) as checkpoints:
+    found = checkpoints.load(4, state)
+  numbered = {f"{i:04d}": leaf for i, leaf in enumerate(jax.tree.leaves(found))}
+  with ocp.training.Checkpointer(directory.absolute()) as checkpoints:
+    checkpoints.save(5, numbered, force=True)
+  with pytest.raises(
+    RunError, match=r"checkpoints/5 was written by alma_jax 0\.1 .*: delete .*/old/checkpoints to train"
+  ):
+    training.train(session, stage, session.base, data(make_examples(session)), settings, seed=5)
+  read = [training.checkpoint_model(session.host, directory, step, mesh) for step in (4, 5)]
+  for new, old in zip(*map(jax.tree.leaves, read), strict=True):
+    np.testing.assert_array_equal(new, old)
 
 
 def test_the_examples_of_a_loss_that_is_not_finite_are_saved(session, monkeypatch):
@@ -222,7 +339,9 @@ def test_the_examples_of_a_loss_that_is_not_finite_are_saved(session, monkeypatc
   examples[7] = ids, np.where(mask, np.nan, 0)
   stage = new_stage(session, "broken")
   at = next(step for step in range(3) if 7 in Batches(data(examples), options(), 5, 4).members(step))
-  with pytest.raises(engine.TrainingError, match=rf"step {at + 1} of 6: .*not finite for 'example 7'\. .*failure.json"):
+  with pytest.raises(
+    engine_train.TrainingError, match=rf"step {at + 1} of 6: .*not finite for 'example 7'\. .*failure.json"
+  ):
     training.train(session, stage, session.base, data(examples), options(), seed=5)
   found = json.loads((stage.dir / "failure.json").read_text())
   assert found["step"] == at + 1 and found["examples"][0]["id"] == "example 7"
@@ -232,9 +351,9 @@ def test_the_examples_of_a_loss_that_is_not_finite_are_saved(session, monkeypatc
 
 def test_too_little_memory_is_said_before_the_first_step(session, monkeypatch):
   stage = new_stage(session, "large")
-  monkeypatch.setattr(type(session), "training_bytes", 10**6)
+  monkeypatch.setattr(Host, "training_bytes", 10**6)
   with pytest.raises(
-    engine.TrainingError, match=r"on each device and 0\.0 GB are there.*What helps: .*moments='bfloat16'"
+    engine_train.TrainingError, match=r"on each device and 0\.0 GB are there.*What helps: .*moments='bfloat16'"
   ):
     training.train(session, stage, session.base, data(make_examples(session)), options(), seed=5)
   assert not (stage.dir / "checkpoints").exists()
@@ -317,6 +436,26 @@ def test_every_example_may_count_alike(session):
     assert batch["weights"].sum() == pytest.approx(count)
 
 
+def test_compact_sequences_take_little_memory_and_make_the_same_batches(session):
+  plain = [
+    (ids, mask if i % 2 else 0.3 * np.asarray(mask, np.float32)) for i, (ids, mask) in enumerate(make_examples(session))
+  ]
+  small = [compact(*example) for example in plain]
+  assert [mask.dtype for _, mask in small[:2]] == [np.float32, bool]
+  assert all(ids.nbytes + mask.nbytes == len(ids) * (5 if i % 2 else 8) for i, (ids, mask) in enumerate(small))
+  clipped = [packing.clip(examples, 40) for examples in (plain, small)]
+  assert clipped[0][1] == clipped[1][1]
+  for average in ("tokens", "examples"):
+    made = [Batches(Examples(x, range(COUNT), average), options(), 5, 1) for x in (plain, small)]
+    for step in range(made[0].steps):
+      for name, x in made[0](step).items():
+        np.testing.assert_array_equal(made[1](step)[name], x, err_msg=name)
+  sides = [list(zip(x[::2], x[1::2], strict=False)) for x in (plain, small)]
+  made = [Batches(Pairs(x, range(len(x))), options(), 5, 1)(0) for x in sides]
+  for name, x in made[0].items():
+    np.testing.assert_array_equal(made[1][name], x, err_msg=name)
+
+
 def last_targets(batch):
   """(last target, its weight) of every packed sequence."""
   found = []
@@ -327,11 +466,11 @@ def last_targets(batch):
 
 
 def test_the_stop_token_of_sft_and_judge_examples_is_supervised(session):
-  tok, fmt = session.tokenizer, session.chat
+  tok, fmt = session.host.tokenizer, session.host.chat
   stop = chat.stop_ids(tok, fmt)[0]
   sft = make_examples(session)
   asked = [{"role": "user", "content": PAIRS[0][0]}]
-  judged = [judge_example(tok, fmt, MINI_JUDGE, asked, PAIRS[i % 3][1], i) for i in range(COUNT)]
+  judged = [judge_example(tok, fmt, formats.JUDGE, asked, PAIRS[i % 3][1], i) for i in range(COUNT)]
   judged = [(ids, 0.25 * np.asarray(mask, np.float32)) for ids, mask in judged]
   for examples, weight in ((sft, 1.0), (judged, 0.25)):
     batches, _ = all_batches(examples, options())
@@ -345,7 +484,7 @@ def test_the_stop_token_of_sft_and_judge_examples_is_supervised(session):
 
 def test_dpo_from_its_own_reference_starts_at_ln_2_and_pairs_stay_together(session):
   sequences = make_examples(session, 10)  # five pairs in batches of two: the last one is filled up
-  settings = options(common.preferences, batch=2, epochs=1.0)
+  settings = options(training.PreferenceOptions, batch=2, epochs=1.0)
   reference = training.sequence_logprobs(session, session.base, sequences, settings).reshape(-1, 2)
   pairs = Pairs(list(zip(sequences[::2], sequences[1::2])), list("abcde"), reference)
   stage = new_stage(session, "dpo")
@@ -369,7 +508,7 @@ def test_dpo_from_its_own_reference_starts_at_ln_2_and_pairs_stay_together(sessi
 
 def test_graded_responses_carry_their_own_log_probs(session):
   sequences = make_examples(session)
-  settings = options(common.policy_gradients)
+  settings = options(training.GrpoOptions)
   per_token = training.token_logprobs(session, session.base, sequences, settings)
   sums = training.sequence_logprobs(session, session.base, sequences, settings)
   np.testing.assert_allclose([x.sum() for x in per_token], sums, rtol=1e-5)
@@ -405,7 +544,7 @@ def test_sequence_log_probs_are_in_order_whatever_the_batch(session):
 
 def test_a_second_host_writes_no_log(session, tmp_path):
   stage = types.SimpleNamespace(dir=tmp_path)
-  with training._Log(session, stage, Batches(data(make_examples(session)), options(), 5, 1)) as log:
+  with StepLog(session, stage, Batches(data(make_examples(session)), options(), 5, 1)) as log:
     log.active = False
     log.keep(3)
     log.write(3, {"loss": 1.0})

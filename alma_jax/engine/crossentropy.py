@@ -126,7 +126,7 @@ def _on_own_rows(f: Callable[..., Array], targets: Array) -> Callable[..., Array
 
 
 def _tiles(tile: int, where: Array) -> tuple[Array, Array]:
-  """(places [tiles, tile], number of tiles with any): the places where `where` [N] is True, then N, one too far."""
+  """Places [tiles, tile] where `where` [N] is True, then N, which is one too far; and the number of tiles with any."""
   n = where.shape[0]
   places = jnp.nonzero(where, size=-(-n // tile) * tile, fill_value=n)[0].reshape(-1, tile)
   return places, (where.sum() + tile - 1) // tile
@@ -141,12 +141,12 @@ def _put(x: Array, places: Array, values: Array) -> Array:
 
 
 def _logits(axes: Axes, weight: Array, x: Array) -> Array:
-  """[n, V] for x [n, D]."""
+  """Logits [n, V] for x [n, D]."""
   return jnp.einsum(f"nd,{axes}->nv", x, weight, preferred_element_type=jnp.float32)
 
 
 def _gradients(axes: Axes, weight: Array, x: Array, dz: Array) -> tuple[Array, Array]:
-  """(of x, of the weight) for dz [n, V], the gradient of the logits."""
+  """The gradients of x and of the weight for dz [n, V], that of the logits."""
   dz = dz.astype(jnp.result_type(x, weight))
   dx = jnp.einsum(f"nv,{axes}->nd", dz, weight, preferred_element_type=jnp.float32)
   return dx, jnp.einsum(f"nd,nv->{axes}", x, dz, preferred_element_type=jnp.float32)

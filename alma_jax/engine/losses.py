@@ -21,7 +21,8 @@ from alma_jax.engine.crossentropy import token_logprobs, weighted_logprobs
 from alma_jax.llama import model as llama
 from alma_jax.options import Checked, ConfigError, option, refuse
 
-Batch = Mapping[str, Any]  # arrays by name, as `text.packing` and `runtime.batches` make them
+# Arrays by name, as `text.packing` and `runtime.batches` make them; "other" is a batch inside a batch.
+Batch = Mapping[str, Any]
 Totals = dict[str, Array]
 Metrics = dict[str, Array]
 
@@ -54,7 +55,7 @@ def _hidden(model: llama.Llama, batch: Batch, how: How) -> Array:
 
 
 def sequence_logprobs(logprobs: Array, batch: Batch, sequences: int) -> Array:
-  """[sequences] sums of the weighted token log-probs of every packed sequence; padding falls into a spare bin.
+  """Sums [sequences] of the weighted token log-probs of each packed sequence; padding falls into a spare bin.
 
   example   0  0  0  1  1 -1        sums of a row, with sequences = 2:
   index     0  0  0  1  1  2        [0 + 0 + 0, 1 + 1], and bin 2 is dropped
@@ -65,7 +66,7 @@ def sequence_logprobs(logprobs: Array, batch: Batch, sequences: int) -> Array:
 
 
 def sft(model: llama.Llama, batch: Batch, how: How = How(), whole: Totals | None = None) -> tuple[Array, Metrics]:
-  """(loss, metrics): weighted NLL over the whole batch divided by its weight."""
+  """Loss and metrics: the weighted NLL of the batch divided by the whole batch's weight."""
   total = weighted_logprobs(model, _hidden(model, batch, how), batch["targets"], batch["weights"])
   loss = -total / (whole or totals(batch))["weight"]
   return loss, {"loss": loss, "target_tokens": (batch["weights"] > 0).sum()}
@@ -149,8 +150,8 @@ class ScoredPairs(NamedTuple):
 def preference(
   model: llama.Llama, batch: Batch, p: Preference, how: How = How(), whole: Totals | None = None
 ) -> tuple[Array, Metrics]:
-  """(loss, metrics). The sequences 2 i and 2 i + 1 are pair i's chosen and rejected. `real` [pairs] is 0 for what only
-  fills the batch up; `reference` [pairs, sides] and `kl` are there if the loss has them."""
+  """Loss and metrics of pairs: the sequences 2 i and 2 i + 1 are pair i's chosen and rejected. `real` [pairs] is 0 for
+  what only fills the batch up; `reference` [pairs, sides] and `kl` are there if the loss has them."""
   pairs = batch["real"].shape[0]
 
   def by_pair(x: Array) -> Array:
@@ -205,7 +206,7 @@ def preference_of(p: Preference, pairs: ScoredPairs, count: Array | None = None)
 
 
 def _of_margin(p: Preference, margin: Array) -> Array:
-  """[pairs] losses of margins beta h."""
+  """The losses [pairs] of margins beta h."""
   if p.loss in ("ipo", "ipo_sum"):
     return (margin / p.beta - 1 / (2 * p.beta)) ** 2
   if p.loss == "hinge":
@@ -235,8 +236,7 @@ class Grpo(Checked):
 
 
 def advantages(scores: Sequence[float]) -> np.ndarray:
-  """[N] the lead of each of one prompt's N scores over their mean, in standard deviations; zeros where all are
-  equal."""
+  """The leads [N] of one prompt's N scores over their mean, in standard deviations; zeros if all are equal."""
   of = np.asarray(scores, np.float64)
   if len(of) < 2 or np.ptp(of) == 0:
     return np.zeros(len(of))
@@ -246,7 +246,7 @@ def advantages(scores: Sequence[float]) -> np.ndarray:
 def grpo(
   model: llama.Llama, batch: Batch, g: Grpo, how: How = How(), whole: Totals | None = None
 ) -> tuple[Array, Metrics]:
-  """(loss, metrics) by tokens. `advantage`, `old` and `reference` [rows, T] are each place's advantage, its log-prob
+  """Loss and metrics by tokens. `advantage`, `old` and `reference` [rows, T] are each place's advantage, its log-prob
   under the model that wrote the response, and that under the reference."""
   logprobs, weight = batch_logprobs(model, batch, how), (whole or totals(batch))["weight"]
 

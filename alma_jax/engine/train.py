@@ -27,6 +27,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from alma_jax.engine import losses
+from alma_jax.engine.losses import Batch, Metrics
 from alma_jax.engine.optimizer import Optimizer, learning_rate, transformation
 from alma_jax.errors import UserError
 from alma_jax.llama import model as llama
@@ -36,7 +37,6 @@ from alma_jax.llama.sharding import BATCH
 from alma_jax.options import Checked, option, refuse
 
 State = tuple[llama.Llama, optax.OptState]  # the fp32 model and its moments
-Batch = Mapping[str, Any]  # host arrays by name; "other" is a batch inside a batch
 Tree = TypeVar("Tree")
 
 
@@ -65,8 +65,8 @@ class Objective(Checked):
     if not self.dropout < 1:
       refuse("dropout", self.dropout, "must be at least 0 and below 1")
 
-  def loss(self, model: llama.Llama, batch: Batch, whole: losses.Totals) -> tuple[Array, losses.Metrics]:
-    """(loss, metrics) of a batch, which is part of one with the totals `whole`."""
+  def loss(self, model: llama.Llama, batch: Batch, whole: losses.Totals) -> tuple[Array, Metrics]:
+    """The loss and metrics of a batch, which is part of one with the totals `whole`."""
     how = losses.How(self.remat, self.dropout)
     if isinstance(self.kind, losses.Preference):
       return losses.preference(model, batch, self.kind, how, whole)
@@ -124,7 +124,7 @@ def _programs(c: LlamaConfig, mesh: Mesh, o: Optimizer, objective: Objective) ->
     return model, tx.init(model)
 
   @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
-  def step(state: State, batch: dict[str, Any], rate: Array) -> tuple[State, losses.Metrics]:
+  def step(state: State, batch: dict[str, Any], rate: Array) -> tuple[State, Metrics]:
     model, moments = state
     (_, metrics), gradient = _gradient(llama.cast(model, objective.compute_dtype), batch, objective)
     norm = optax.tree.norm(jax.tree.map(lambda x: x.astype(jnp.float32), gradient))
@@ -147,7 +147,7 @@ def abstract_state(c: LlamaConfig, mesh: Mesh, moments: Literal["float32", "bflo
 
 
 def _gradient(model: llama.Llama, batch: dict[str, Any], objective: Objective) -> Any:
-  """((loss, metrics), gradient) of a batch whose arrays by rows lead with the passes.
+  """The ((loss, metrics), gradient) of a batch whose arrays by rows lead with the passes.
 
   With 8 rows of 512 tokens in 2 passes, and 4 pairs:
 
@@ -172,7 +172,7 @@ def _gradient(model: llama.Llama, batch: dict[str, Any], objective: Objective) -
     if "key" in constants:  # (seed, step) -> (seed, number of the pass in the whole training)
       part = part | {"key": jnp.stack([constants["key"][0], constants["key"][1] * passes + i.astype(jnp.uint32)])}
 
-    def value(model: llama.Llama) -> tuple[Array, losses.Metrics]:
+    def value(model: llama.Llama) -> tuple[Array, Metrics]:
       return objective.loss(model, constants | part, whole)
 
     return jax.value_and_grad(value, has_aux=True)(model)
@@ -200,7 +200,7 @@ def _by_rows(batch: dict[str, Any]) -> dict[str, Any]:
 class Plan:
   """A compiled step, how it was compiled, and the bytes it needs on each device."""
 
-  step: Callable[..., tuple[State, losses.Metrics]]
+  step: Callable[..., tuple[State, Metrics]]
   remat: str
   passes: int
   state: int  # weights, moments and batch
@@ -312,7 +312,7 @@ def fit(
   """
   c, mesh, late = model.c, task.mesh, None
 
-  def settle(step: int, rate: float, found: losses.Metrics) -> None:
+  def settle(step: int, rate: float, found: Metrics) -> None:
     """Look at the metrics of a step that has been made."""
     metrics = {name: float(x) for name, x in found.items()}
     metrics["learning_rate"] = rate
@@ -353,7 +353,7 @@ def fit(
   return state[0]
 
 
-def _agreed(flag: bool, step: int, metrics: losses.Metrics) -> bool:
+def _agreed(flag: bool, step: int, metrics: Metrics) -> bool:
   """True if any host says so. Several hosts ask each other at every eighth step, when it has been made: on CPUs two
   programs whose collectives run at once may wait for each other for ever."""
   if jax.process_count() == 1:

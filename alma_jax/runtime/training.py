@@ -200,17 +200,14 @@ def _failure(s: Session, model: llama.Llama, data: Data, members: np.ndarray, op
 
 def export(host: Host, model: llama.Llama, directory: pathlib.Path) -> pathlib.Path:
   """Write the model directory, which transformers and vLLM load without changes."""
-  weights.save(
-    directory,
-    model,
+  text = weights.TextSide(
     tokenizer=host.tokenizer,
     chat_template=chat.jinja(host.chat),
     eos_token=None if host.chat.stop == chat.EOS else host.chat.stop,
     stop_ids=chat.stop_ids(host.tokenizer, host.chat),
     bos_id=host.tokenizer.bos_id,
-    pad_id=None,
-    dtype=host.save_dtype,
   )
+  weights.save(directory, model, text, host.save_dtype)
   return directory
 
 
