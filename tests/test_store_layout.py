@@ -63,7 +63,8 @@ def test_the_config_of_a_stage_is_that_of_its_round_else_of_its_run(tmp_path):
     layout.config_of(stage)
   (tmp_path / "config.json").write_text(json.dumps({"recipe": "alma", "rounds": {}}))
   (stage / "model" / "config.json").write_text(json.dumps({"model_type": "llama"}))
-  assert layout.config_in(stage / "model") is None and "rounds" in layout.config_of(stage)
+  assert layout.config_in(stage / "model") is None
+  assert layout.config_of(stage) == layout.config_of(tmp_path) == {"recipe": "alma", "rounds": {}}
   (tmp_path / "round_02" / "config.json").write_text(json.dumps({"recipe": "alma"}))
   assert layout.is_round(layout.config_of(stage)) and not layout.is_round(layout.config_of(tmp_path / "sft_1"))
   (tmp_path / "config.json").write_bytes(b'{"recipe": "\xff"}')

@@ -3,9 +3,9 @@
 `load_examples("seeds.jsonl")` or `load_examples("tfds:name/config:train")` returns (rows, report). A row of
 the file has `messages`, a list of {"role", "content"} whose last turn is the assistant's, or `prompt` and
 `response`; the judge's seeds also need a `score` from 0 to 10: `need=("response", "score")`. With `need=()`
-only prompts are read and responses are left aside. What cannot be read is a DataError that names file, line
-and field. Rows with an empty prompt or response and rows that repeat an earlier one exactly are left out
-and counted in the report with their first lines.
+only prompts are read. A row that cannot be read raises a DataError that names file, line and field. Rows
+with an empty prompt or response and exact repetitions of earlier rows are left out; the report counts them
+and names the first lines of each kind.
 """
 
 import dataclasses
@@ -13,11 +13,14 @@ import difflib
 import json
 import pathlib
 import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from alma_jax.errors import UserError
+from alma_jax.store.records import Turns
 
 ROLES = ("system", "user", "assistant")
 FIELDS = ("messages", "prompt", "response", "score")
@@ -26,22 +29,25 @@ _SHOWN = 10  # first lines of each kind that the report lists
 
 
 class DataError(UserError):
-  """What the user has to mend in a data file; its text is the whole message."""
+  """A mistake in a data file; its text is the whole message: where it is and how to mend it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SeedRow:
-  messages: tuple[dict, ...]  # up to and including the user's turn that is answered
+  messages: Turns  # up to and including the user's turn that is answered
   response: str | None
   score: float | None
   line: int  # line of a JSONL file, else the row or item, from 1
 
 
-def load_examples(source, need=("response",)):
+def load_examples(
+  source: str | pathlib.Path, need: Sequence[str] = ("response",)
+) -> tuple[list[SeedRow], dict[str, Any]]:
   """Reads and checks all rows; returns (rows, report). `need` names what a row has besides its prompt."""
   unit, items = _items(str(source))
   rows, seen, total = [], set(), 0
-  dropped, ignored = {"empty": [], "duplicate": []}, set()
+  dropped: dict[str, list[int]] = {"empty": [], "duplicate": []}
+  ignored: set[str] = set()
   for line, item in items:
     total += 1
     row = row_of(item, need, line, f"{source}, {unit} {line}")
@@ -59,12 +65,14 @@ def load_examples(source, need=("response",)):
   if not rows:
     what = f"all {total} rows have an empty prompt or response" if total else "it holds no rows"
     raise DataError(f"{source}: nothing to read: {what}.")
-  report = {"rows": total, "kept": len(rows)} | {why: len(lines) for why, lines in dropped.items()}
-  report["examples"] = {why: lines[:_SHOWN] for why, lines in dropped.items()}
-  return rows, report | {"ignored_fields": sorted(ignored)}
+  counts = {why: len(lines) for why, lines in dropped.items()}
+  examples = {why: lines[:_SHOWN] for why, lines in dropped.items()}
+  report = {"rows": total, "kept": len(rows), **counts, "examples": examples, "ignored_fields": sorted(ignored)}
+  return rows, report
 
 
-def row_of(item, need, line, where):
+def row_of(item: Any, need: Sequence[str], line: int, where: str) -> SeedRow:
+  """The checked row of one object; `where` begins the messages of its errors."""
   if not isinstance(item, dict):
     raise DataError(f'{where}: expected an object such as {{"prompt": ..., "response": ...}}, found {_kind(item)}.')
   item = {key: value for key, value in item.items() if value is not None}
@@ -89,23 +97,24 @@ def row_of(item, need, line, where):
   return SeedRow(messages, answer, score, line)
 
 
-def _split(messages, answer, where):
+def _split(messages: Turns, answer: str | None, where: str) -> tuple[Turns, str | None]:
   """The conversation up to the last user's turn, and the answer: the last turn or the field `response`."""
   if messages[-1]["role"] == "assistant":
-    *messages, last = messages
+    messages, last = messages[:-1], messages[-1]
     if answer not in (None, last["content"]):
       raise DataError(f"{where}: `messages` end with one answer and `response` is another; remove one.")
     answer = last["content"]
   if not messages or messages[-1]["role"] != "user":
     found = f"found role {messages[-1]['role']!r}" if messages else "found none"
     raise DataError(f"{where}, field messages: expected a user's turn before the answer, {found}.")
-  return tuple(messages), answer
+  return messages, answer
 
 
-def _messages(value, where):
+def _messages(value: Any, where: str) -> Turns:
   where = f"{where}, field messages"
   if isinstance(value, dict) and value.keys() >= {"role", "content"}:  # TFDS turns a list of dicts inside out
-    value = [{"role": role, "content": content} for role, content in zip(value["role"], value["content"])]
+    pairs = zip(value["role"], value["content"], strict=False)
+    value = [{"role": role, "content": content} for role, content in pairs]
   if not isinstance(value, list | tuple) or not value:
     raise DataError(f'{where}: expected a list of {{"role", "content"}}, found {_kind(value) if value else "none"}.')
   turns = []
@@ -125,18 +134,19 @@ def _messages(value, where):
   return tuple(turns)
 
 
-def text_of(value, where):
+def text_of(value: Any, where: str) -> str:
+  """The value if it is a string of valid Unicode."""
   try:
     value = value.decode() if isinstance(value, bytes) else value  # TFDS gives bytes
     if not isinstance(value, str):
       raise DataError(f"{where}: expected a string, found {_kind(value)}.")
     value.encode()
-  except UnicodeError as e:
+  except (UnicodeDecodeError, UnicodeEncodeError) as e:
     raise DataError(f"{where}: not valid Unicode text ({e.reason}).") from None
   return value
 
 
-def _score(value, where):
+def _score(value: Any, where: str) -> float:
   value = value.item() if hasattr(value, "item") else value
   number = isinstance(value, int | float) and not isinstance(value, bool)
   if not (number and 0 <= value <= 10):
@@ -144,8 +154,8 @@ def _score(value, where):
   return float(value)
 
 
-def _require(fields, present, where):
-  """One of `fields` must be among those present."""
+def _require(fields: Sequence[str], present: Collection[str], where: str) -> None:
+  """Raises unless one of `fields` is present."""
   if not set(fields) & set(present):
     wanted = " or ".join(f"`{field}`" for field in fields)
     near = [f" Did you misspell {name!r}?" for field in fields for name in _near(field, present)]
@@ -153,8 +163,8 @@ def _require(fields, present, where):
     raise DataError(f"{where}: {wanted} is missing or null; present: {found}.{''.join(near)}")
 
 
-def _items(source):
-  """(what a row is called, iterable of (number, row))."""
+def _items(source: str) -> tuple[str, Iterable[tuple[int, Any]]]:
+  """What a row of the source is called, and the rows with their numbers."""
   if source.startswith("tfds:"):
     return "row", enumerate(_tfds_rows(source), 1)
   path = pathlib.Path(source)
@@ -179,7 +189,7 @@ def _items(source):
   return "line", ((i, _json(line, source, i)) for i, line in lines if line.strip())
 
 
-def _json(text, source, line):
+def _json(text: str, source: str, line: int) -> Any:
   try:
     return json.loads(text)
   except json.JSONDecodeError as e:
@@ -189,7 +199,7 @@ def _json(text, source, line):
     raise DataError(f"{source}, line {line}: cannot be read: {e}.") from None
 
 
-def _parquet_rows(path):
+def _parquet_rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
   try:
     with pq.ParquetFile(path) as file:
       present = file.schema_arrow.names
@@ -200,7 +210,7 @@ def _parquet_rows(path):
     raise DataError(f"{path}: cannot be read as Parquet: {e}") from None
 
 
-def _tfds_rows(source):
+def _tfds_rows(source: str) -> Iterator[Any]:
   match = _TFDS.fullmatch(source)
   if not match:
     raise DataError(f"{source}: expected tfds:NAME[/CONFIG]:SPLIT, such as tfds:my_seeds/english:train.")
@@ -210,7 +220,7 @@ def _tfds_rows(source):
     raise DataError(f"{source}: needs TFDS: pip install tensorflow-datasets array-record") from None
   name = match["name"]
   try:
-    data = tfds.data_source(name, split=match["split"])
+    data: Any = tfds.data_source(name, split=match["split"])
   except Exception as e:  # TFDS raises whatever its builders raise
     reason = (str(e).strip() or type(e).__name__).splitlines()[0]
     raise DataError(
@@ -221,7 +231,7 @@ def _tfds_rows(source):
   return (data[i] for i in range(len(data)))
 
 
-def _neighbours(path):
+def _neighbours(path: pathlib.Path) -> str:
   if not path.parent.is_dir():
     return f" There is no directory {path.parent} either."
   names = sorted(p.name for p in path.parent.iterdir())
@@ -229,10 +239,10 @@ def _neighbours(path):
   return f" Near names there: {', '.join(near)}." if near else ""
 
 
-def _near(name, known):
+def _near(name: str, known: Iterable[Any]) -> list[str]:
   return difflib.get_close_matches(name, [str(k) for k in known], n=1)
 
 
-def _kind(value):
+def _kind(value: Any) -> str:
   names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
   return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 
 from alma_jax.corpus.normalise import prompt_id
-from alma_jax.store.data import SeedRow
 from alma_jax.store import shards
+from alma_jax.store.data import SeedRow
 from alma_jax.store.records import Example, Graded, Pair, Prompt
 from alma_jax.store.runs import Artefact, Stage
 

@@ -169,8 +169,9 @@ def config_in(directory: pathlib.Path) -> dict[str, Any] | None:
 
 
 def config_of(path: pathlib.Path) -> dict[str, Any]:
-  """The config of the run, or of the round, that a stage's directory lies in."""
-  config = next((found for above in path.absolute().parents if (found := config_in(above)) is not None), None)
+  """The config of the run or round that this directory is or lies in: that of its round for a round's stage."""
+  places = (path.absolute(), *path.absolute().parents)
+  config = next((found for place in places if (found := config_in(place)) is not None), None)
   if config is None:
     raise RunError(f"{path}: no {CONFIG} of a run lies above this stage; give its model directory itself")
   return config

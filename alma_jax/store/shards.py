@@ -1,10 +1,10 @@
-"""Files of records and arrays: written whole or not at all, the same bytes for the same content.
+"""Files of records and arrays. A file appears when it is whole; equal content gives equal bytes.
 
 `write_records(path, records, Response)` writes a Parquet file whose columns are the fields of the dataclass
 and returns the sha256 of the file; `read_records(paths, Response)` gives back records equal to those
 written, with tuples for sequences. `save_array` and `load_array` do the same for `.npy`, loaded as a memory
-map. Every file is written under a hidden temporary name in its own directory and renamed when complete, so
-that no reader, and no start after a crash, ever sees half a file.
+map. Every file is written under a hidden temporary name in its own directory and renamed when complete:
+readers, and the next start after a crash, never see half a file.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ _OPTIONAL = {kind | None: column for kind, column in _COLUMN.items()}
 
 
 def schema(kind: type[Any]) -> pa.Schema:
-  """The Arrow schema of a record class; floats may be null, and what is annotated with None."""
+  """The Arrow schema of a record class. Fields of type float and those annotated with None may be null."""
   columns, fields = _COLUMN | _OPTIONAL, dataclasses.fields(kind)
   return pa.schema([pa.field(f.name, columns[f.type], f.type is float or f.type in _OPTIONAL) for f in fields])
 
