@@ -63,7 +63,7 @@ def test_the_last_token_and_the_projection_are_those_of_the_row_alone(rows, embe
 
 def test_layers_and_pooling_are_those_of_transformers(rows, embedded, tmp_path):
   torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-  weights.save(tmp_path, stacked(), bos_id=BOS, stop_ids=(2,))
+  weights.save(tmp_path, stacked(), weights.TextSide(bos_id=BOS, stop_ids=(2,)))
   hf = transformers.AutoModel.from_pretrained(tmp_path, dtype=torch.float64).eval()
   first = {x: embeddings(stacked(), rows, batch=4, kind=Embedding(layers=1, pooling=x)) for x in embed.POOLING}
   for i, row in enumerate(rows):

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from alma_jax.llama import model as llama
 from alma_jax.llama.config import ModelError
 from alma_jax.llama.sharding import DECODE, make_mesh
-from alma_jax.llama.weights import load, reinit_untrained, resize, save
+from alma_jax.llama.weights import TextSide, load, reinit_untrained, resize, save
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "llama"
 
@@ -121,10 +121,10 @@ def test_an_export_that_fails_leaves_the_old_one_untouched(tmp_path):
       raise OSError("disk full")
 
   model = load(FIXTURES / "llama2")
-  save(tmp_path / "out", model, stop_ids=[7])
+  save(tmp_path / "out", model, TextSide(stop_ids=[7]))
   before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
   with pytest.raises(OSError, match="disk full"):
-    save(tmp_path / "out", llama.cast(model, jnp.bfloat16), tokenizer=Broken())
+    save(tmp_path / "out", llama.cast(model, jnp.bfloat16), TextSide(tokenizer=Broken()))
   assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
 
 
@@ -136,17 +136,10 @@ def test_a_directory_of_other_things_is_never_replaced(tmp_path):
 
 
 def test_stop_ids_and_other_ids_are_written_where_each_reader_looks(tmp_path):
-  save(
-    tmp_path / "out",
-    load(FIXTURES / "llama2"),
-    stop_ids=[2, 9],
-    bos_id=1,
-    dtype=jnp.bfloat16,
-    extra_config={"note": "x"},
-  )
+  save(tmp_path / "out", load(FIXTURES / "llama2"), TextSide(stop_ids=[2, 9], bos_id=1), dtype=jnp.bfloat16)
   config = json.loads((tmp_path / "out" / "config.json").read_text())
   assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, [2, 9], None)
-  assert (config["torch_dtype"], config["note"]) == ("bfloat16", "x")
+  assert config["torch_dtype"] == "bfloat16"
   generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
   assert generation == {"bos_token_id": 1, "eos_token_id": [2, 9]}
 
@@ -272,7 +265,7 @@ def test_live_transformers_loads_the_export_with_equal_logits(kind, tmp_path):
   torch = pytest.importorskip("torch")
   from transformers import AutoModelForCausalLM
 
-  save(tmp_path / "out", load(FIXTURES / kind), stop_ids=[7, 9], max_shard_bytes=12000)
+  save(tmp_path / "out", load(FIXTURES / kind), TextSide(stop_ids=[7, 9]), max_shard_bytes=12000)
   hf, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
   assert not info["missing_keys"] and not info["unexpected_keys"]
   assert hf.dtype == torch.float32
@@ -294,7 +287,7 @@ def test_live_transformers_reads_type_tokenizer_and_chat_template_of_the_export(
 
   template = "{% for m in messages %}a {{ m['content'] }}{% endfor %}"
   model = load(FIXTURES / "llama2")
-  save(tmp_path / "out", model, tokenizer=Words(), chat_template=template, dtype=jnp.bfloat16)
+  save(tmp_path / "out", model, TextSide(tokenizer=Words(), chat_template=template), dtype=jnp.bfloat16)
   assert str(AutoConfig.from_pretrained(tmp_path / "out").dtype).endswith("bfloat16")
   tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
   assert tokenizer.chat_template == template

@@ -41,7 +41,8 @@ def write_base(directory, kind):
     markers = np.array(chat.special_ids(tokenizer, chat.LLAMA3))
     model.embed = model.embed.replace(model.embed[...].at[markers].set(0.0))
     model.head = model.head.replace(model.head[...].at[:, markers].set(0.0))
-  weights.save(directory, model, tokenizer=tokenizer, bos_id=tokenizer.bos_id, stop_ids=(tokenizer.eos_id,))
+  text = weights.TextSide(tokenizer=tokenizer, bos_id=tokenizer.bos_id, stop_ids=(tokenizer.eos_id,))
+  weights.save(directory, model, text)
   return tokenizer
 
 
@@ -102,10 +103,11 @@ def test_exported_chat_model_stops_in_transformers_by_its_own_files(tmp_path):
   stop = tokenizer.token_id("<|eot_id|>")
   model.head = model.head.replace(model.head[...].at[:, stop].set(0.0))
   model.norm = model.norm.replace(model.norm[...] * 0.0)  # all logits equal: greedy takes the lowest id, never a stop
-  weights.save(
-    tmp_path / "chat", model, tokenizer=tokenizer, chat_template=chat.jinja(chat.LLAMA3), eos_token="<|eot_id|>",
+  text = weights.TextSide(
+    tokenizer=tokenizer, chat_template=chat.jinja(chat.LLAMA3), eos_token="<|eot_id|>",
     stop_ids=chat.stop_ids(tokenizer, chat.LLAMA3), bos_id=tokenizer.bos_id,
   )  # fmt: skip
+  weights.save(tmp_path / "chat", model, text)
   theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "chat")
   assert theirs.eos_token == "<|eot_id|>"
   config = transformers.GenerationConfig.from_pretrained(tmp_path / "chat")

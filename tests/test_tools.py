@@ -79,10 +79,11 @@ def save_mini(directory, scale=1.0, more_stops=()):
   """The embedded base model as a chat model in Hugging Face format, its logits scaled."""
   model, tokenizer = weights.load(hosts.MINI_CHECKPOINT), load_tokenizer(hosts.MINI_CHECKPOINT)
   model.head = model.head.replace(model.head[...] * scale)
-  weights.save(
-    directory, model, tokenizer=tokenizer, chat_template=chat.jinja(chat.MINI), bos_id=tokenizer.bos_id,
+  text = weights.TextSide(
+    tokenizer=tokenizer, chat_template=chat.jinja(chat.MINI), bos_id=tokenizer.bos_id,
     stop_ids=(*chat.stop_ids(tokenizer, chat.MINI), *map(tokenizer.token_id, more_stops)),
   )  # fmt: skip
+  weights.save(directory, model, text)
   return directory
 
 
@@ -175,10 +176,11 @@ def test_sampling_stops_where_the_models_own_files_say(tmp_path):
     rope_scaling=None, tied=False, max_positions=64,
   )  # fmt: skip
   stops = chat.stop_ids(tokenizer, chat.LLAMA3)
-  weights.save(
-    tmp_path / "model", llama.init(c, 0), tokenizer=tokenizer, chat_template=chat.jinja(chat.LLAMA3),
+  text = weights.TextSide(
+    tokenizer=tokenizer, chat_template=chat.jinja(chat.LLAMA3),
     eos_token="<|eot_id|>", stop_ids=stops, bos_id=tokenizer.bos_id,
   )  # fmt: skip
+  weights.save(tmp_path / "model", llama.init(c, 0), text)
   assert command.model_of(tmp_path / "model", None).chat == "llama3"
   host, _ = bench_of(tmp_path / "model", "llama3")
   assert len(chat.stop_ids(host.tokenizer, host.chat)) < len(stops) == 2

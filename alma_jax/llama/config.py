@@ -16,6 +16,8 @@ from typing import Any
 
 from alma_jax.errors import UserError
 
+Directory = str | os.PathLike[str]
+
 
 class ModelError(UserError):
   """An unusable model directory; the message says what is wrong, where, and how to mend it."""
@@ -119,7 +121,8 @@ def from_hf(hf: Mapping[str, Any], where: str = "config.json") -> LlamaConfig:
   if heads % kv_heads:
     raise ModelError(f"{where}: {heads} attention heads cannot share {kv_heads} key/value heads evenly")
   found |= dict(head_dim=head_dim, kv_heads=kv_heads, rope_base=float(base), tied=bool(found["tied"]))
-  return LlamaConfig(**found | dict(rope_scaling=_rope_scaling(hf.get("rope_scaling") or rope, where)))
+  found["rope_scaling"] = _rope_scaling(hf.get("rope_scaling") or rope, where)
+  return LlamaConfig(**found)
 
 
 def _rope_scaling(d: Mapping[str, Any], where: str) -> RopeScaling | None:
@@ -145,7 +148,7 @@ def to_hf(c: LlamaConfig) -> dict[str, Any]:
   return kind | fields | {"rope_scaling": scaling} | _FIXED
 
 
-def read_config(directory: str | os.PathLike[str]) -> LlamaConfig:
+def read_config(directory: Directory) -> LlamaConfig:
   """The LlamaConfig of a Hugging Face model directory."""
   path = pathlib.Path(directory) / "config.json"
   if not path.is_file():

@@ -2,14 +2,19 @@
 
   model = load("Llama-3.2-1B")                                         # one device, the file's dtype
   model = load("Llama-3.1-8B", make_mesh(fsdp=8), dtype=jnp.bfloat16)  # every device reads its own slices
-  save("out", model, tokenizer=tok, chat_template=jinja, stop_ids=[128001, 128009], bos_id=128000)
+  save("out", model, TextSide(tokenizer=tok, chat_template=jinja, stop_ids=[128001, 128009], bos_id=128000))
 
-Files are memory-mapped and copied slice by slice, so that a host holds at most one stacked weight at a time,
-whatever the size of the model. `save` writes tensor by tensor; transformers and vLLM read what it writes as
-it is. On several hosts every one of them calls `load` and `save`, and all of them must see the directory.
+Files are memory-mapped and copied slice by slice, so a host holds at most one stacked weight at a time, whatever the
+size of the model. `save` writes tensor by tensor, in files that transformers and vLLM load without changes. With
+several hosts, all of them call `load` and `save`, and all of them must see the directory.
+
+Their matrices are (outputs, inputs), one per layer; ours are (inputs..., outputs...) in natural shapes, stacked:
+
+  theirs  model.layers.0.self_attn.q_proj.weight [N * H, D]    ours  blocks.q [L, D, N, H]    inputs: D
+          model.layers.1.self_attn.q_proj.weight [N * H, D]
+  theirs  model.layers.0.self_attn.o_proj.weight [D, N * H]    ours  blocks.o [L, N, H, D]    inputs: N, H
 """
 
-import concurrent.futures
 import dataclasses
 import functools
 import json
@@ -17,20 +22,27 @@ import math
 import os
 import pathlib
 import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import IO, Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
+from jax import Array
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.typing import DTypeLike
 
 from alma_jax.llama import model as llama
-from alma_jax.llama.config import ModelError, read_config, to_hf
+from alma_jax.llama.config import Directory, LlamaConfig, ModelError, read_config, to_hf
 from alma_jax.llama.sharding import TRAIN, shardings
 
-# Our path: (their name, how many of our leading axes are inputs). Theirs are matrices (outputs, inputs); ours
-# are (inputs..., outputs...) in natural shapes. 0: the same on both sides.
+Shape = tuple[int, ...]
+
+# Our path: (their name, the number of our leading axes that are inputs; 0: the same shape on both sides).
 NAMES = {
   "embed": ("model.embed_tokens.weight", 0),
   "blocks.attn_norm": ("model.layers.{}.input_layernorm.weight", 0),
@@ -50,76 +62,97 @@ _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
-def to_ours(x, inputs, shape):
-  """Their array in our `shape`, without copying."""
+def to_ours(x: np.ndarray, inputs: int, shape: Shape) -> np.ndarray:
+  """Their array in our `shape`, without copying; o_proj: [D, N * H] -> [D, N, H] -> [N, H, D]."""
   if not inputs:
     return x
   outputs = len(shape) - inputs
   return x.reshape(shape[inputs:] + shape[:inputs]).transpose(*range(outputs, len(shape)), *range(outputs))
 
 
-def to_theirs(x, inputs):
+def to_theirs(x: Any, inputs: int) -> Any:
   """Our array as their (outputs, inputs) matrix."""
   return x.reshape(math.prod(x.shape[:inputs]), -1).T if inputs else x
 
 
-def _their_shape(shape, inputs):
+def _their_shape(shape: Shape, inputs: int) -> Shape:
   return (math.prod(shape[inputs:]), math.prod(shape[:inputs])) if inputs else shape
 
 
-def load(directory, mesh=None, rules=TRAIN, dtype=None):
-  """The Llama of a Hugging Face directory, stacked; `dtype` None keeps the files' (the widest if mixed).
+def _stacked(path: str) -> bool:
+  return path.startswith("blocks.")
+
+
+# ---- Reading
+
+
+class _Leaf(NamedTuple):
+  path: str  # ours, such as "blocks.q"
+  param: nnx.Variable
+  names: list[str]  # of its tensors: one per layer, or one
+
+
+def load(
+  directory: Directory, mesh: Mesh | None = None, rules: Mapping[str, str] = TRAIN, dtype: DTypeLike | None = None
+) -> llama.Llama:
+  """The Llama of a Hugging Face directory, stacked; `dtype` None keeps the files' dtype (the widest if mixed).
 
   With a mesh the weights are placed by `rules`; without one the model lies on the default device.
   """
   directory = pathlib.Path(directory)
   c = read_config(directory)
   found = {name: x for path in _weight_files(directory) for name, x in _open(path).items()}
+
+  # The model that the config describes, still without numbers, and its tensors in the files.
   abstract = jax.eval_shape(lambda: llama.init(c, 0))
   leaves, tree = _flatten(abstract)
-  wanted = {path: _their_names(path, c) for path, _ in leaves}
-  _check(found, leaves, wanted, c, directory)
+  wanted = []
+  for path, param in leaves:
+    name = NAMES[path][0]
+    wanted.append(_Leaf(path, param, [name.format(layer) for layer in range(c.depth)] if _stacked(path) else [name]))
+  _check(found, wanted, c, directory)
   if dtype is None:
-    dtypes = {found[name].dtype for names in wanted.values() for name in names}
-    dtype = functools.reduce(jnp.promote_types, dtypes)
-  places = [None] * len(leaves)
+    dtype = functools.reduce(jnp.promote_types, {found[name].dtype for leaf in wanted for name in leaf.names})
+
+  # One leaf after another, each straight to its place.
+  places = [None] * len(wanted)
   if mesh is not None:
     places = [place.get_value() for _, place in _flatten(shardings(abstract, mesh, rules))[0]]
   weights = []
-  with concurrent.futures.ThreadPoolExecutor() as pool:
-    for (path, leaf), place in zip(leaves, places):
-      tensors = [found[name] for name in wanted[path]]
-      weights.append(leaf.replace(_read(tensors, path, leaf.get_value().shape, place, dtype, pool)))
+  with ThreadPoolExecutor() as pool:
+    for (path, param, names), place in zip(wanted, places, strict=True):
+      shape, inputs = param.get_value().shape, NAMES[path][1]
+      views = [to_ours(found[name], inputs, shape[1:] if _stacked(path) else shape) for name in names]
+      weights.append(param.replace(_read(views, shape, place, dtype, pool)))
   return jax.tree.unflatten(tree, weights)
 
 
-def _flatten(model):
+def _flatten(model: Any) -> tuple[list[tuple[str, nnx.Variable]], Any]:
   """[(path such as "blocks.q", Param)], and the tree they came from."""
   leaves, tree = jax.tree_util.tree_flatten_with_path(model, is_leaf=lambda x: isinstance(x, nnx.Variable))
   return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in leaves], tree
 
 
-def _their_names(path, c):
-  name, _ = NAMES[path]
-  return [name.format(layer) for layer in range(c.depth)] if _stacked(path) else [name]
+def _read(
+  views: Sequence[np.ndarray], shape: Shape, place: NamedSharding | None, dtype: DTypeLike, pool: ThreadPoolExecutor
+) -> Array:
+  """One final array of this shape from views of the files, a view per layer or just one; each device reads its slice.
 
+  A device that holds embed-slice 2 of 4 of blocks.q [32, 4096, 32, 128] asks for index (:, 2048:3072, :, :): the slab
+  [32, 1024, 32, 128] is filled layer by layer, from views[0][2048:3072], views[1][2048:3072], ...
+  """
+  stacked, seen = len(shape) > views[0].ndim, {}  # replicas share one slab
 
-def _stacked(path):
-  return path.startswith("blocks.")
-
-
-def _read(tensors, path, shape, place, dtype, pool):
-  """One final array from their tensors (one for each layer, or just one), every device's slice by itself."""
-  inputs, stacked = NAMES[path][1], _stacked(path)
-  views = [to_ours(x, inputs, shape[1:] if stacked else shape) for x in tensors]
-  seen = {}  # replicas share one slice
-
-  def slab(index):
+  def slab(index: Any) -> np.ndarray:  # a slice per axis
     key = tuple((s.start, s.stop) for s in index)
     if key not in seen:
       layers, rest = (views[index[0]], index[1:]) if stacked else (views, index)
       out = np.empty((len(layers), *layers[0][rest].shape), dtype)
-      list(pool.map(lambda i: out.__setitem__(i, layers[i][rest]), range(len(layers))))
+
+      def fill(i: int) -> None:
+        out[i] = layers[i][rest]
+
+      list(pool.map(fill, range(len(layers))))
       seen[key] = out if stacked else out[0]
     return seen[key]
 
@@ -128,7 +161,7 @@ def _read(tensors, path, shape, place, dtype, pool):
   return jax.make_array_from_callback(shape, place, slab, dtype=dtype)
 
 
-def _weight_files(directory):
+def _weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
   if (directory / "model.safetensors").is_file():
     return [directory / "model.safetensors"]
   index = directory / "model.safetensors.index.json"
@@ -154,8 +187,8 @@ def _weight_files(directory):
   raise ModelError(f"{directory}: no model.safetensors and no index of several{here}{mend}")
 
 
-def _open(path):
-  """{their name: memory-mapped array} of one file: 8 bytes of length, a JSON header, raw data."""
+def _open(path: pathlib.Path) -> dict[str, np.ndarray]:
+  """Memory-mapped arrays by their name, of one file: 8 bytes with the header's length, the header (JSON), raw data."""
   size = path.stat().st_size
   broken = ModelError(
     f"{path}: cut short or not a safetensors file ({size} bytes): an unfinished download or a git-lfs"
@@ -182,10 +215,10 @@ def _open(path):
   return tensors
 
 
-def _check(found, leaves, wanted, c, directory):
-  """Raises ModelError unless `found` is exactly the weights that the config describes."""
-  names = {name for group in wanted.values() for name in group}
-  missing = [name for group in wanted.values() for name in group if name not in found]
+def _check(found: Mapping[str, np.ndarray], wanted: Sequence[_Leaf], c: LlamaConfig, directory: pathlib.Path) -> None:
+  """Raise a ModelError unless `found` is exactly the weights that the config describes."""
+  names = dict.fromkeys(name for leaf in wanted for name in leaf.names)
+  missing = [name for name in names if name not in found]
   if missing:
     raise ModelError(f"{directory}: {len(missing)} of {len(names)} tensors are missing: {_few(missing)}")
   spare = [name for name in found if name not in names and not name.endswith("rotary_emb.inv_freq")]
@@ -198,34 +231,47 @@ def _check(found, leaves, wanted, c, directory):
     spare.remove("lm_head.weight")
   if spare:
     raise ModelError(f"{directory}: {len(spare)} tensors that this Llama does not have: {_few(spare)}")
-  for path, leaf in leaves:
-    shape = leaf.get_value().shape
+  for path, param, group in wanted:
+    shape = param.get_value().shape
     shape = _their_shape(shape[1:] if _stacked(path) else shape, NAMES[path][1])
-    for name in wanted[path]:
+    for name in group:
       if found[name].shape != shape:
         raise ModelError(f"{directory}: {name} has shape {found[name].shape}, config.json asks for {shape}")
 
 
-def _few(names, limit=3):
+def _few(names: Sequence[str], limit: int = 3) -> str:
   return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def save(
-  directory,
-  model,
-  tokenizer=None,
-  chat_template=None,
-  eos_token=None,
-  stop_ids=(),
-  bos_id=None,
-  pad_id=None,
-  dtype=None,
-  max_shard_bytes=5e9,
-  extra_config=None,
-):
-  """Writes `model` (stacked, on any mesh) as a Hugging Face directory; an older export there is replaced.
+# ---- Writing
 
-  All is written beside and then renamed: the directory is whole or not there.
+
+class SavesItself(Protocol):
+  def save(self, directory: pathlib.Path, *, eos_token: str | None) -> object: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextSide:
+  """What a model directory holds besides weights: how text becomes ids, and where generation stops."""
+
+  tokenizer: SavesItself | None = None
+  chat_template: str | None = None  # Jinja
+  eos_token: str | None = None  # the token where chats stop; None: the tokenizer's own
+  stop_ids: Sequence[int] = ()
+  bos_id: int | None = None
+  pad_id: int | None = None
+
+
+def save(
+  directory: Directory,
+  model: llama.Llama,
+  text: TextSide = TextSide(),
+  dtype: DTypeLike | None = None,
+  max_shard_bytes: float = 5e9,
+) -> None:
+  """Write `model` (stacked, on any mesh) as a Hugging Face directory; an older export there is replaced.
+
+  Everything is written beside it and then renamed, so the directory is either whole or absent.
   """
   directory = pathlib.Path(directory).absolute()
   if directory.exists() and any(directory.iterdir()) and not (directory / "config.json").is_file():
@@ -240,29 +286,35 @@ def save(
     new.mkdir(parents=True)
   _write_weights(new if writer else None, _their_tensors(model, dtype), dtype, max_shard_bytes)
   if writer:
-    # Explicit nulls in config.json: transformers would fill a missing id with that of Llama-2.
-    ids = {"bos_token_id": bos_id, "eos_token_id": list(stop_ids) or None, "pad_token_id": pad_id}
+    # Missing ids are written as nulls in config.json: transformers would fill a missing key with Llama-2's id.
+    ids = {"bos_token_id": text.bos_id, "eos_token_id": list(text.stop_ids) or None, "pad_token_id": text.pad_id}
     kind = {"torch_dtype": dtype.name}  # the spelling that every release of transformers reads
-    _write_json(new / "config.json", to_hf(model.c) | ids | kind | (extra_config or {}))
+    _write_json(new / "config.json", to_hf(model.c) | ids | kind)
     _write_json(new / "generation_config.json", {key: x for key, x in ids.items() if x is not None})
-    if tokenizer is not None:
-      tokenizer.save(new, eos_token=eos_token)
-    if chat_template is not None:
-      _write_chat_template(new, chat_template)
+    if text.tokenizer is not None:
+      text.tokenizer.save(new, eos_token=text.eos_token)
+    if text.chat_template is not None:
+      _write_chat_template(new, text.chat_template)
     _replace(directory, new)
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(f"save {directory}")
 
 
-def _their_tensors(model, dtype):
-  """[(their name, their shape, function that brings their array to the host)], bottom to top."""
+class _Tensor(NamedTuple):
+  name: str  # theirs, as is the shape
+  shape: Shape
+  fetch: Callable[[], np.ndarray]  # brings it to the host
 
-  def one(path, layer=None):
+
+def _their_tensors(model: llama.Llama, dtype: np.dtype) -> list[_Tensor]:
+  """The tensors of a model in their form, bottom to top."""
+
+  def one(path: str, layer: int | None = None) -> _Tensor:
     name, inputs = NAMES[path]
     owner, skip = (model, 0) if layer is None else (model.blocks, 1)
     x = getattr(owner, path.removeprefix("blocks."))[...]
-    fetch = lambda: _on_host(_one_of_theirs(x, layer, inputs, dtype))
-    return name.format(layer), _their_shape(x.shape[skip:], inputs), fetch
+    shape = _their_shape(x.shape[skip:], inputs)
+    return _Tensor(name.format(layer), shape, lambda: _on_host(_one_of_theirs(x, layer, inputs, dtype)))
 
   in_block = [path for path in NAMES if _stacked(path)]
   layers = [one(path, layer) for layer in range(model.c.depth) for path in in_block]
@@ -270,21 +322,23 @@ def _their_tensors(model, dtype):
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _one_of_theirs(x, layer, inputs, dtype):
+def _one_of_theirs(x: Array, layer: int | None, inputs: int, dtype: np.dtype) -> Array:
   """Their form of our x, or of one of its layers; made on the devices: accelerators transpose faster than NumPy."""
   return to_theirs(x if layer is None else x[layer], inputs).astype(dtype)
 
 
-def _on_host(x):
-  """NumPy array of x, wherever its shards lie; on several hosts all must ask."""
+def _on_host(x: Array) -> np.ndarray:
+  """x as a NumPy array, wherever its shards lie; with several hosts, all of them must ask."""
   return np.asarray(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
 
 
-def _write_weights(directory, tensors, dtype, max_shard_bytes):
-  """One safetensors file, or several and an index; a host without `directory` only takes part."""
-  sizes = [math.prod(shape) * dtype.itemsize for _, shape, _ in tensors]
+def _write_weights(
+  directory: pathlib.Path | None, tensors: Sequence[_Tensor], dtype: np.dtype, max_shard_bytes: float
+) -> None:
+  """Write one safetensors file, or several and an index; a host without `directory` only helps to fetch."""
+  sizes = [math.prod(tensor.shape) * dtype.itemsize for tensor in tensors]
   shards, room = [[]], max_shard_bytes
-  for tensor, size in zip(tensors, sizes):
+  for tensor, size in zip(tensors, sizes, strict=True):
     if size > room and shards[-1]:
       shards.append([])
       room = max_shard_bytes
@@ -292,41 +346,43 @@ def _write_weights(directory, tensors, dtype, max_shard_bytes):
     room -= size
   n = len(shards)
   files = ["model.safetensors"] if n == 1 else [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
-  for file, shard in zip(files, shards):
+  for file, shard in zip(files, shards, strict=True):
     with open(directory / file if directory else os.devnull, "wb") as f:
       _write_file(f, shard, dtype)
   if directory and n > 1:
-    where = {name: file for file, shard in zip(files, shards) for name, *_ in shard}
+    where = {tensor.name: file for file, shard in zip(files, shards, strict=True) for tensor in shard}
     index = {"metadata": {"total_size": sum(sizes)}, "weight_map": where}
     _write_json(directory / "model.safetensors.index.json", index)
 
 
-def _write_file(f, tensors, dtype):
-  header, end = {"__metadata__": {"format": "pt"}}, 0
-  for name, shape, _ in tensors:
-    begin, end = end, end + math.prod(shape) * dtype.itemsize
-    header[name] = {"dtype": _CODES[dtype], "shape": shape, "data_offsets": [begin, end]}
+def _write_file(f: IO[bytes], tensors: Sequence[_Tensor], dtype: np.dtype) -> None:
+  """Write a safetensors file (see `_open`); spaces make the header a multiple of 8 bytes."""
+  header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+  end = 0
+  for tensor in tensors:
+    begin, end = end, end + math.prod(tensor.shape) * dtype.itemsize
+    header[tensor.name] = {"dtype": _CODES[dtype], "shape": tensor.shape, "data_offsets": [begin, end]}
   text = json.dumps(header).encode()
   text += b" " * (-len(text) % 8)
   f.write(len(text).to_bytes(8, "little") + text)
-  for _, _, fetch in tensors:
-    f.write(np.ascontiguousarray(fetch()).view(np.uint8))
+  for tensor in tensors:
+    f.write(np.ascontiguousarray(tensor.fetch()).view(np.uint8).data)
 
 
-def _write_json(path, value):
+def _write_json(path: pathlib.Path, value: Any) -> None:
   path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def _write_chat_template(directory, chat_template):
-  """Into both homes: tokenizer_config.json (every release reads it), chat_template.jinja (newer ones do)."""
+def _write_chat_template(directory: pathlib.Path, chat_template: str) -> None:
+  """Write it to both homes: tokenizer_config.json (every release reads it), chat_template.jinja (newer ones do)."""
   (directory / "chat_template.jinja").write_text(chat_template)
   path = directory / "tokenizer_config.json"
   if path.is_file():
     _write_json(path, json.loads(path.read_text()) | {"chat_template": chat_template})
 
 
-def _replace(directory, new):
-  """Renames `new` to `directory`; what was there goes only afterwards."""
+def _replace(directory: pathlib.Path, new: pathlib.Path) -> None:
+  """Rename `new` to `directory`, and only then delete what was there."""
   old = directory.with_name(f".{directory.name}.old")
   shutil.rmtree(old, ignore_errors=True)
   if directory.exists():
@@ -335,21 +391,24 @@ def _replace(directory, new):
   shutil.rmtree(old, ignore_errors=True)
 
 
-def resize(model, vocab, mesh=None, rules=TRAIN):
-  """The model with room for `vocab` tokens; rows of new ones are the mean of the rows that are there."""
+# ---- Other tokens
+
+
+def resize(model: llama.Llama, vocab: int, mesh: Mesh | None = None, rules: Mapping[str, str] = TRAIN) -> llama.Llama:
+  """The model with room for `vocab` tokens; the row of a new token is the mean of the old rows."""
   if vocab < model.c.vocab:
     raise ModelError(f"a vocabulary of {model.c.vocab} tokens cannot shrink to {vocab}")
 
-  def grown(param, axis):
+  def grown(param: nnx.Variable, axis: int) -> Any:
     x = param[...]
     mean = jnp.mean(x.astype(jnp.float32), axis, keepdims=True).astype(x.dtype)
     return param.replace(jnp.concatenate([x, jnp.repeat(mean, vocab - x.shape[axis], axis)], axis))
 
-  def change(model):
+  def change(model: llama.Llama) -> llama.Llama:
     new = nnx.clone(model)
     new.c = dataclasses.replace(model.c, vocab=vocab)
     new.embed = grown(model.embed, 0)
-    if not model.c.tied:
+    if model.head is not None:
       new.head = grown(model.head, 1)
     return new
 
@@ -357,11 +416,11 @@ def resize(model, vocab, mesh=None, rules=TRAIN):
   return jax.jit(change, out_shardings=places)(model)
 
 
-def reinit_untrained(model, token_ids):
-  """(model, ids that were reset): rows of `token_ids` that were never trained become the mean of the others.
+def reinit_untrained(model: llama.Llama, token_ids: Iterable[int]) -> tuple[llama.Llama, list[int]]:
+  """The model with the untrained rows among `token_ids` set to the mean of the trained rows, and the ids of those rows.
 
-  Base models ship such rows for reserved tokens (Llama-3: the chat markers); they are nearly zero, or copies
-  of another row. Embedding and head are judged each by itself; give the special tokens of your chat format.
+  Base models ship untrained rows for reserved tokens (Llama-3: the chat markers); they are nearly zero, or copies of
+  another row. Embedding and head are judged each by itself. Give the special tokens of your chat format.
   """
   ids = jnp.array(sorted(set(token_ids)), jnp.int32)
   new, reset = nnx.clone(model), np.zeros(len(ids), bool)
@@ -371,10 +430,11 @@ def reinit_untrained(model, token_ids):
     rows, untrained = fix(param[...], ids)
     setattr(new, name, param.replace(rows))
     reset |= _on_host(untrained)
-  return new, [int(i) for i, hit in zip(ids, reset) if hit]
+  return new, [int(i) for i, hit in zip(ids, reset, strict=True) if hit]
 
 
-def _reset_rows(x, ids, axis):
+def _reset_rows(x: Array, ids: Array, axis: int) -> tuple[Array, Array]:
+  """x with the untrained of the rows `ids` (they lie along `axis`) reset, and which of the ids were untrained, bool."""
   rows = jnp.moveaxis(x, axis, 0)
   norm = jnp.linalg.norm(rows.astype(jnp.float32), axis=1)
   empty = norm < 1e-3 * jnp.median(norm)

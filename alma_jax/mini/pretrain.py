@@ -25,7 +25,7 @@ from flax import nnx
 
 from alma_jax.llama import model as llama
 from alma_jax.llama.config import LlamaConfig
-from alma_jax.llama.weights import save
+from alma_jax.llama.weights import TextSide, save
 from alma_jax.mini import world
 from alma_jax.text import packing
 
@@ -219,7 +219,7 @@ def tokenizer():
 def write(model, out):
   """The model as a Hugging Face directory; what was there before is replaced."""
   pad, bos, eos = (world.SPECIAL.index(name) for name in ("<pad>", "<bos>", "<eos>"))
-  save(out, stacked(model), stop_ids=[eos], bos_id=bos, pad_id=pad)
+  save(out, stacked(model), TextSide(stop_ids=[eos], bos_id=bos, pad_id=pad))
   tokenizer().save(str(pathlib.Path(out) / "tokenizer.json"))
   about = dict(
     tokenizer_class="PreTrainedTokenizerFast",
