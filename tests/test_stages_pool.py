@@ -20,7 +20,7 @@ from alma_jax.corpus.normalise import normalised, prompt_id
 from alma_jax.errors import RunError
 from alma_jax.keys import key_of
 from alma_jax.mini import CHECKPOINT
-from alma_jax.runtime import sampling
+from alma_jax.runtime import clustering, sampling
 from alma_jax.runtime.sampling import Draft
 from alma_jax.stages import clusters, drafts, draw, prompts
 from alma_jax.store import shards
@@ -285,7 +285,7 @@ def test_two_hosts_and_any_kill_give_the_same_bytes(session, clustered, world, c
 
   # Killed before every second file has its name, and after every other one.
   seen, replace = collections.Counter(), os.replace
-  monkeypatch.setattr(clusters, "EVERY", 0.0)
+  monkeypatch.setattr(clustering, "EVERY", 0.0)
 
   def killed(old, new):
     name = f"{new}{seen['iterations']}" if str(new).endswith("iteration.npz") else str(new)

@@ -6,7 +6,6 @@ shards, and the 12 bytes of a prompt that a draw reads.
 """
 
 import dataclasses
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -17,15 +16,13 @@ from alma_jax.engine import embed, kmeans
 from alma_jax.errors import RunError
 from alma_jax.keys import Key, key_of
 from alma_jax.options import Checked, fingerprint, option
+from alma_jax.runtime import clustering
 from alma_jax.runtime.session import Session
 from alma_jax.store import layout, shards
 from alma_jax.store.handles import Pool
 from alma_jax.store.records import Prompt
 from alma_jax.store.runs import Artefact, Stage
 from alma_jax.text import chat
-
-EVERY = 60.0  # seconds between two checkpoints of k-means
-FEW = 39  # prompts per cluster; with fewer, centroids follow single prompts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +67,8 @@ class Embedder:
     """[prompts, dimensions]; without a `projection` the hidden states themselves."""
     host = s.host
     rows = [chat.encode_prompt(host.tokenizer, host.chat, p.messages)[: self.max_prompt_tokens] for p in prompts]
-    model = host.model(s.base, embed.layout())
     kind = embed.Embedding(self.options.layers or None, self.options.pooling, projection)
-    return embed.embeddings(model, rows, host.engine.rows, host.local_mesh, progress, kind)
+    return clustering.embedded(host, s.base, rows, kind, progress)
 
 
 def build(s: Session[Any], prompts: Artefact[Prompt], embedder: Embedder, options: Options) -> Pool:
@@ -88,10 +84,11 @@ def build(s: Session[Any], prompts: Artefact[Prompt], embedder: Embedder, option
   if not stage.done:
     points = _points(embedded)
     k = min(options.k, len(points))
-    if len(points) < FEW * k:
+    if len(points) < clustering.FEW * k:
       s.run.log("few prompts per cluster", prompts=len(points), clusters=k)
-    settings = kmeans.Settings(**(dataclasses.asdict(options) | {"k": k}))
-    found = _fitted(s, stage, points, settings, key_of(seed, "k-means"))
+    settings = kmeans.Settings(**dataclasses.asdict(dataclasses.replace(options, k=k)))
+    mesh = kmeans.mesh_for(k, points.shape[1])
+    found = clustering.fitted(stage, points, settings, key_of(seed, "k-means"), mesh, s.display)
     _finish(s, stage, prompts, found.labels, found)
   return Pool(prompts, projection, stage)
 
@@ -154,30 +151,6 @@ def _points(embedded: Stage) -> embed.Rows:
   return embed.Rows(tuple(shards.load_array(embedded.dir / name) for name in sorted(embedded.manifest["files"])))
 
 
-def _fitted(
-  s: Session[Any], stage: Stage, points: embed.Rows, settings: kmeans.Settings, key: Key
-) -> kmeans.Clustering:
-  """The clustering by all hosts together; it goes on from what a killed start has saved."""
-  path, saved = stage.dir / "iteration.npz", None
-  if path.exists():
-    with np.load(path, allow_pickle=False) as file:
-      saved = int(file["step"]), {name: file[name] for name in file.files if name != "step"}
-  s.run.barrier(f"{stage.name}: begun")  # all have read the same
-  last = time.monotonic()
-
-  def save(step: int, arrays: dict[str, np.ndarray]) -> None:
-    nonlocal last
-    if s.run.process == 0 and time.monotonic() - last >= EVERY:
-      with shards.atomic(path) as file:
-        np.savez(file, step=step, **arrays)  # pyright: ignore[reportArgumentType]  # NumPy's allow_pickle comes by name
-      stage.beat()
-      last = time.monotonic()
-
-  mesh = kmeans.mesh_for(settings.k, points.shape[1])
-  with s.display.bar("pool: k-means", settings.steps, "iterations", done=saved[0] if saved else 0) as bar:
-    return kmeans.fit(points, settings, key, mesh, hooks=kmeans.FitHooks(bar.update, save, lambda: saved))
-
-
 def _nearest(points: embed.Rows, centroids: np.ndarray, spherical: bool, key: Key) -> np.ndarray:
   """int32 [n]: the nearest of the centroids for each of n points, few or none perhaps."""
   n, k = len(points), len(centroids)
@@ -194,15 +167,15 @@ def _finish(
   stage: Stage,
   prompts: Artefact[Prompt],
   labels: np.ndarray,
-  clustering: kmeans.Clustering | None = None,
+  found: kmeans.Clustering | None = None,
 ) -> None:
-  """Write the arrays of a stage of clusters; prompts that were added to a pool have no `clustering` of their own."""
+  """Write the arrays of a stage of clusters; `found` is None for prompts that were added to a pool."""
   if s.run.process == 0:
     shards.save_array(stage.dir / "labels.npy", labels)
     shards.save_array(stage.dir / "ids.npy", prompts.ids())
-    if clustering:
-      shards.save_array(stage.dir / "centroids.npy", clustering.centroids)
-      shards.write_json(stage.dir / layout.REPORT, clustering.report)
-    (stage.dir / "iteration.npz").unlink(missing_ok=True)
-  facts = {name: x for name, x in clustering.report.items() if not isinstance(x, list)} if clustering else {}
-  stage.finish(facts, ["labels.npy", "ids.npy", *(["centroids.npy", layout.REPORT] if clustering else [])])
+    if found:
+      shards.save_array(stage.dir / "centroids.npy", found.centroids)
+      shards.write_json(stage.dir / layout.REPORT, found.report)
+    (stage.dir / clustering.ITERATION).unlink(missing_ok=True)
+  facts = {name: x for name, x in found.report.items() if not isinstance(x, list)} if found else {}
+  stage.finish(facts, ["labels.npy", "ids.npy", *(["centroids.npy", layout.REPORT] if found else [])])

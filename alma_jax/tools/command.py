@@ -1,97 +1,152 @@
-"""What the commands share: flags that name the nearest one, the model that --model means, errors without a traceback.
+"""What the commands share: flags made of Options, the model that --model means, the run that an output is.
 
-`model_of("runs/mini", newest_policy)` is the Hugging Face directory of a run's stage, together with the chat format and
-judge template of the run; in such a directory given by itself the chat format is recognised by its chat template, if it
-is one of those that this package writes.
+  FLAGS = Flags("sample", __doc__, Options, hidden=("rows",), temperature=0.8)   # a default of this command's own
+  options = FLAGS.values(arguments)                         # an Options; a mistake is one line, and exit status 2
+  opened = open_model(options, layout.newest_policy)        # the model, chat format and template of a run, say
+  with run_of(output, parts, called, mend) as run:          # resumed, locked, or refused if a value has changed
+
+In a Hugging Face directory the chat format is recognised by its chat template, if it is one that this package writes.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
+import hashlib
 import json
+import math
 import pathlib
+import types
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, NoReturn, TypeVar
 
 import absl.logging
 import jax
-from ml_collections import ConfigDict
 
-from alma_jax import start
+from alma_jax import names, start
 from alma_jax.engine.slots import SlotsError
-from alma_jax.errors import RunError
+from alma_jax.errors import RunError, UserError
 from alma_jax.llama import sharding
 from alma_jax.llama.config import ModelError, read_config
-from alma_jax.runtime.host import MINI_CHECKPOINT, Checkpoint, Host, content_of
-from alma_jax.store import shards
-from alma_jax.store.runs import load_manifest
+from alma_jax.options import Checked, ConfigError, build, fields_of, option, spread
+from alma_jax.runtime.host import Checkpoint, EngineOptions, Host, ModelOptions, content_of, model_directory
+from alma_jax.store import layout, shards
+from alma_jax.store.lock import LockedError
+from alma_jax.store.runs import ChangedError, Run
 from alma_jax.text import chat
 from alma_jax.text.tokenizer import TextError, load_tokenizer
-from alma_jax.tools import jsonl
-
-MODEL = """a Hugging Face directory, a run directory ({stage}), a finished stage of a run such as
-runs/mini/round_03/policy, or mini: the base model that comes with the package"""
-
 
 MEMORY = "Lower --slots (sampling) or --rows (scoring), or share the model among devices: --tensor."
+T = TypeVar("T")
+
+# Flags
+
+HELP = {  # of fields of the engine and of stages
+  "temperature": "0: the likeliest token",
+  "top_p": "sample from the likeliest tokens of this mass",
+  "top_k": "sample from the k likeliest tokens; 0: from all",
+  "repetition_penalty": "above 1: tokens that were there are less likely",
+  "penalize_prompt": "the penalty also counts the prompt's tokens",
+  "max_new_tokens": "length limit of a response",
+  "min_new_tokens": "no stop token before that many",
+  "tensor": "devices that share one copy of the model",
+  "slots": "responses written together, per copy of the model; 0: what fits",
+  "rows": "texts per call, per copy of the model",
+  "k": "clusters",
+  "iterations": "at most; fewer where nothing changes any more",
+  "spherical": "vectors and centroids of length 1",
+  "method": "flat, or two_level: cheaper and coarser",
+  "per_centroid": "train on so many rows for each cluster; 0: on all",
+}
+METAVARS: dict[Any, str] = {"model": "DIR", "stage": "DIR", "input": "FILE", "output": "PATH", int: "N", float: "X"}
 
 
-class Flags(argparse.ArgumentParser):
-  """argparse with one line per mistake, and no abbreviations: a script must not change its meaning with a new flag."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shared(Checked):
+  """The flags of all commands that ask a model about the rows of a file."""
 
-  def __init__(self, module, doc, required="--model=DIR --input=FILE --output=FILE"):
-    kind = argparse.RawDescriptionHelpFormatter
-    usage = f"python -m {module} {required} [--flag=value ...]"
-    super().__init__(usage=usage, description=doc, formatter_class=kind, allow_abbrev=False)
+  model: str = option(
+    doc="a Hugging Face directory, a run directory, a finished stage of a run such as runs/mini/round_03/policy, or a"
+    " model that comes with the package: " + ", ".join(names.MODELS.words)
+  )
+  input: str = option(doc="JSONL")
+  output: str = option(doc="JSONL; what it was made of and with stays in FILE.parts beside it")
+  chat: str | None = option(None, names=names.CHAT_FORMATS, doc="the chat format, where the model's files do not tell")
+  seed: int = option(0, least=0, doc="another seed, another result")
+  engine: EngineOptions = spread(EngineOptions)
 
-  def error(self, message):
+
+class Flags(argparse.ArgumentParser, Generic[T]):
+  """A flag for every field of Options, without abbreviations: a script must not change its meaning with a new flag."""
+
+  def __init__(self, tool: str, doc: str | None, kind: type[T], hidden: Sequence[str] = (), **defaults: Any) -> None:
+    """`hidden` are fields without a flag, `defaults` those that differ from the fields' own."""
+    super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    self.kind, self.defaults, needed = kind, defaults, []
+    self.kinds = {name: _plain(field.type) for name, field in fields_of(kind).items() if name not in hidden}
+    for name, of in self.kinds.items():
+      field, metavar = fields_of(kind)[name], METAVARS.get(name, METAVARS.get(of, "NAME"))
+      default, said = defaults.get(name, field.default), field.metadata.get("doc") or HELP[name]
+      if default is dataclasses.MISSING:
+        needed.append(f"--{name}={metavar}")
+      elif default not in (None, "", ()):
+        said += f" ({default})"
+      how: dict[str, Any] = {"action": "append"} if typing.get_origin(of) is tuple else {}
+      how |= {"nargs": "?", "const": "true", "metavar": "true|false"} if of is bool else {"metavar": metavar}
+      required = default is dataclasses.MISSING
+      self.add_argument(f"--{name}", required=required, default=argparse.SUPPRESS, help=said, **how)
+    self.usage = f"python -m alma_jax.tools.{tool} {' '.join(needed)} [--flag=value ...]"
+
+  def error(self, message: str) -> NoReturn:
     self.exit(2, f"error: {message} (--help lists the flags)\n")
+    raise AssertionError  # `exit` does not return
 
-  def values(self, arguments):
-    flags, unknown = self.parse_known_args(arguments)
+  def values(self, arguments: Sequence[str]) -> T:
+    """The Options that these arguments give."""
+    given, unknown = self.parse_known_args(arguments)
     if unknown:
       name = unknown[0].partition("=")[0]
       near = difflib.get_close_matches(name, self._option_string_actions, n=1)
       self.error(f"there is no flag {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    return flags
-
-
-def word(*words):
-  """The type of a flag that is one of these words."""
-
-  def parse(value):
-    if value in words:
-      return value
-    near = difflib.get_close_matches(value, words, n=1, cutoff=0.0)[0]
-    raise argparse.ArgumentTypeError(f"{value!r} is none of {', '.join(words)}; did you mean {near!r}?")
-
-  return parse
-
-
-def number(kind, meaning, allowed):
-  """The type of a flag that is a number for which `allowed` holds; `meaning` says so in words."""
-
-  def parse(value):
+    values = self.defaults | {name: self._value(name, text) for name, text in vars(given).items()}
     try:
-      x = kind(value)
-    except ValueError:
-      x = None
-    if x is None or not allowed(x):
-      raise argparse.ArgumentTypeError(f"{value!r} is not {meaning}")
-    return x
+      return build(self.kind, values, "flags")
+    except ConfigError as error:
+      self.error(str(error).replace("flags.", "--", 1))
 
-  return parse
+  def _value(self, name: str, text: Any) -> Any:
+    of = self.kinds[name]
+    if of is bool and text in ("true", "false"):
+      return text == "true"
+    if of in (bool, int, float):
+      with contextlib.suppress(ValueError):
+        if of is not bool and math.isfinite(number := of(text)):
+          return number
+      words = {bool: "true or false", int: "a whole number", float: "a number"}
+      self.error(f"--{name} is {text!r}; it must be {words[of]}")
+    return tuple(text) if isinstance(text, list) else text
 
 
-COUNT = number(int, "a whole number of at least 1", lambda x: x >= 1)
-NATURAL = number(int, "a whole number of at least 0", lambda x: x >= 0)
-CHAT = word(*(fmt.name for fmt in chat.FORMATS))
+def _plain(hint: Any) -> Any:
+  """The type of a flag's value: str for `str | None` and for a Literal."""
+  if isinstance(hint, types.UnionType):
+    hint = next(one for one in typing.get_args(hint) if one is not types.NoneType)
+  return str if typing.get_origin(hint) is typing.Literal else hint
 
 
-def status(work):
-  """The exit status of `work()`, whose mistakes of the user's are printed as one message."""
+def status(work: Callable[[], None]) -> int:
+  """The exit status of `work()`. A UserError is printed as one message."""
+
+  def more(error: UserError) -> str | None:
+    return "Here engine.slots is --slots and engine.tensor is --tensor." if isinstance(error, SlotsError) else None
+
   absl.logging.set_verbosity(absl.logging.WARNING)
   start.cache_compilations()
-  translation = "Here engine.slots is --slots and engine.tensor is --tensor."
-  return start.status(work, MEMORY, lambda error: translation if isinstance(error, SlotsError) else None)
+  return start.status(work, MEMORY, more)
+
+
+# The model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,79 +159,89 @@ class Model:
   dtype: str = "auto"
 
 
-def model_of(name, stage_of):
+@dataclasses.dataclass(frozen=True)
+class Opened:
+  """A model on this host's devices."""
+
+  model: Model
+  host: Host
+  checkpoint: Checkpoint
+
+
+def open_model(options: Shared, stage_of: Callable[[pathlib.Path], pathlib.Path], raw: bool = False) -> Opened:
+  """The model of the flags; `stage_of(run directory)` picks the stage of a run, `raw` leaves out the chat format."""
+  model = model_of(options.model, stage_of)
+  fmt = options.chat or model.chat
+  if not raw and fmt is None:
+    raise TextError(_which_chat(model.directory))
+  values = {"path": str(model.directory), "dtype": model.dtype} | ({} if fmt is None else {"chat": fmt})
+  host = Host(build(ModelOptions, values, "--model"), options.engine, local_mesh(options), raw=raw)
+  return Opened(model, host, Checkpoint(options.model, host.directory, content_of(host.directory)))
+
+
+def local_mesh(options: Shared) -> jax.sharding.Mesh:
+  return sharding.make_mesh(data=-1, tensor=options.engine.tensor, devices=jax.local_devices())
+
+
+def model_of(name: str, stage_of: Callable[[pathlib.Path], pathlib.Path]) -> Model:
   """The Model that --model means; `stage_of(run directory)` picks the stage of a run."""
-  if name == "mini":
-    return Model(MINI_CHECKPOINT, "mini", "mini")
+  if name in names.MODELS.words:  # one that comes with the package has its chat format and template under its own name
+    fmt, template = (name if name in of.words else None for of in (names.CHAT_FORMATS, names.JUDGE_TEMPLATES))
+    return Model(model_directory(name), fmt, template)
   directory = pathlib.Path(name).expanduser()
+  if ":" in name and not directory.exists():
+    directory = pathlib.Path(names.resolve(names.MODELS, name, "--model"))
   if not directory.is_dir():
     what = "is a file; give the directory it lies in" if directory.exists() else "does not exist"
     raise ModelError(f"--model: the directory {name} {what} (nothing is fetched from the Hugging Face hub)")
-  if config := _run_config(directory):
-    if "rounds" not in config:
-      raise RunError(f"{directory} is one round of a run; give its policy, {directory / 'policy'}, or the whole run")
+  if config := layout.config_in(directory):
+    if layout.is_round(config):
+      policy = directory / layout.POLICY
+      raise RunError(f"{directory} is one round of a run; give its policy, {policy}, or the whole run")
     return _model_of_stage(stage_of(directory))
-  if any((directory / file).exists() for file in ("manifest.json", "fingerprint.json")):
+  if any((directory / file).exists() for file in (layout.MANIFEST, layout.FINGERPRINT)):
     return _model_of_stage(directory)
   read_config(directory)  # the clearest error first
   return Model(directory, _recognised(directory))
 
 
-def newest_policy(run):
-  """The finished policy of a run's last round, else its first initial SFT model."""
-  policies = [path.parent for path in sorted(run.glob("round_[0-9]*/policy/manifest.json"), key=_round)]
-  first = [run / "sft_1"] if (run / "sft_1" / "manifest.json").exists() else []
-  if not policies + first:
-    raise RunError(f"{run}: the run has no finished policy yet; wait for its stage sft_1, or give another --model")
-  return (first + policies)[-1]
-
-
-def judge_of(run):
-  """A run's distilled judge if it was accepted, else the fine-tuned one."""
-  if not (run / "judge" / "manifest.json").exists():
-    raise RunError(f"{run}: the run has no finished judge; wait for its stage judge, or give another --model")
-  distilled = run / "judge_distilled"
-  accepted = (distilled / "manifest.json").exists() and load_manifest(distilled)["accepted"]
-  return distilled if accepted else run / "judge"
-
-
-def _round(manifest):
-  return int(manifest.parent.parent.name.partition("_")[2])
-
-
-def _model_of_stage(stage):
-  load_manifest(stage)  # a RunError where it is not finished
-  if not (stage / "model" / "config.json").exists():
-    raise RunError(f"{stage}: this stage holds no model; those that do: sft_1, judge, round_RR/policy")
-  config = run_of(stage)
+def _model_of_stage(stage: pathlib.Path) -> Model:
+  layout.load_manifest(stage)  # a RunError where it is not finished
+  if not (stage / layout.MODEL / "config.json").exists():
+    those = f"{layout.sft_name(1)}, {layout.JUDGE}, round_RR/{layout.POLICY}"
+    raise RunError(f"{stage}: this stage holds no model; those that do: {those}")
+  config = layout.config_of(stage)
   settings = config["model"]
-  return Model(stage / "model", settings["chat"], config.get("judge", {}).get("template"), settings["dtype"])
+  return Model(stage / layout.MODEL, settings["chat"], config.get("judge", {}).get("template"), settings["dtype"])
 
 
-def run_of(stage):
-  """The config of the run that a stage's directory lies in."""
-  config = next((found for path in stage.absolute().parents if (found := _run_config(path))), None)
-  if config is None:
-    raise RunError(f"{stage}: no config.json of a run lies above this stage; give its model directory itself")
-  return config
-
-
-def _run_config(directory):
-  """The config of a run directory or of a round in it, or None: models have a config.json, too."""
-  config = json_of(directory / "config.json")
-  return config if "recipe" in config else None
-
-
-def _recognised(directory):
-  """The name of the chat format whose chat template the directory holds, or None."""
+def _recognised(directory: pathlib.Path) -> str | None:
+  """The chat format whose chat template the directory holds."""
   template = json_of(directory / "tokenizer_config.json").get("chat_template")
   if (directory / "chat_template.jinja").is_file():
     template = (directory / "chat_template.jinja").read_text(encoding="utf-8")
-  return next((fmt.name for fmt in chat.FORMATS if chat.jinja(fmt) == template), None)
+  return next((word for word, fmt in _formats() if chat.jinja(fmt) == template), None)
 
 
-def json_of(path):
-  """The object in a file; an empty one where there is no file."""
+def _formats() -> Iterator[tuple[str, chat.ChatFormat]]:
+  return ((word, names.resolve(names.CHAT_FORMATS, word, "--chat")) for word in names.CHAT_FORMATS.words)
+
+
+def _which_chat(directory: pathlib.Path) -> str:
+  """What to say of a model whose chat format is not known: those that its tokenizer can write."""
+  tokenizer, fit = load_tokenizer(directory), []
+  for word, fmt in _formats():
+    with contextlib.suppress(TextError):
+      fit += [] if chat.prepare(tokenizer, fmt)[1] else [word]
+  return (
+    f"{directory}: its chat template is none of those that this package writes, so the chat format is not known:"
+    f" give --chat ({', '.join(names.CHAT_FORMATS.words)}); its tokenizer has the tokens of"
+    f" {' and '.join(fit) or 'none of them'}"
+  )
+
+
+def json_of(path: pathlib.Path) -> dict[str, Any]:
+  """The object in a model's file; an empty one where there is no file."""
   if not path.is_file():
     return {}
   try:
@@ -185,42 +250,55 @@ def json_of(path):
     raise ModelError(f"{path} is damaged ({error}); fetch or make it again") from None
 
 
-def opened(flags, stage_of, raw=False):
-  """(Model, Host, Checkpoint) of the flags model, chat, tensor, slots or rows; `raw`: without a chat format."""
-  model = model_of(flags.model, stage_of)
-  name = flags.chat or model.chat
-  if not raw and name is None:
-    raise TextError(_which_chat(model.directory))
-  engine = {"slots": getattr(flags, "slots", None), "rows": getattr(flags, "rows", None), "tensor": flags.tensor}
-  config = {"path": str(model.directory), "chat": "" if raw else name, "dtype": model.dtype}
-  mesh = sharding.make_mesh(data=-1, tensor=flags.tensor, devices=jax.local_devices())
-  host = Host(ConfigDict({"model": config, "engine": engine}), mesh)
-  return model, host, Checkpoint(flags.model, host.directory, content_of(host.directory))
+# The output
+
+PLACES = ("model", "input", "output", "chat", "tensor", "slots", "rows")  # that do not decide by their own words
 
 
-def decides(tool, flags, host, checkpoint):
-  """What decides the output of every command, for `jsonl.Output`: (fields, what to call those that are digests)."""
-  fields = {
-    "tool": tool,
-    "model": checkpoint.content[:16],
-    "input": shards.digest(flags.input)[:16],
-    "dtype": host.dtype,
-    "chat": host.chat.name if host.chat else None,
-    "chat text": jsonl.short_digest(dataclasses.asdict(host.chat)) if host.chat else None,
-  }
-  return fields, {"model": str(checkpoint.directory), "input": flags.input}
+def decides(tool: str, options: Shared, opened: Opened | None) -> dict[str, Any]:
+  """What decides the output of every command, for `Run.stage`."""
+  fields: dict[str, Any] = {"tool": tool, "input": shards.digest(options.input)[:16]}
+  if opened:
+    fmt = None if opened.host.raw else opened.host.chat
+    fields |= {"model": opened.checkpoint.content[:16], "dtype": opened.host.dtype, "chat": fmt and fmt.name}
+    fields["chat text"] = fmt and short_digest(dataclasses.asdict(fmt))
+  return fields
 
 
-def _which_chat(directory):
-  """What to say of a model whose chat format is not known: those that its tokenizer can write."""
-  tokenizer, fit = load_tokenizer(directory), []
-  for fmt in chat.FORMATS:
-    try:
-      fit += [] if chat.prepare(tokenizer, fmt)[1] else [fmt.name]
-    except TextError:
-      continue
-  return (
-    f"{directory}: its chat template is none of those that this package writes, so the chat format is not known:"
-    f" give --chat ({', '.join(fmt.name for fmt in chat.FORMATS)}); its tokenizer has the tokens of"
-    f" {' and '.join(fit) or 'none of them'}"
-  )
+def short_digest(value: Any) -> str:
+  """A digest of a JSON value that would be too long to show."""
+  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def chat_name(host: Host) -> str:
+  return "none" if host.raw else host.chat.name
+
+
+@contextlib.contextmanager
+def run_of(output: pathlib.Path, directory: pathlib.Path, options: Shared, mend: str) -> Iterator[Run]:
+  """The Run in `directory`, whose errors speak of --output; `mend` is what to do instead of giving the old values."""
+  try:
+    with Run(directory, made_with=start.made_with()) as run:
+      yield run
+  except LockedError:
+    raise RunError(
+      f"{output}: another process is writing there ({directory / layout.LOCK} says which); wait for it or give another"
+      " --output"
+    ) from None
+  except ChangedError as error:
+    called = {"model": options.model, "input": options.input}
+    lines = [f"  {key}: {change}" + f" ({called[key]})" * (key in called) for key, change in error.changed.items()]
+    raise RunError(
+      f"{output} was made with other values than this start asks for:\n"
+      + "\n".join(lines)
+      + f"\nPut the old value back, or {mend} to have it made again."
+    ) from None
+  except OSError as error:
+    where = error.filename or output
+    raise RunError(f"cannot write {where}: {error.strerror}; the same command goes on from here") from None
+
+
+def check_place(output: pathlib.Path) -> None:
+  """Raise unless the output may stand where --output says."""
+  if not output.absolute().parent.is_dir():
+    raise RunError(f"--output: there is no directory {output.parent}; make it first")

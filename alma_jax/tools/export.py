@@ -1,4 +1,4 @@
-"""Writes a training's intermediate checkpoint as a Hugging Face directory, which transformers and vLLM load as it is.
+"""Writes a training's intermediate checkpoint as a Hugging Face directory that transformers and vLLM load.
 
   python -m alma_jax.tools.export --stage=runs/alma/round_05/policy --step=400 --output=models/round_05_400
 
@@ -7,51 +7,61 @@ command lists those that are there. A finished stage's own model needs no export
 says which tokenizer, chat format and precision the model gets. Any number of devices will do.
 """
 
+import dataclasses
 import pathlib
 import sys
+from collections.abc import Sequence
 
 import jax
-from ml_collections import ConfigDict
 
 from alma_jax.errors import RunError
 from alma_jax.llama import sharding
+from alma_jax.options import Checked, build, fields_of, option
 from alma_jax.runtime import training
-from alma_jax.runtime.host import Host
+from alma_jax.runtime.host import EngineOptions, Host, ModelOptions
+from alma_jax.store import layout
 from alma_jax.tools import command
 
 
-def main(arguments):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(Checked):
+  stage: str = option(doc="a training of a run, finished or not")
+  step: int | None = option(None, least=1, doc="which checkpoint; none: list them")
+  output: str = option("", doc="a new directory")
+
+
+FLAGS = command.Flags("export", __doc__, Options)
+
+
+def main(arguments: Sequence[str]) -> int:
   """The exit status."""
-  flags = command.Flags("alma_jax.tools.export", __doc__, "--stage=DIR --step=NUMBER --output=DIR")
-  flags.add_argument("--stage", required=True, metavar="DIR", help="a training of a run, finished or not")
-  flags.add_argument("--step", type=command.COUNT, help="which checkpoint; none: list them")
-  flags.add_argument("--output", metavar="DIR", help="a new directory")
-  flags = flags.values(arguments)
-  return command.status(lambda: run(flags))
+  options = FLAGS.values(arguments)
+  return command.status(lambda: run(options))
 
 
-def run(flags):
-  stage = pathlib.Path(flags.stage).expanduser()
-  found = sorted(int(path.name) for path in (stage / "checkpoints").glob("*") if path.name.isdigit())
+def run(options: Options) -> None:
+  stage, output = pathlib.Path(options.stage).expanduser(), pathlib.Path(options.output).expanduser()
+  checkpoints = stage / layout.CHECKPOINTS
+  found = sorted(int(path.name) for path in checkpoints.glob("*") if path.name.isdigit())
   if not found:
     raise RunError(
       f"{stage} has no checkpoints: a finished training keeps those that its config's checkpoint_keep asks for, a"
       " running one the last two"
     )
   listed = ", ".join(f"{step:,}" for step in found)
-  if flags.step is None:
+  if options.step is None:
     print(f"{stage}: checkpoints after steps {listed}")
     return
-  if flags.step not in found:
-    raise RunError(f"{stage} has no checkpoint after step {flags.step:,}; there are {listed}")
-  output = pathlib.Path(flags.output or "").expanduser()
-  if not flags.output or (output.exists() and any(output.iterdir())):
-    raise RunError(f"--output: {'give a new directory' if not flags.output else f'{output} is not empty'}")
-  config = command.run_of(stage)
-  host = Host(ConfigDict({"model": config["model"], "engine": {}}), sharding.make_mesh())
+  if options.step not in found:
+    raise RunError(f"{stage} has no checkpoint after step {options.step:,}; there are {listed}")
+  if not options.output or (output.exists() and any(output.iterdir())):
+    raise RunError(f"--output: {f'{output} is not empty' if options.output else 'give a new directory'}")
+  config = layout.config_of(stage)["model"]
+  known = {name: value for name, value in config.items() if name in fields_of(ModelOptions)}  # of any version
+  host = Host(build(ModelOptions, known, "config.model"), EngineOptions(), sharding.make_mesh())
   mesh = sharding.make_mesh(data=1, fsdp=-1, devices=jax.local_devices())
-  training.export(host, training.checkpoint_model(host, stage / "checkpoints", flags.step, mesh), output)
-  print(f"{output}: {stage.name} of {stage.parent} after step {flags.step:,}, {host.config.model.save_dtype}")
+  training.export(host, training.checkpoint_model(host, checkpoints, options.step, mesh), output)
+  print(f"{output}: {stage.name} of {stage.parent} after step {options.step:,}, {host.save_dtype}")
 
 
 if __name__ == "__main__":

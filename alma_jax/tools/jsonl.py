@@ -1,31 +1,47 @@
 """JSONL in and out for commands that take hours: rows are read one at a time, and the output survives a kill.
 
   for line, item in read("prompts.jsonl"): ...          # (line number, object); errors name file and line
-  with Output("out.jsonl", fields, names, lines) as out:  # `lines`: how many there will be
-    for chunk in chunks:
-      if not out.has(len(chunk)):                       # True: this chunk was written before
-        out.write(made(chunk))                          # objects, one line each
+  for row in prompts("prompts.jsonl", host): ...        # Asked: ids of tokens
 
-`OUTPUT.meta.json` beside the output holds `fields`, what decides the lines. A start with the same fields keeps the
-lines that are there, drops a torn last one and goes on; a chunk that was written in part is made again as a whole, so
-that the bytes are those of a start that was never killed. A start with other fields is refused.
+  with stage_of(output, options, fields) as stage:      # resumed, locked, or refused if a value has changed
+    parts = Parts(stage, sizes, together=8)
+    for numbers, rows in parts.missing(chunks(prompts(...), PART)):
+      ...
+      parts.write(number, lines, counts)                # JSON objects, a line each
+    finish(stage, output)                               # OUTPUT appears, whole
+
+`OUTPUT.parts` beside the output is a run directory (store/runs.py) with one stage, whose parts are the output's lines.
 """
 
-import fcntl
+import contextlib
+import dataclasses
+import functools
 import hashlib
 import json
 import os
 import pathlib
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
+from alma_jax.corpus.normalise import prompt_id
 from alma_jax.errors import RunError
+from alma_jax.runtime.host import Host
 from alma_jax.store import data, shards
 from alma_jax.store.data import DataError
+from alma_jax.store.runs import Stage
+from alma_jax.text import chat
+from alma_jax.text.chat import Messages
+from alma_jax.text.tokenizer import TextError
+from alma_jax.tools import command
 
-FORMAT = 1  # goes up when the lines of an output change meaning
+R = TypeVar("R")
+
+# Rows
 
 
-def read(path):
-  """(line number, object) of every line that is not blank."""
+def read(path: str | pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
+  """The number and the object of every line that is not blank."""
   path = pathlib.Path(path)
   if not path.is_file():
     what = "is a directory" if path.is_dir() else "no such file"
@@ -36,35 +52,69 @@ def read(path):
         yield number, _object(line, f"{path}, line {number}")
 
 
-def id_of(item, where):
-  """The row's own id, or None."""
+def id_of(item: Mapping[str, Any], messages: Messages, where: str) -> str | int:
+  """The row's own id, else a hash of its prompt."""
   value, field = item.get("id"), f"{where}, field id"
-  if value is None or isinstance(value, str):
-    return value if value is None else data.text_of(value, field)
+  if value is None:
+    return prompt_id(messages)
+  if isinstance(value, str):
+    return data.text_of(value, field)
   if isinstance(value, int) and not isinstance(value, bool):
     return value
   raise DataError(f"{field}: expected a string or a whole number, found {json.dumps(value)[:40]}")
 
 
-def chunks(rows, size, lines=lambda row: 1):
-  """Lists of successive rows that make `size` lines of output or just more; the last one may make fewer."""
-  chunk, made = [], 0
+@dataclasses.dataclass(frozen=True)
+class Asked:
+  """A prompt of the input."""
+
+  line: int
+  id: str | int
+  said: Mapping[str, Any]  # the row's `messages` or `prompt`, for the output
+  ids: tuple[int, ...]
+
+
+def prompts(path: str, host: Host) -> Iterator[Asked]:
+  """The rows of the input as Asked; a DataError names line and field of what cannot be one."""
+  for line, item in read(path):
+    where = f"{path}, line {line}"
+    messages, turns = data.row_of(item, (), line, where).messages, item.get("messages")
+    if isinstance(turns, list) and turns[-1]["role"] == "assistant":
+      raise DataError(f"{where}, field messages: the last turn must be the user's, found role 'assistant'; remove it")
+    said = {"prompt": messages[0]["content"]} if turns is None else {"messages": list(messages)}
+    yield Asked(line, id_of(item, messages, where), said, _ids(host, messages, said, where))
+
+
+def _ids(host: Host, messages: Messages, said: Mapping[str, Any], where: str) -> tuple[int, ...]:
+  tok = host.tokenizer
+  if host.raw and "messages" in said:
+    raise DataError(f"{where}: --raw takes a text, the field `prompt`; `messages` need a chat format")
+  try:
+    if host.raw:
+      ids = ([] if tok.bos_id is None else [tok.bos_id]) + tok.encode(said["prompt"])
+    else:
+      ids = chat.encode_prompt(tok, host.chat, messages)
+  except TextError as error:
+    raise DataError(f"{where}: {error}") from None
+  if not ids or not (host.raw or messages[-1]["content"].strip()):
+    raise DataError(f"{where}: the prompt is empty")
+  return tuple(ids)
+
+
+def chunks(rows: Iterable[R], size: int, weight: Callable[[R], int] | None = None) -> Iterator[list[R]]:
+  """Lists of successive rows that weigh `size` or just more, 1 each unless `weight` tells; the last may weigh less."""
+  chunk, weighs = [], 0
   for row in rows:
     chunk.append(row)
-    made += lines(row)
-    if made >= size:
+    weighs += weight(row) if weight else 1
+    if weighs >= size:
       yield chunk
-      chunk, made = [], 0
+      chunk, weighs = [], 0
   if chunk:
     yield chunk
 
 
-def short_digest(value):
-  """A digest of a JSON value, for `fields` that would be too long to show."""
-  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _object(line, where):
+def _object(line: bytes, where: str) -> dict[str, Any]:
   try:
     text = line.decode("utf-8-sig")
   except UnicodeDecodeError as e:
@@ -82,105 +132,99 @@ def _object(line, where):
   return item
 
 
-class Output:
-  """The lines of a file, appended; `done` of them were there at the start."""
+# The output and its parts
 
-  def __init__(self, path, fields, names, lines):
-    """`fields`: name -> what decides the lines; `names`: for some of them how to call them, such as a path."""
-    self.path, self.lines, self._passed = pathlib.Path(path), lines, 0
-    fields = json.loads(json.dumps(fields | {"format": FORMAT}))
-    if not self.path.parent.is_dir():
-      raise RunError(f"--output: there is no directory {self.path.parent}; make it first")
-    if self.path.is_dir():
-      raise RunError(f"--output: {self.path} is a directory; name a file in it")
-    try:
-      self._file = open(self.path, "ab+")
-    except OSError as e:
-      raise RunError(f"--output: cannot write {self.path}: {e.strerror}") from None
-    try:
-      self._lock()
-      self._agree(fields, names)
-      self.done = self._kept()
-    except BaseException:
-      self._file.close()
-      raise
 
-  def __enter__(self):
-    return self
+def parts_of(output: pathlib.Path) -> pathlib.Path:
+  """The run directory of an output."""
+  return output.with_name(f"{output.name}.parts")
 
-  def __exit__(self, *_):
-    self._file.close()
 
-  def has(self, n):
-    """Whether the next n lines are there already; then they are passed over."""
-    if self._passed + n > self.done:
-      return False
-    self._passed += n
-    return True
+def check_output(output: pathlib.Path) -> None:
+  """Raise unless the output can be written, or was made here."""
+  command.check_place(output)
+  if output.is_dir():
+    raise RunError(f"--output: {output} is a directory; name a file in it")
+  if output.exists() and not parts_of(output).is_dir():
+    raise RunError(
+      f"{output} exists, and no {parts_of(output).name} beside it says how it was made: give another --output, or move"
+      " it away"
+    )
 
-  def write(self, items):
-    """Writes those of the next lines that are not there yet."""
-    lines = [json.dumps(item, ensure_ascii=False) + "\n" for item in items]
-    there = max(0, self.done - self._passed)
-    self._passed += len(lines)
-    try:
-      self._file.write("".join(lines[there:]).encode())
-      self._file.flush()
-      os.fsync(self._file.fileno())
-    except OSError as e:
-      raise RunError(f"cannot write {self.path}: {e.strerror}; the same command goes on from here") from None
 
-  def _lock(self):
-    try:
-      fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      raise RunError(f"{self.path}: another process is writing it; wait for it or give another --output") from None
-    except OSError:
-      pass  # a file system without locks
+@contextlib.contextmanager
+def stage_of(output: pathlib.Path, options: command.Shared, fields: Mapping[str, Any]) -> Iterator[Stage]:
+  """The stage whose parts are the output's lines, for this process alone."""
+  directory = parts_of(output)
+  mend = f"give another --output, or delete {output} and {directory}"
+  with command.run_of(output, directory, options, mend) as run:
+    stage = run.stage("lines", fields, suffix=".jsonl")
+    if output.exists():
+      size = sum(part["size"] for part in stage.manifest["parts"]) if stage.done else None
+      if output.stat().st_size != size:
+        raise RunError(f"{output} differs from its parts in {directory}: it was changed; move it away")
+    yield stage
 
-  def _agree(self, fields, names):
-    """Raises unless an output that has lines was made with the same fields."""
-    meta = self.path.with_name(f"{self.path.name}.meta.json")
-    if self._file.seek(0, os.SEEK_END) == 0:
-      shards.write_json(meta, {"fields": fields, "names": names})
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+  """The parts of an output. `together` successive ones are computed in one go, which keeps the devices busy.
+
+  parts    0 1 2 | 3 4 5 | 6 7       together=3; 4 is on disk, the others of its group are not
+  missing          3   5 | 6 7       computed are 3, 4, 5 (so that the bytes are the same as ever); written 3 and 5
+  """
+
+  stage: Stage
+  sizes: Sequence[int]  # samples or responses in each part
+  together: int
+
+  @functools.cached_property
+  def _missing(self) -> frozenset[int]:
+    return frozenset(self.stage.missing(len(self.sizes)))
+
+  def _group(self, part: int) -> range:
+    begin = part - part % self.together
+    return range(begin, min(begin + self.together, len(self.sizes)))
+
+  @property
+  def total(self) -> int:
+    return sum(self.sizes)
+
+  @property
+  def done(self) -> int:
+    """The samples or responses that are not computed (again) by this start."""
+    groups = {self._group(part) for part in self._missing}
+    return self.total - sum(self.sizes[part] for group in groups for part in group)
+
+  def missing(self, parts: Iterable[list[R]]) -> Iterator[tuple[range, list[list[R]]]]:
+    """Of all `parts`, given as their rows, the groups in which one is missing, with the numbers of their parts."""
+    for at, rows in enumerate(chunks(parts, self.together)):
+      group = self._group(at * self.together)
+      if self._missing & set(group):
+        yield group, rows
+
+  def write(self, part: int, lines: Sequence[Mapping[str, Any]], counts: Mapping[str, Any]) -> None:
+    """Write a part unless it is there; `counts` are summed in the manifest."""
+    if part not in self._missing:
       return
-    if not meta.exists():
-      raise RunError(
-        f"{self.path} exists, and no {meta.name} beside it says how it was made: give another --output, or move it away"
-      )
-    try:
-      old = json.loads(meta.read_text(encoding="utf-8"))
-      was, called = old["fields"], old["names"]
-    except (ValueError, KeyError):
-      raise RunError(f"{meta} is damaged: give another --output, or delete both files") from None
-    shown = lambda values, calls, key: f"{calls[key]} ({values.get(key)})" if key in calls else _json(values.get(key))
-    changed = [
-      f"  {key}: {shown(was, called, key)} -> {shown(fields, names, key)}"
-      for key in sorted(was.keys() | fields.keys())
-      if was.get(key) != fields.get(key)
-    ]
-    if changed:
-      raise RunError(
-        f"{self.path} was made with other values than this start asks for:\n" + "\n".join(changed) + "\n"
-        f"Put the old value back, or give another --output, or delete {self.path} to have it made again."
-      )
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
 
-  def _kept(self):
-    """The number of whole lines; what follows the last of them is cut off."""
-    self._file.seek(0)
-    count = size = at = 0
-    while block := self._file.read(2**20):
-      count += block.count(b"\n")
-      if b"\n" in block:
-        size = at + block.rindex(b"\n") + 1
-      at += len(block)
-    self._file.truncate(size)
-    if count > self.lines:
-      raise RunError(
-        f"{self.path} has {count} lines and should have {self.lines} at most: it was changed; move it away"
-      )
-    return count
+    def write(path: pathlib.Path) -> str:
+      with shards.atomic(path) as file:
+        file.write(text)
+      return hashlib.sha256(text).hexdigest()
+
+    self.stage.write_file(part, len(self.sizes), write, len(lines), counts)
 
 
-def _json(value):
-  return json.dumps(value, ensure_ascii=False)
+def finish(stage: Stage, output: pathlib.Path, **extra: Any) -> dict[str, Any]:
+  """Write the manifest, which is returned, and the output, unless they are there."""
+  manifest = stage.finish(**extra)
+  if not output.exists():
+    whole = stage.run.dir / output.name  # on the output's own file system
+    with shards.atomic(whole) as file:
+      for part in manifest["parts"]:
+        with open(stage.dir / part["name"], "rb") as lines:
+          shutil.copyfileobj(lines, file)
+    os.replace(whole, output)
+  return manifest

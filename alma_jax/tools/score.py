@@ -1,4 +1,4 @@
-"""Scores responses with a judge, from 0 to 10, without generating anything.
+"""Scores responses with a judge, without generating anything.
 
   python -m alma_jax.tools.score --model=runs/mini --input=pairs.jsonl --output=scores.jsonl
 
@@ -13,104 +13,185 @@ together before `probs` were made to sum to 1: far below 1, the judge was not tr
 `score` is: the mean of the scores under `probs`, the likeliest one, or one drawn from them, which depends on seed, id,
 sample_id and the response alone.
 
-The same command goes on where a killed one stopped; the file then has the bytes of one that was never killed (on the
-same devices and with the same --rows, else the last digits differ).
+With --judge=my_judges:NAME a judge of yours scores (docs/your_own_judge.md); it is called with the model, if --model
+names one, and these flags. Its scores are in its own unit; `probs` and `mass` are null where it has none, and `details`
+are there where it gives some.
+
+FILE appears when it is whole; until then its parts are in FILE.parts, and the same command goes on where a killed one
+stopped. The file then has the bytes of one that was never killed (on the same devices and with the same --rows, else
+the last digits differ). Delete both to have the file made again.
 """
 
 import dataclasses
+import pathlib
 import sys
-import time
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 
-from alma_jax.corpus.normalise import prompt_id
-from alma_jax.judges.own import TEMPLATES, Judge, template_by_name, verdicts
+from alma_jax import names
+from alma_jax.judges import contract
+from alma_jax.judges.contract import Answered, Judge, Verdict
+from alma_jax.judges.own import OwnJudge
 from alma_jax.keys import random_numbers
-from alma_jax.llama.config import read_config
-from alma_jax.store import data
+from alma_jax.options import ConfigError, option
+from alma_jax.runtime.display import Display
+from alma_jax.runtime.host import Host
+from alma_jax.store import data, layout
 from alma_jax.store.data import DataError
-from alma_jax.text import judge as text
+from alma_jax.text import judge as templates
+from alma_jax.text.chat import Messages
 from alma_jax.tools import command, jsonl
 
-FILLINGS = 64  # calls of --rows responses in a chunk
+PART = 2048  # responses in a part
+FILLINGS = 64  # calls of --rows responses that are computed together
 MASS = 0.9  # a judge that knows its template gives nearly all probability to the scores
 
 
-def main(arguments):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(command.Shared):
+  model: str = option("", doc="as for alma_jax.tools.sample; of a run it is the judge")
+  judge: str | None = option(
+    None, names=names.EVALUATORS, doc="a judge of yours as package.module:NAME, instead of the model as a judge"
+  )
+  mode: Literal["expected", "argmax", "sampled"] = option("expected", doc="expected, argmax or sampled")
+  template: str | None = option(
+    None, names=names.JUDGE_TEMPLATES, doc="the judge's template (that of the model's run, else a2)"
+  )
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    if not self.model and not self.judges_itself:
+      raise ConfigError("model is missing: give the model that judges, or --judge")
+
+  @property
+  def judges_itself(self) -> bool:
+    """True if --judge names one."""
+    return self.judge not in (None, "none")
+
+
+FLAGS = command.Flags("score", __doc__, Options, ("slots",))
+
+
+def main(arguments: Sequence[str]) -> int:
   """The exit status."""
-  flags = _flags().values(arguments)
-  return command.status(lambda: run(flags))
+  options = FLAGS.values(arguments)
+  return command.status(lambda: run(options))
 
 
-def _flags():
-  flags = command.Flags("alma_jax.tools.score", __doc__)
-  add = flags.add_argument
-  model = command.MODEL.format(stage="its judge")
-  add("--model", required=True, metavar="DIR", help=model)
-  add("--input", required=True, metavar="FILE", help="JSONL")
-  add("--output", required=True, metavar="FILE", help="JSONL; FILE.meta.json beside it says how it was made")
-  modes = command.word("expected", "argmax", "sampled")
-  add("--mode", type=modes, default="expected", help="expected, argmax or sampled (expected)")
-  templates = command.word(*TEMPLATES)
-  add("--template", type=templates, help=f"{', '.join(TEMPLATES)} (that of the model's run, else a2)")
-  add("--seed", type=command.NATURAL, default=0, help="of --mode=sampled (0)")
-  add("--chat", type=command.CHAT, help="chat format, where the model's files do not tell")
-  add("--rows", type=command.COUNT, default=32, help="responses per call, per copy of the model (32)")
-  add("--tensor", type=command.COUNT, default=1, help="devices that share one copy of the model (1)")
-  return flags
+def run(options: Options) -> None:
+  output = pathlib.Path(options.output)
+  jsonl.check_output(output)
+  opened = command.open_model(options, layout.judge_of) if options.model else None
+  host = opened.host if opened else WithoutModel(options)
+  judge = _judge(options, opened, host)
+  sizes = _survey(options, judge)
+  together = max(1, FILLINGS * options.engine.rows * host.local_ways // max(1, sizes[0]))
+  scored, masses, warned = 0, 0.0, False
+  with jsonl.stage_of(output, options, _decides(options, opened, judge)) as stage:
+    there, parts = stage.done, jsonl.Parts(stage, sizes, together)
+    host.display.say(f"{judge.identity}: {options.mode} score of {parts.total:,} responses")
+    with host.display.bar("scoring", parts.total, "responses", done=parts.done) as bar:
+      for numbers, rows in parts.missing(_in_parts(options)):
+        pairs = [Answered(row.messages, a.text, a.finished) for part in rows for row in part for a in row.answers]
+        found = iter(contract.scores(judge, pairs, bar))
+        for number, part in zip(numbers, rows, strict=True):
+          lines = [_line(options, judge, row, a, next(found)) for row in part for a in row.answers]
+          mass = [line["mass"] for line in lines if line["mass"] is not None]
+          counts = {"score_sum": sum(line["score"] for line in lines), "mass_sum": sum(mass), "masses": len(mass)}
+          parts.write(number, lines, counts)
+          scored, masses = scored + len(mass), masses + sum(mass)
+          if masses < MASS * scored and not warned and isinstance(judge, OwnJudge):
+            warned = True
+            host.display.say(_warning(judge.template.name, masses / scored))
+    manifest = jsonl.finish(stage, output, judge={"identity": judge.identity, "scale": judge.scale})
+  counts, seconds = manifest["counts"], manifest["seconds"]
+  print(f"{output}: {parts.total:,} responses" + (", all there before" if there else ""))
+  if parts.total:
+    mass = f", mean mass {counts['mass_sum'] / counts['masses']:.3f}" if counts["masses"] else ""
+    rate = f"{seconds:.1f} s, {parts.total / max(seconds, 1e-3):,.0f} responses/s"
+    print(f"mean score {counts['score_sum'] / parts.total:.2f}{mass}; {rate}")
 
 
-def run(flags):
-  model, host, checkpoint = command.opened(flags, command.judge_of)
-  judge = Judge(checkpoint, template_by_name(flags.template or model.template or "a2"), "expected")
-  total = _survey(flags, host, judge.template)
-  fields, names = command.decides("score", flags, host, checkpoint)
-  fields |= {"mode": flags.mode, "seed": flags.seed if flags.mode == "sampled" else None}
-  fields |= {"template": judge.template.name, "template text": jsonl.short_digest(dataclasses.asdict(judge.template))}
-  per_chunk, answers = FILLINGS * flags.rows * host.local_ways, lambda row: len(row.answers)
-  began, scored, scores, masses, warned = time.monotonic(), 0, 0.0, 0.0, False
-  with jsonl.Output(flags.output, fields, names, total) as out:
-    host.say(f"{model.directory}: template {judge.template.name}, {flags.mode} score of {total:,} responses")
-    with host.bar("scoring", total, "responses", done=out.done) as bar:
-      for rows in jsonl.chunks(asked(flags), per_chunk, answers):
-        if out.has(sum(map(answers, rows))):
-          continue
-        lines = _scored(flags, host, judge, rows, bar)
-        out.write(lines)
-        scored, scores = scored + len(lines), scores + sum(line["score"] for line in lines)
-        masses += sum(line["mass"] for line in lines)
-        if masses < MASS * scored and not warned:
-          warned = True
-          host.say(_warning(judge.template.name, masses / scored))
-  seconds = time.monotonic() - began
-  print(f"{flags.output}: {total:,} responses" + ("" if scored else ", all there before"))
-  if scored:
-    now = f"{scored:,} responses now: mean score {scores / scored:.2f}, mean mass {masses / scored:.3f}"
-    print(f"{now}; {seconds:.1f} s, {scored / seconds:,.0f} responses/s")
+# The judge
+
+
+class WithoutModel(Host):
+  """This host's devices, for a judge that needs no model."""
+
+  def __init__(self, options: Options) -> None:
+    self.engine, self.local_mesh, self.display = options.engine, command.local_mesh(options), Display()
+
+  def __getattr__(self, name: str) -> NoReturn:
+    if name in ("options", "directory", "config", "tokenizer", "_chat", "_held"):
+      raise ConfigError(f"--judge names a judge that asks for a model (its {name.strip('_')}): give --model, too")
+    raise AttributeError(name)
+
+
+def _judge(options: Options, opened: command.Opened | None, host: Host) -> Judge:
+  if options.judges_itself:
+    return contract.by_name(names.EVALUATORS, str(options.judge), host, options, "--judge")
+  if opened is None:
+    raise RuntimeError("neither a model nor a judge")
+  word = options.template or opened.model.template or "a2"
+  template = names.resolve(names.JUDGE_TEMPLATES, word, "--template")
+  judge = OwnJudge(opened.host, opened.checkpoint, template, "expected")
+  return judge  # pyright: ignore[reportReturnType]  # a cached_property is a property
+
+
+def _decides(options: Options, opened: command.Opened | None, judge: Judge) -> dict[str, Any]:
+  fields = command.decides("score", options, opened)
+  fields |= {"mode": options.mode, "seed": options.seed if options.mode == "sampled" else None}
+  if not isinstance(judge, OwnJudge):
+    return fields | {"judge": judge.identity}
+  text = command.short_digest(dataclasses.asdict(judge.template))
+  return fields | {"template": judge.template.name, "template text": text}
+
+
+def _warning(template: str, mass: float) -> str:
+  return (
+    f"warning: the judge gives a probability of only {mass:.2f} to the eleven scores together: template {template!r}"
+    f" does not fit it, and the scores mean little. --template may be {', '.join(names.JUDGE_TEMPLATES.words)}; a judge"
+    " that a run has trained is known with its template when --model is the run or its stage."
+  )
+
+
+# Rows
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class Answer:
+  sample: str | int | None
+  text: str
+  finished: bool = True  # False where the length limit cut it, as a line of the sampler says
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
   line: int
   id: str | int
-  messages: tuple
-  answers: tuple  # (sample id or None, text)
+  messages: Messages
+  answers: tuple[Answer, ...]
 
 
-def asked(flags):
-  """The rows of the input as Asked; a DataError names line and field of what cannot be one."""
-  for line, item in jsonl.read(flags.input):
-    where = f"{flags.input}, line {line}"
+def _in_parts(options: Options) -> Iterator[list[Row]]:
+  return jsonl.chunks(rows_of(options.input), PART, lambda row: len(row.answers))
+
+
+def rows_of(path: str) -> Iterator[Row]:
+  """The rows of the input; a DataError names line and field of what cannot be one."""
+  for line, item in jsonl.read(path):
+    where = f"{path}, line {line}"
     many = item.get("responses") is not None
     if many and item.get("response") is not None:
       raise DataError(f"{where}: both `response` and `responses`; remove one")
     row = data.row_of(item, () if many else ("response",), line, where)
-    answers = _answers(item["responses"], f"{where}, field responses") if many else ((None, row.response),)
-    given = jsonl.id_of(item, where)
-    yield Asked(line, prompt_id(row.messages) if given is None else given, row.messages, answers)
+    answers = _answers(item["responses"], f"{where}, field responses") if many else (Answer(None, row.response or ""),)
+    yield Row(line, jsonl.id_of(item, row.messages, where), row.messages, answers)
 
 
-def _answers(value, where):
+def _answers(value: Any, where: str) -> tuple[Answer, ...]:
   if not isinstance(value, list):
     raise DataError(f'{where}: expected a list of {{"sample_id", "text"}}, found {str(value)[:40]}')
   found = []
@@ -120,62 +201,58 @@ def _answers(value, where):
     sample = answer.get("sample_id", at)
     if isinstance(sample, bool) or not isinstance(sample, str | int):
       raise DataError(f"{where}[{at}].sample_id: expected a whole number or a string, found {str(sample)[:40]}")
-    found.append((sample, data.text_of(answer["text"], f"{where}[{at}].text")))
+    text = data.text_of(answer["text"], f"{where}[{at}].text")
+    found.append(Answer(sample, text, answer.get("finished") is not False))
   return tuple(found)
 
 
-def _survey(flags, host, template):
-  """How many responses the input holds; all of it is checked before the first one is scored."""
-  positions, tok = read_config(host.directory).max_positions, host.tokenizer
-  forced = len(text.score_paths(tok, template).inner)
+def _survey(options: Options, judge: Judge) -> list[int]:
+  """The number of responses in each part; all of the input is checked before the first one is scored."""
+  sizes = []
+  for part in _in_parts(options):
+    sizes.append(sum(len(row.answers) for row in part))
+    if isinstance(judge, OwnJudge):
+      for row in part:
+        _check_length(options, judge, row)
+  if not sizes:
+    raise DataError(f"{options.input}: the file holds no rows")
+  return sizes
+
+
+def _check_length(options: Options, judge: OwnJudge, row: Row) -> None:
+  host, template, tok = judge.host, judge.template, judge.host.tokenizer
+  forced = len(templates.score_paths(tok, template).inner)
   around = len(f"{template.instruction}{template.item}{template.answer_open}".encode()) + 64
-  total = rows = 0
-  for row in asked(flags):
-    rows += 1
-    total += len(row.answers)
-    prompt = sum(len(m["role"]) + len(m["content"].encode()) for m in row.messages) + around
-    for _, answer in row.answers:
-      if prompt + len(answer.encode()) <= positions:  # a token is a byte at least: no need to count
-        continue
-      length = len(text.judge_prefix(tok, host.chat, template, row.messages)) + forced
-      length += len(text.judge_suffix(tok, host.chat, template, answer))
-      if length > positions:
-        raise DataError(
-          f"{flags.input}, line {row.line}: prompt and response are {length} tokens in template {template.name};"
-          f" the model has {positions} positions: shorten them"
-        )
-  if not rows:
-    raise DataError(f"{flags.input}: the file holds no rows")
-  return total
+  prompt = sum(len(m["role"]) + len(m["content"].encode()) for m in row.messages) + around
+  for answer in row.answers:
+    if prompt + len(answer.text.encode()) <= host.config.max_positions:  # a token is a byte at least: no need to count
+      continue
+    length = len(templates.judge_prefix(tok, host.chat, template, row.messages)) + forced
+    length += len(templates.judge_suffix(tok, host.chat, template, answer.text))
+    if length > host.config.max_positions:
+      raise DataError(
+        f"{options.input}, line {row.line}: prompt and response are {length} tokens in template {template.name};"
+        f" the model has {host.config.max_positions} positions: shorten them"
+      )
 
 
-def _scored(flags, host, judge, rows, bar):
-  """The output lines of a chunk."""
-  places = [(row, sample, answer) for row in rows for sample, answer in row.answers]
-  found = verdicts(host, judge, [(row.messages, answer) for row, _, answer in places], bar)
-  lines = []
-  for (row, sample, answer), verdict in zip(places, found):
-    score = _score(flags.mode, verdict, (flags.seed, "score", row.id, sample, answer))
-    known = {"id": row.id} if sample is None else {"id": row.id, "sample_id": sample}
-    lines.append({**known, "score": score, "probs": verdict.probs, "mass": verdict.mass})
-  return lines
+def _line(options: Options, judge: Judge, row: Row, answer: Answer, verdict: Verdict) -> dict[str, Any]:
+  if options.mode != "expected" and verdict.probs is None:
+    raise ConfigError(f"--mode={options.mode} needs probabilities, and the judge {judge.identity!r} gives none")
+  score = _score(options.mode, verdict, (options.seed, "score", row.id, answer.sample, answer.text))
+  known = {"id": row.id} if answer.sample is None else {"id": row.id, "sample_id": answer.sample}
+  details = {} if verdict.details is None else {"details": verdict.details}
+  return {**known, "score": score, "probs": verdict.probs, "mass": verdict.mass, **details}
 
 
-def _score(mode, verdict, words):
-  if mode == "expected":
+def _score(mode: str, verdict: Verdict, words: Sequence[object]) -> float:
+  """What --mode reads from a verdict; `words` decide what is drawn."""
+  if mode == "expected" or verdict.probs is None:
     return verdict.score
   if mode == "argmax":
     return float(np.argmax(verdict.probs))
   reached = np.cumsum(verdict.probs)
   return float(np.searchsorted(reached, random_numbers(*words).random() * reached[-1], side="right"))
-
-
-def _warning(template, mass):
-  return (
-    f"warning: the judge gives a probability of only {mass:.2f} to the eleven scores together: template {template!r}"
-    f" does not fit it, and the scores mean little. --template may be {', '.join(TEMPLATES)}; a judge that a run has"
-    " trained is known with its template when --model is the run or its stage."
-  )
 
 
 if __name__ == "__main__":

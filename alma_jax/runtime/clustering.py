@@ -1,0 +1,91 @@
+"""K-means as a stage and a command run it: points from a model, and a fit that goes on after a kill.
+
+  points = embedded(host, checkpoint, rows, kind, bar.update)              # of token ids
+  found = fitted(stage, points, settings, key_of(seed, "k-means"), mesh, display)
+  apart = distances(points, found)
+
+`fitted` keeps its last iteration in a file of the stage, which the caller removes together with its reason to be there:
+when the result is written.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+from jax.sharding import Mesh
+
+from alma_jax.engine import embed, kmeans
+from alma_jax.keys import Key
+from alma_jax.runtime.display import Display
+from alma_jax.runtime.host import Checkpoint, Host
+from alma_jax.store import shards
+from alma_jax.store.runs import Stage
+
+ITERATION = "iteration.npz"  # the file of the last iteration
+EVERY = 60.0  # seconds between two of them
+FEW = 39  # points per cluster; with fewer, centroids follow single points
+BLOCK = 2**24  # numbers that are read at a time
+
+
+def embedded(
+  host: Host,
+  checkpoint: Checkpoint,
+  rows: Sequence[Sequence[int]],
+  kind: embed.Embedding,
+  progress: Callable[[int], object],
+) -> np.ndarray:
+  """fp32 [rows, dimensions]: the embeddings of rows of token ids."""
+  model = host.model(checkpoint, embed.layout())
+  return embed.embeddings(model, rows, host.engine.rows, host.local_mesh, progress, kind)
+
+
+def fitted(
+  stage: Stage, points: embed.Rows, settings: kmeans.Settings, key: Key, mesh: Mesh, display: Display
+) -> kmeans.Clustering:
+  """The clustering by all processes of the stage together; it goes on from what a killed start has saved."""
+  path, saved = stage.dir / ITERATION, None
+  if path.exists():
+    with np.load(path, allow_pickle=False) as file:
+      saved = int(file["step"]), {name: file[name] for name in file.files if name != "step"}
+  stage.run.barrier(f"{stage.name}: begun")  # all have read the same
+  last = time.monotonic()
+
+  def save(step: int, arrays: dict[str, np.ndarray]) -> None:
+    nonlocal last
+    if stage.run.process == 0 and time.monotonic() - last >= EVERY:
+      with shards.atomic(path) as file:
+        np.savez(file, step=step, **arrays)  # pyright: ignore[reportArgumentType]  # NumPy's allow_pickle comes by name
+      stage.beat()
+      last = time.monotonic()
+
+  with display.bar("k-means", settings.steps, "iterations", done=saved[0] if saved else 0) as bar:
+    hooks = kmeans.FitHooks(bar.update, save, lambda: saved)
+    # pyright takes no cached_property for a property
+    return kmeans.fit(points, settings, key, mesh, hooks=hooks)  # pyright: ignore[reportArgumentType]
+
+
+def blocks(n: int, width: int) -> Iterator[slice]:
+  """The rows of an array [n, width], a block of bounded size at a time."""
+  step = max(1, BLOCK // width)
+  return (slice(begin, min(begin + step, n)) for begin in range(0, n, step))
+
+
+def whitening(points: embed.Rows) -> np.ndarray:
+  """fp32 [2, dimensions]: the mean and the deviation of every dimension, the latter with the floor that
+  `embed.projection` has."""
+  total, squares = np.zeros((2, points.shape[1]))
+  for rows in blocks(*points.shape):
+    total += points[rows].sum(axis=0, dtype=np.float64)
+  mean = total / len(points)
+  for rows in blocks(*points.shape):
+    squares += ((points[rows] - mean) ** 2).sum(axis=0)
+  deviation = np.sqrt(squares / len(points))
+  return np.stack([mean, np.maximum(deviation, 1e-3 * np.median(deviation) + 1e-12)]).astype(np.float32)
+
+
+def distances(points: embed.Rows, found: kmeans.Clustering) -> np.ndarray:
+  """fp32 [n]: of every point to the centroid of its cluster."""
+  out = np.empty(len(points), np.float32)
+  for rows in blocks(*points.shape):
+    out[rows] = np.linalg.norm(points[rows] - found.centroids[found.labels[rows]], axis=1)
+  return out
