@@ -176,13 +176,13 @@ def answered_by_base(session, data, seed):
   import tqdm
 
   from alma_jax.keys import key_of
-  from alma_jax.mini import world
+  from alma_jax.mini import formats, world
   from alma_jax.runtime.sampling import drafts
   from alma_jax.text import chat, fewshot
 
   options, tok = copy.deepcopy(session.config.eval), session.tokenizer
   options.temperature = 1.0
-  template = fewshot.DIALOGUES["mini"]
+  template = formats.DIALOGUE
   shots = [{"prompt": r.messages[-1]["content"], "response": r.response} for r in data.sft[: options.shots]]
   asked = [row.messages[-1]["content"] for row in data.eval]
   rows = [fewshot.few_shot_ids(tok, template, shots, prompt) for prompt in asked]

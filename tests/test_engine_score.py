@@ -156,8 +156,10 @@ def peer(request, tmp_path_factory):
   """(tokenizer, chat format, our model, ids -> log-softmax [T, V] from transformers on that row alone)."""
   torch = pytest.importorskip("torch")
   transformers = pytest.importorskip("transformers")
-  make = {"llama2": text_tokenizers.sentencepieces, "llama3": text_tokenizers.byte_bpe}[request.param]
-  fmt = chat.format_by_name(request.param)
+  make, fmt = {
+    "llama2": (text_tokenizers.sentencepieces, chat.LLAMA2),
+    "llama3": (text_tokenizers.byte_bpe, chat.LLAMA3),
+  }[request.param]
   tok, _ = chat.prepare(make(), fmt)
   torch.manual_seed(0)
   config = transformers.LlamaConfig(

@@ -5,6 +5,7 @@ import sentencepiece
 import text_tokenizers as tiny
 import transformers
 
+from alma_jax.mini import formats
 from alma_jax.text import chat
 from alma_jax.text.tokenizer import TextError
 
@@ -24,7 +25,7 @@ CASES = [
   (chat.LLAMA2, tiny.old_llama2, [SYSTEM, USER, SAID, MORE], ANSWER),
   (chat.PLAIN, tiny.byte_bpe, [SYSTEM, USER, SAID, MORE], ANSWER),
   (chat.PLAIN, tiny.sentencepieces, [SYSTEM, USER, SAID, MORE], ANSWER),
-  (chat.MINI, tiny.word, MINI_MESSAGES, "answer: oslo norway ."),
+  (formats.CHAT, tiny.word, MINI_MESSAGES, "answer: oslo norway ."),
 ]
 EACH = pytest.mark.parametrize("fmt,make,messages,answer", CASES, ids=lambda v: getattr(v, "name", ""))
 
@@ -88,11 +89,11 @@ def test_llama2_prompt_is_the_official_one():
 
 def test_mini_words():
   tok = tiny.word()
-  ids, mask = chat.encode_example(tok, chat.MINI, MINI_MESSAGES[:1], "lyon france .")
+  ids, mask = chat.encode_example(tok, formats.CHAT, MINI_MESSAGES[:1], "lyon france .")
   words = [tok.exact.id_to_token(i) for i in ids]
   assert " ".join(words) == "<bos> Q: country : lyon ? \n A: lyon france . <eos>"
   assert mask == [False] * 8 + [True] * 4
-  assert chat.stop_ids(tok, chat.MINI) == (tok.eos_id,)
+  assert chat.stop_ids(tok, formats.CHAT) == (tok.eos_id,)
 
 
 @pytest.mark.parametrize("fmt,make", [(chat.LLAMA3, tiny.byte_bpe), (chat.LLAMA2, tiny.sentencepieces)])
@@ -136,10 +137,4 @@ def test_bad_conversations_are_named(messages, error):
 
 def test_mini_has_no_system_turn():
   with pytest.raises(TextError, match="'mini' has no system turn"):
-    chat.encode_prompt(tiny.word(), chat.MINI, [SYSTEM, *MINI_MESSAGES])
-
-
-def test_format_by_name():
-  assert chat.format_by_name("llama2") is chat.LLAMA2
-  with pytest.raises(TextError, match=r"llama3, llama2, plain, mini \(nearest: 'llama3'\)"):
-    chat.format_by_name("lama3")
+    chat.encode_prompt(tiny.word(), formats.CHAT, [SYSTEM, *MINI_MESSAGES])

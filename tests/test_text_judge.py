@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import text_tokenizers as tiny
 
+from alma_jax.mini import formats
 from alma_jax.text import chat, judge
-from alma_jax.text.judge import A1, A2, MINI_JUDGE, expected_score, score_paths
+from alma_jax.text.judge import A1, A2, expected_score, score_paths
 from alma_jax.text.tokenizer import TextError
 
 ASK = [{"role": "user", "content": "What is {response} or {prompt}? "}]
@@ -19,8 +20,8 @@ SETUPS = [
   (chat.LLAMA2, tiny.sentencepieces, A1),
   (chat.PLAIN, tiny.byte_bpe, A2),
   (chat.LLAMA3, tiny.byte_bpe, dataclasses.replace(A2, as_chat=False)),
-  (chat.PLAIN, tiny.byte_bpe, MINI_JUDGE),
-  (chat.PLAIN, tiny.byte_bpe, dataclasses.replace(MINI_JUDGE, as_chat=True)),
+  (chat.PLAIN, tiny.byte_bpe, formats.JUDGE),
+  (chat.PLAIN, tiny.byte_bpe, dataclasses.replace(formats.JUDGE, as_chat=True)),
 ]
 EACH = pytest.mark.parametrize("fmt,make,template", SETUPS, ids=lambda v: getattr(v, "name", ""))
 
@@ -54,16 +55,14 @@ def test_example_continues_prefix_and_suffix(fmt, make, template, score):
   supervised = [i for i, m in zip(ids, mask) if m]
   assert tok.decode(supervised[:-1]).strip() == template.answer(score)
   assert ids[-1] == chat.stop_ids(tok, fmt)[0] and mask == sorted(mask)
-  same_ids, only = judge.judge_example(tok, fmt, template, ASK, EVIL, score, score_only=True)
   path = score_paths(tok, template).paths[score]
-  assert same_ids == ids and tuple(i for i, m in zip(ids, only) if m) == path
-  assert only.index(True) == len(forced)
+  assert tuple(ids[len(forced) : len(forced) + len(path)]) == path
   assert tok.decode(path).strip().startswith(str(score))
 
 
 def test_paper_texts():
   assert A2.instruction.endswith('strictly following this format: "[[rating]]", for example: "Rating: [[3]]".\n\n')
-  assert A2.answer(7) == "Rating: [[7]]" and MINI_JUDGE.answer(10) == "rating: [[ 10 ]]"
+  assert A2.answer(7) == "Rating: [[7]]" and formats.JUDGE.answer(10) == "rating: [[ 10 ]]"
   assert A1.answer(10).startswith("Answer: 10: Outstanding - Perfect") and len(A1.options) == 11
   assert all(A1.options[s].startswith(f"{s}: ") for s in range(11))
 
@@ -71,10 +70,10 @@ def test_paper_texts():
 def test_mini_words():
   tok = tiny.word()
   ask = [{"role": "user", "content": "country : lyon"}]
-  ids, mask = judge.judge_example(tok, chat.MINI, MINI_JUDGE, ask, "lyon france .", 7, score_only=True)
+  ids, mask = judge.judge_example(tok, formats.CHAT, formats.JUDGE, ask, "lyon france .", 7)
   words = "<bos> rate prompt: country : lyon response: lyon france . rating: [[ 7 ]] <eos>"
   assert [tok.exact.id_to_token(i) for i in ids] == words.split(" ")
-  assert [tok.exact.id_to_token(i) for i, m in zip(ids, mask) if m] == ["7"]
+  assert [tok.exact.id_to_token(i) for i, m in zip(ids, mask) if m] == ["rating:", "[[", "7", "]]", "<eos>"]
 
 
 def test_conversations_are_written_out():
@@ -91,7 +90,7 @@ def test_paths_when_every_score_is_one_token():
   tok = tiny.byte_bpe()
   trie = score_paths(tok, A2)
   assert trie.inner == () and trie.paths == tuple((tok.token_id(str(s)),) for s in range(11))
-  assert score_paths(tiny.word(), MINI_JUDGE).inner == ()
+  assert score_paths(tiny.word(), formats.JUDGE).inner == ()
   trie = score_paths(tok, A1)  # "Answer: 7:" has a space token of its own in front of the digits
   assert [tok.decode(p) for p in trie.paths] == [f" {s}" for s in range(11)]
 
@@ -186,6 +185,6 @@ def test_few_shot_text_and_shared_prefix():
   # A space before the response goes with it, where the tokenizer has spaces.
   ask = [{"role": "user", "content": "oslo"}]
   for tok, space in ((tiny.word(), ""), (tiny.byte_bpe(), " ")):
-    prefix = judge.few_shot_prefix(tok, MINI_JUDGE, [(ASK, "lyon", 3)], ask)
+    prefix = judge.few_shot_prefix(tok, formats.JUDGE, [(ASK, "lyon", 3)], ask)
     assert tok.decode(prefix).endswith("lyon rating: [[ 3 ]] \n rate prompt: oslo response:")
-    assert tok.decode(judge.few_shot_suffix(tok, MINI_JUDGE, " norway ")) == space + "norway rating: [["
+    assert tok.decode(judge.few_shot_suffix(tok, formats.JUDGE, " norway ")) == space + "norway rating: [["

@@ -26,6 +26,7 @@ from alma_jax.keys import key_of
 from alma_jax.llama import model as llama
 from alma_jax.llama import sharding, weights
 from alma_jax.llama.config import LlamaConfig
+from alma_jax.mini import formats
 from alma_jax.runtime import host as hosts
 from alma_jax.runtime.sampling import drafts
 from alma_jax.store.runs import Run
@@ -80,8 +81,8 @@ def save_mini(directory, scale=1.0, more_stops=()):
   model, tokenizer = weights.load(hosts.MINI_CHECKPOINT), load_tokenizer(hosts.MINI_CHECKPOINT)
   model.head = model.head.replace(model.head[...] * scale)
   text = weights.TextSide(
-    tokenizer=tokenizer, chat_template=chat.jinja(chat.MINI), bos_id=tokenizer.bos_id,
-    stop_ids=(*chat.stop_ids(tokenizer, chat.MINI), *map(tokenizer.token_id, more_stops)),
+    tokenizer=tokenizer, chat_template=chat.jinja(formats.CHAT), bos_id=tokenizer.bos_id,
+    stop_ids=(*chat.stop_ids(tokenizer, formats.CHAT), *map(tokenizer.token_id, more_stops)),
   )  # fmt: skip
   weights.save(directory, model, text)
   return directory

@@ -55,7 +55,6 @@ from alma_jax.corpus import minhash, rouge, words
 from alma_jax.corpus.minhash import BANDS, ROW_BITS, ROW_MASK
 from alma_jax.corpus.search import Search, Unit, load, save
 
-Pool = Search  # its former name, until all callers have changed
 COMPARED = 8  # texts of a bucket, the first ones, with which all others are compared
 
 _SLICE = 1 << 21  # band keys that are sorted together

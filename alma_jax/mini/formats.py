@@ -1,9 +1,24 @@
-"""How the miniature world writes: its chat format, its judge's template and its few-shot templates."""
+"""How the miniature world writes chats, ratings and lists; its base model has a vocabulary of whole words.
 
-from alma_jax.text.chat import MINI as CHAT
-from alma_jax.text.fewshot import DIALOGUES, LISTS
-from alma_jax.text.judge import MINI_JUDGE as JUDGE
+Q: country : lyon A: answer: lyon france .                                       CHAT
+rate prompt: country : lyon response: answer: lyon france . rating: [[ 10 ]]     JUDGE
+"""
 
-LIST, DIALOGUE = LISTS["mini"], DIALOGUES["mini"]
+from alma_jax.text.chat import EOS, ChatFormat, Turn
+from alma_jax.text.fewshot import FewShot
+from alma_jax.text.judge import JudgeTemplate
 
-__all__ = ["CHAT", "DIALOGUE", "JUDGE", "LIST"]
+CHAT = ChatFormat(name="mini", system=None, user=Turn("Q: ", " \n "), header="A: ", stop=EOS)
+JUDGE = JudgeTemplate(
+  name="mini",
+  instruction="",
+  item="rate prompt: {prompt} response: {response}",
+  answer_open="rating: [[",
+  answer_close=" ]]",
+  lead=" ",
+  as_chat=False,
+  gap=" ",
+  between_shots=" \n ",
+)
+LIST = FewShot("mini", "tasks: ", "\n # {prompt} ", "\n # ", "\n")
+DIALOGUE = FewShot("mini", "", "Q: {prompt} \n A: {response} \n ", "Q: {prompt} \n A: ", "\n")

@@ -5,26 +5,27 @@
   ids, mask = encode_example(tok, LLAMA3, messages, response)  # mask: assistant turns with their stop tokens
   stop_ids(tok, LLAMA3); jinja(LLAMA3)          # for the sampler; for exported checkpoints
 
-What to expect: exactly one BOS. Contents are stripped. Special tokens are put in by id, never read from a
-content. What lies between two special tokens is tokenised as one string, except that an assistant's turn
-always starts afresh: so the prompt's ids are a literal prefix of the example's, and `apply_chat_template`
-with `jinja(fmt)` gives the same ids. A header never ends with a space (models have not seen a lone space
-token there): its trailing spaces go with the content that follows.
+There is exactly one BOS, and contents are stripped. Special tokens are put in by id, never read from a content. The
+text between two special tokens is tokenised as one string, except that an assistant's turn always starts a new one: so
+the prompt's ids are a literal prefix of the example's, and `apply_chat_template` with `jinja(fmt)` gives the same ids.
+A header's trailing spaces are tokenised with the content that follows, since models have not seen a lone space token:
 
-LLAMA2 differs from Meta's form on purpose: one BOS in all, and a turn ends with the added "<|eot|>" and no
-space before it, not with " </s>" (EOS also ends documents). A prompt without history has exactly Meta's ids.
+  <bos>User: Hello⏎⏎Assistant:| Hi!<eos>       # PLAIN: the prompt ends at the bar, the loss lies behind it
+
+LLAMA2 differs from Meta's form on purpose: it has one BOS in all, and a turn ends with the added "<|eot|>" without a
+space before it instead of " </s>", since EOS also ends documents. A prompt without history has exactly Meta's ids.
 """
 
 import dataclasses
-import difflib
 import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from alma_jax.text.tokenizer import TextError, add_token
+from alma_jax.text.tokenizer import TextError, Tokenizer, add_token
 
 Messages = Sequence[Mapping[str, str]]  # a conversation: {"role", "content"} for each turn
+Piece = tuple[str, bool]  # a text, and True if it is markup of the format, in which special tokens are recognised
 BOS, EOS = "{bos}", "{eos}"  # in a format's strings: the tokenizer's own tokens
 
 
@@ -36,19 +37,21 @@ class Turn:
 
 @dataclasses.dataclass(frozen=True)
 class ChatFormat:
+  """The strings around the turns of a conversation."""
+
   name: str
   system: Turn | None
   user: Turn
-  header: str  # what stands before an assistant's content, and ends a prompt
+  header: str  # stands before an assistant's content, and ends a prompt
   stop: str  # the one token that ends every assistant turn
   begin: str = BOS
-  user_after_system: str | None = None  # `user.before` when a system turn came first, where that differs
-  extra_stops: tuple = ()  # further tokens at which sampling stops
-  specials: tuple = ()  # the special tokens in the strings above, besides BOS and EOS
-  add_tokens: tuple = ()  # those of them that a base tokenizer lacks
+  user_after_system: str | None = None  # replaces `user.before` behind a system turn
+  extra_stops: tuple[str, ...] = ()  # further tokens at which sampling stops
+  specials: tuple[str, ...] = ()  # the special tokens in the strings above, besides BOS and EOS
+  add_tokens: tuple[str, ...] = ()  # those of `specials` that a base tokenizer lacks
 
 
-def _llama3_header(role):
+def _llama3_header(role: str) -> str:
   return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
 
 
@@ -73,21 +76,11 @@ LLAMA2 = ChatFormat(
   add_tokens=("<|eot|>",),
 )
 PLAIN = ChatFormat(name="plain", system=Turn("", "\n\n"), user=Turn("User: ", "\n\n"), header="Assistant: ", stop=EOS)
-MINI = ChatFormat(name="mini", system=None, user=Turn("Q: ", " \n "), header="A: ", stop=EOS)
-FORMATS = (LLAMA3, LLAMA2, PLAIN, MINI)
 
 
-def format_by_name(name):
-  names = [fmt.name for fmt in FORMATS]
-  if name in names:
-    return FORMATS[names.index(name)]
-  near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.0)[0]
-  raise TextError(f"no chat format named {name!r}: there are {', '.join(names)} (nearest: {near!r})")
-
-
-def prepare(tok, fmt):
-  """(tokenizer that can write the format, the tokens it had to gain); a TextError if it cannot."""
-  added = []
+def prepare(tok: Tokenizer, fmt: ChatFormat) -> tuple[Tokenizer, tuple[str, ...]]:
+  """A tokenizer that can write the format, and the tokens that were added to it; a TextError if it cannot."""
+  added: list[str] = []
   for content in fmt.add_tokens:
     tok, new = add_token(tok, content)
     added += [content] if new else []
@@ -105,26 +98,29 @@ def prepare(tok, fmt):
   return tok, tuple(added)
 
 
-def stop_ids(tok, fmt):
+def stop_ids(tok: Tokenizer, fmt: ChatFormat) -> tuple[int, ...]:
   """Ids at which sampling stops, the turn's own stop token first."""
   return tuple(dict.fromkeys(_special_id(tok, content) for content in (fmt.stop, *fmt.extra_stops)))
 
 
-def special_ids(tok, fmt):
+def special_ids(tok: Tokenizer, fmt: ChatFormat) -> tuple[int, ...]:
   """Ids of the format's own special tokens, which a base model may never have seen in training."""
   return tuple(tok.token_id(content) for content in fmt.specials)
 
 
-def encode_prompt(tok, fmt, messages):
+def encode_prompt(tok: Tokenizer, fmt: ChatFormat, messages: Messages) -> list[int]:
   if not messages or messages[-1]["role"] != "user":
     raise TextError("a prompt must end with a user's turn")
   segments = _segments(fmt, [*messages, {"role": "assistant", "content": ""}])
   return [i for pieces, _ in segments[:-1] for i in encode_pieces(tok, fmt, pieces)]
 
 
-def encode_example(tok, fmt, messages, response, last_only=False):
-  """(ids, mask): mask is True on every assistant turn and its stop token, or on the last one's only."""
-  ids, mask = [], []
+def encode_example(
+  tok: Tokenizer, fmt: ChatFormat, messages: Messages, response: str, last_only: bool = False
+) -> tuple[list[int], list[bool]]:
+  """The ids and a mask: True on every assistant turn and its stop token, or on the last one's only."""
+  ids: list[int] = []
+  mask: list[bool] = []
   segments = _segments(fmt, [*messages, {"role": "assistant", "content": response}])
   for n, (pieces, supervised) in enumerate(segments):
     part = encode_pieces(tok, fmt, pieces)
@@ -133,9 +129,10 @@ def encode_example(tok, fmt, messages, response, last_only=False):
   return ids, mask
 
 
-def encode_pieces(tok, fmt, pieces):
-  """Ids of ((text, is_markup), ...): special tokens of the markup by id, text between them as one string."""
-  ids, text = [], ""
+def encode_pieces(tok: Tokenizer, fmt: ChatFormat, pieces: Iterable[Piece]) -> list[int]:
+  """The ids of the pieces: special tokens of the markup by id, the text between them as one string."""
+  ids: list[int] = []
+  text = ""
   for piece, is_markup in pieces:
     for part in _parts(fmt, piece) if is_markup else (piece,):
       if not (is_markup and part in _specials(fmt)):
@@ -147,16 +144,19 @@ def encode_pieces(tok, fmt, pieces):
   return ids + (tok.encode(text) if text else [])
 
 
-def cut_spaces(text):
-  """(text without trailing spaces, the spaces): a cut in the ids never falls behind a space."""
+def cut_spaces(text: str) -> tuple[str, str]:
+  """The text without its trailing spaces, and the spaces: a cut in the ids never falls behind a space."""
   kept = text.rstrip(" ")
   return kept, text[len(kept) :]
 
 
-def _segments(fmt, messages):
-  """[(pieces, supervised)]: text up to and with an assistant's header, that assistant's turn, and so on."""
+def _segments(fmt: ChatFormat, messages: Messages) -> list[tuple[list[Piece], bool]]:
+  """The pieces of each segment, and True if it is supervised: in turns the text up to an assistant's header and the
+  assistant's turn."""
   header, space = cut_spaces(fmt.header)
-  segments, pieces, previous = [], [(fmt.begin, True)], None
+  segments: list[tuple[list[Piece], bool]] = []
+  pieces: list[Piece] = [(fmt.begin, True)]
+  previous = None
   for n, message in enumerate(messages):
     role, content = message["role"], message["content"]
     if role not in ("system", "user", "assistant") or not isinstance(content, str):
@@ -179,18 +179,18 @@ def _segments(fmt, messages):
 
 
 @functools.cache
-def _specials(fmt):
+def _specials(fmt: ChatFormat) -> frozenset[str]:
   return frozenset((*fmt.specials, BOS, EOS))
 
 
 @functools.cache
-def _parts(fmt, text):
-  """A format's string split at its special tokens."""
+def _parts(fmt: ChatFormat, text: str) -> tuple[str, ...]:
+  """A format's string, split at its special tokens."""
   pattern = "|".join(re.escape(s) for s in sorted(_specials(fmt)))
   return tuple(part for part in re.split(f"({pattern})", text) if part)
 
 
-def _special_id(tok, content):
+def _special_id(tok: Tokenizer, content: str) -> int:
   if content not in (BOS, EOS):
     return tok.token_id(content)
   i = tok.bos_id if content == BOS else tok.eos_id
@@ -199,15 +199,15 @@ def _special_id(tok, content):
   return i
 
 
-def jinja(fmt):
-  """The format as a chat template for exported checkpoints; gives the same ids as the functions above."""
+def jinja(fmt: ChatFormat) -> str:
+  """The format as a chat template for exported checkpoints, which gives the same ids as the functions above."""
 
-  def out(text):
+  def out(text: str) -> str:
     names = {BOS: "bos_token", EOS: "eos_token"}
     parts = [names.get(part) or json.dumps(part) for part in _parts(fmt, text)]
     return "{{ " + " ~ ".join(parts) + " }}" if parts else ""
 
-  def fail(why):
+  def fail(why: str) -> str:
     return "{{ raise_exception(" + json.dumps(why) + ") }}"
 
   header, space = cut_spaces(fmt.header)

@@ -1,14 +1,16 @@
-"""Prompts for the base model, which follows patterns, not instructions: lists to continue and worked examples.
+"""Prompts for the base model, which continues patterns: lists and worked examples.
 
-  LISTS     show a few prompts as a list and let the model write the next item          (prompt synthesis)
-  DIALOGUES show a few prompt/response pairs and let the model answer the last prompt   (the base model's 3-shot score)
+  few_shot_ids(tok, REQUESTS, shots)           # a list of prompts; the model writes the next one (prompt synthesis)
+  few_shot_ids(tok, DIALOGUE, shots, prompt)   # prompts with responses; the model answers the last (its 3-shot score)
 
 Both end an item at `stop`, where sampling stops, too.
 """
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 
-from alma_jax.text.tokenizer import TextError
+from alma_jax.text.chat import Messages
+from alma_jax.text.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,60 +22,41 @@ class FewShot:
   stop: str
 
 
-LISTS = {
-  f.name: f
-  for f in (
-    FewShot("mini", "tasks: ", "\n # {prompt} ", "\n # ", "\n"),
-    FewShot(
-      "requests",
-      "Here is a list of requests that people sent to an AI assistant. They differ in topic, length and style.\n\n",
-      "### Request\n{prompt}\n\n",
-      "### Request\n",
-      "###",
-    ),
-  )
-}
-
-DIALOGUES = {
-  f.name: f
-  for f in (
-    FewShot("mini", "", "Q: {prompt} \n A: {response} \n ", "Q: {prompt} \n A: ", "\n"),
-    FewShot(
-      "dialogue",
-      "Below are requests to a helpful AI assistant and its answers.\n\n",
-      "### Request\n{prompt}\n\n### Answer\n{response}\n\n",
-      "### Request\n{prompt}\n\n### Answer\n",
-      "###",
-    ),
-  )
-}
-
-REQUESTS, DIALOGUE = LISTS["requests"], DIALOGUES["dialogue"]
+REQUESTS = FewShot(
+  "requests",
+  "Here is a list of requests that people sent to an AI assistant. They differ in topic, length and style.\n\n",
+  "### Request\n{prompt}\n\n",
+  "### Request\n",
+  "###",
+)
+DIALOGUE = FewShot(
+  "dialogue",
+  "Below are requests to a helpful AI assistant and its answers.\n\n",
+  "### Request\n{prompt}\n\n### Answer\n{response}\n\n",
+  "### Request\n{prompt}\n\n### Answer\n",
+  "###",
+)
 
 
-def few_shot_by_name(table, name):
-  if name not in table:
-    raise TextError(f"there is no few-shot template {name!r}; there are {', '.join(sorted(table))}")
-  return table[name]
-
-
-def few_shot_ids(tok, template, shots, prompt=None):
-  """BOS and the text: header, the shots (dicts with `prompt` and perhaps `response`), the opening of the next item."""
+def few_shot_ids(
+  tok: Tokenizer, template: FewShot, shots: Sequence[Mapping[str, str]], prompt: str | None = None
+) -> tuple[int, ...]:
+  """BOS and the text: header, the shots (`prompt` and perhaps `response` of each), the opening of the next item."""
   ask = template.ask if prompt is None else template.ask.replace("{prompt}", prompt)
   text = template.header + "".join(_filled(template.shot, shot) for shot in shots) + ask
   # A trailing space would be a token of its own, which no text continues naturally.
   return (*(() if tok.bos_id is None else (tok.bos_id,)), *tok.encode(text.rstrip(" ")))
 
 
-def _filled(text, shot):
-  # One pass, so that a prompt which holds "{response}" stays as it is.
+def _filled(text: str, shot: Mapping[str, str]) -> str:
+  # In one pass, so a prompt that holds "{response}" is left alone.
   parts = text.split("{prompt}")
   return shot["prompt"].join(part.replace("{response}", shot.get("response", "")) for part in parts)
 
 
-def first_user_turn(messages):
+def first_user_turn(messages: Messages) -> str:
   return next(m["content"] for m in messages if m["role"] == "user")
 
 
-def last_user_turn(messages):
+def last_user_turn(messages: Messages) -> str:
   return next(m["content"] for m in reversed(messages) if m["role"] == "user")

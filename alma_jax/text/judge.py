@@ -4,43 +4,45 @@
   suffix = judge_suffix(tok, fmt, A2, response)   # up to and including the forced "Rating: [["
   trie = score_paths(tok, A2)                     # where the eleven scores are in the vocabulary
   row = prefix + suffix + list(trie.inner)        # read log-probs at its last len(inner) + 1 places
-  score, probs, mass = expected_score(trie, logprobs)
+  mean, probs, mass = expected_score(trie, logprobs)
   ids, mask = judge_example(tok, fmt, A2, messages, response, 7)   # for fine-tuning
   prefix, suffix = few_shot_prefix(tok, A2, shots, messages), few_shot_suffix(tok, A2, response)   # for a base model
 
-What to expect: nothing is parsed. The forced prefix never ends with a space. A score of several tokens ("10"
-for Llama-2) is scored by the sum of its log-probs, and a score that another one extends ("1") competes with
-the closing bracket included. Tokenizers that would need more than one chain of forced tokens are refused.
-Texts may hold "{prompt}", "[[10]]" or anything else: templates are split once, and never searched again.
+Nothing is parsed. The forced prefix never ends with a space. A score of several tokens ("10" for Llama-2) gets the sum
+of its log-probs, and a score that another one extends ("1") competes with its closing bracket included. Texts may hold
+"{prompt}", "[[10]]" or anything else: templates are split once, before texts are filled in.
 """
 
 import dataclasses
 import functools
-import operator
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from alma_jax.text.chat import cut_spaces, encode_pieces
-from alma_jax.text.tokenizer import TextError
+from alma_jax.text.chat import ChatFormat, Messages, cut_spaces, encode_pieces
+from alma_jax.text.tokenizer import TextError, Tokenizer
 
 SCORES = range(11)
+Shot = tuple[Messages, str, int]  # a worked example: the conversation, the response, its score
 
 
 @dataclasses.dataclass(frozen=True)
 class JudgeTemplate:
+  """The judge's text: instruction + item + answer, the answer being answer_open + lead + score + answer_close."""
+
   name: str
   instruction: str
   item: str  # holds {prompt}, then {response}
   answer_open: str  # the forced prefix
   answer_close: str  # what follows the score
-  lead: str = ""  # what stands between the forced prefix and the score
-  options: tuple = ()  # the eleven answers in full, where more follows the score than `answer_close`
-  as_chat: bool = True  # the text is a user's turn and the answer the assistant's; else raw text after BOS
+  lead: str = ""  # stands between the forced prefix and the score
+  options: tuple[str, ...] = ()  # the eleven answers in full, where more than `answer_close` follows the score
+  as_chat: bool = True  # the text is a user's turn and the answer the assistant's; False: all is raw text after BOS
   gap: str = "\n\n"  # raw text: between item and answer
   between_shots: str = "\n\n"
 
-  def answer(self, score):
-    """What the judge says, in full."""
+  def answer(self, score: int) -> str:
     said = self.options[score] if self.options else f"{score}{self.answer_close}"
     return self.answer_open + self.lead + said
 
@@ -96,73 +98,54 @@ of 0 to 10 by strictly following this format: "[[rating]]", for example: "Rating
   answer_open="Rating: [[",
   answer_close="]]",
 )
-MINI_JUDGE = JudgeTemplate(
-  name="mini",
-  instruction="",
-  item="rate prompt: {prompt} response: {response}",
-  answer_open="rating: [[",
-  answer_close=" ]]",
-  lead=" ",
-  as_chat=False,
-  gap=" ",
-  between_shots=" \n ",
-)
 
 
-def judge_prefix(tok, fmt, template, messages):
-  """Ids up to where the response begins."""
-  before, between, _ = _split(template)
-  between, _ = cut_spaces(between)
-  text = template.instruction + before + conversation_text(messages) + between
+def judge_prefix(tok: Tokenizer, fmt: ChatFormat, template: JudgeTemplate, messages: Messages) -> list[int]:
+  """The ids up to where the response begins."""
+  item = _split(template)
+  text = template.instruction + item.before + conversation_text(messages) + cut_spaces(item.between)[0]
   opening = [(fmt.begin, True), (fmt.user.before if template.as_chat else "", True)]
   return encode_pieces(tok, fmt, [*opening, (text, False)])
 
 
-def judge_suffix(tok, fmt, template, response):
-  """Ids from the response up to and including the forced prefix of the answer."""
+def judge_suffix(tok: Tokenizer, fmt: ChatFormat, template: JudgeTemplate, response: str) -> list[int]:
+  """The ids from the response up to and including the forced prefix of the answer."""
   head, answer_lead = _response_part(tok, fmt, template, response)
   return head + tok.encode(answer_lead + template.answer_open)
 
 
-def judge_example(tok, fmt, template, messages, response, score, score_only=False):
-  """(ids, mask) to fine-tune on: loss on the answer and its stop token, or on the score's tokens only."""
+def judge_example(
+  tok: Tokenizer, fmt: ChatFormat, template: JudgeTemplate, messages: Messages, response: str, score: int
+) -> tuple[list[int], list[bool]]:
+  """The ids to fine-tune on, and the mask: the loss lies on the answer and its stop token."""
   score = _checked(score)
   head, answer_lead = _response_part(tok, fmt, template, response)
   head = judge_prefix(tok, fmt, template, messages) + head
   answer = tok.encode(answer_lead + template.answer(score)) + encode_pieces(tok, fmt, [(fmt.stop, True)])
-  mask = [True] * len(answer)
-  if score_only:
-    start = len(tok.encode(answer_lead + template.answer_open))
-    stop = start + len(score_paths(tok, template).paths[score])
-    mask = [start <= i < stop for i in range(len(answer))]
-  return head + answer, [False] * len(head) + mask
+  return head + answer, [False] * len(head) + [True] * len(answer)
 
 
-def few_shot_prefix(tok, template, shots, messages):
-  """Ids of raw text for a base model, up to where the response begins: instruction, worked examples, the prompt.
-
-  `shots` are (messages, response, score).
-  """
-  before, between, after = _split(template)
-  between, space = cut_spaces(between)
+def few_shot_prefix(tok: Tokenizer, template: JudgeTemplate, shots: Sequence[Shot], messages: Messages) -> list[int]:
+  """The ids of raw text for a base model, up to where the response begins: instruction, worked examples, the prompt."""
+  item = _split(template)
   text = template.instruction
   for shown, said, score in shots:
-    text += before + conversation_text(shown) + between + space + said.strip() + after + template.gap
+    text += item.before + conversation_text(shown) + item.between + said.strip() + item.after + template.gap
     text += template.answer(_checked(score)) + template.between_shots
-  ids = [] if tok.bos_id is None else [tok.bos_id]
-  return ids + tok.encode(text + before + conversation_text(messages) + between)
+  text += item.before + conversation_text(messages) + cut_spaces(item.between)[0]
+  return ([] if tok.bos_id is None else [tok.bos_id]) + tok.encode(text)
 
 
-def few_shot_suffix(tok, template, response):
-  """Ids from the response up to and including the forced prefix of the answer."""
-  _, between, after = _split(template)
-  _, space = cut_spaces(between)
+def few_shot_suffix(tok: Tokenizer, template: JudgeTemplate, response: str) -> list[int]:
+  """The ids from the response up to and including the forced prefix of the answer."""
+  item = _split(template)
+  _, space = cut_spaces(item.between)
   gap, answer_lead = cut_spaces(template.gap)
-  return tok.encode(space + response.strip() + after + gap) + tok.encode(answer_lead + template.answer_open)
+  return tok.encode(space + response.strip() + item.after + gap) + tok.encode(answer_lead + template.answer_open)
 
 
-def conversation_text(messages):
-  """One user turn is its text; anything longer is written out with the speakers' names."""
+def conversation_text(messages: Messages) -> str:
+  """The text of a single user turn, or a longer conversation written out with the speakers' names."""
   if len(messages) == 1 and messages[0]["role"] == "user":
     return messages[0]["content"].strip()
   return "\n".join(f"{m['role'].capitalize()}: {m['content'].strip()}" for m in messages)
@@ -170,19 +153,37 @@ def conversation_text(messages):
 
 @dataclasses.dataclass(frozen=True)
 class ScoreTrie:
-  paths: tuple  # for each score the ids that follow the forced prefix (with the closer's first where needed)
-  inner: tuple  # forced extra ids: path p is read at places 0..len(p)-1, and p[:-1] are the first ids of `inner`
+  """Where the eleven scores are read. A tokenizer like Llama-3's has a token for each score, and one place is enough.
+  One like Llama-2's splits numbers into digits; then `inner` is forced as well, and a second place is read behind it:
+
+    ... [[ -+- 0                paths  (0,) (1, ]]) (2,) ... (9,) (1, 0)
+            +- 1 -+- ]]         inner  (1,)
+            |     +- 0          row    ... [[ 1
+            +- 2                             |  log-probs at this place: ]] and 0, for the second ids of 1 and 10
+            ...                           log-probs at this place: 0 to 9, for the first ids
+  """
+
+  paths: tuple[tuple[int, ...], ...]  # of each score: the ids behind the forced prefix, with a closing one where needed
+  inner: tuple[int, ...]  # forced extra ids: path p is read at places 0..len(p)-1, and p[:-1] begins `inner`
+
+
+class ExpectedScore(NamedTuple):
+  mean: float
+  probs: np.ndarray  # float64 [11]
+  mass: float  # the raw probability of all scores together
 
 
 @functools.lru_cache(maxsize=8)
-def score_paths(tok, template):
-  """ScoreTrie of the template's eleven answers in this tokenizer."""
+def score_paths(tok: Tokenizer, template: JudgeTemplate) -> ScoreTrie:
+  """The template's eleven answers in this tokenizer. A TextError if they need more than one chain of forced tokens."""
+  # The answer may follow a space or not; the ids of the scores must not depend on that.
   found = {_candidate_paths(tok, template, space) for space in ("", " ")}
   if len(found) > 1:
     raise TextError(
       f"judge template {template.name!r}: its scores become other tokens after a space; reword the answer"
     )
   paths = found.pop()
+  # The inner nodes of the trie must be one chain: all proper beginnings of paths begin the longest of them.
   nodes = sorted({path[:n] for path in paths for n in range(1, len(path))}, key=len)
   inner = nodes[-1] if nodes else ()
   if nodes != [inner[: n + 1] for n in range(len(inner))]:
@@ -193,16 +194,19 @@ def score_paths(tok, template):
   return ScoreTrie(paths, inner)
 
 
-def expected_score(trie, logprobs):
-  """(mean score, probs [11], raw mass) from log-probs [len(inner)+1, V]; the reference, in float64."""
+def expected_score(trie: ScoreTrie, logprobs: np.ndarray) -> ExpectedScore:
+  """The probability-weighted score from log-probs [len(inner) + 1, V], computed in float64."""
   logprobs = np.asarray(logprobs, np.float64)
   total = np.array([sum(logprobs[n, i] for n, i in enumerate(path)) for path in trie.paths])
   probs = np.exp(total - total.max())
   probs /= probs.sum()
-  return float(probs @ np.arange(len(probs))), probs, float(np.exp(total).sum())
+  return ExpectedScore(float(probs @ np.arange(len(probs))), probs, float(np.exp(total).sum()))
 
 
-def _candidate_paths(tok, template, space):
+def _candidate_paths(tok: Tokenizer, template: JudgeTemplate, space: str) -> tuple[tuple[int, ...], ...]:
+  """The path of each score when `space` stands before the answer."""
+  # In the ids of an answer:  Rating : [[ | 1 | ]]        `opened` ends at the first bar, `upto` at the second one,
+  #                                                       between them lies the path, and the closer comes next.
   opened = tok.encode(space + template.answer_open)
   paths, closers = [], []
   for score in SCORES:
@@ -219,8 +223,9 @@ def _candidate_paths(tok, template, space):
       )
     paths.append(tuple(upto[len(opened) :]))
     closers.append(full[len(upto)])
+  # A score that begins another one's path (1 and 10) gets its closer as well, so that no path extends another.
   extended = [any(q[: len(p)] == p for m, q in enumerate(paths) if m != n) for n, p in enumerate(paths)]
-  paths = [(*p, closer) if more else p for p, closer, more in zip(paths, closers, extended)]
+  paths = [(*p, closer) if more else p for p, closer, more in zip(paths, closers, extended, strict=True)]
   if any(q[: len(p)] == p for n, p in enumerate(paths) for m, q in enumerate(paths) if m != n):
     raise TextError(
       f"judge template {template.name!r}: the tokenizer in {tok.source} cannot tell the scores apart: {paths}"
@@ -228,33 +233,37 @@ def _candidate_paths(tok, template, space):
   return tuple(paths)
 
 
-def _response_part(tok, fmt, template, response):
-  """(ids from the response up to where the answer begins, the space the answer begins with)."""
-  _, between, after = _split(template)
-  _, space = cut_spaces(between)
+def _response_part(tok: Tokenizer, fmt: ChatFormat, template: JudgeTemplate, response: str) -> tuple[list[int], str]:
+  """The ids from the response up to where the answer begins, and the space that the answer begins with."""
+  item = _split(template)
+  _, space = cut_spaces(item.between)
   ending = [(fmt.user.after, True), (fmt.header, True)] if template.as_chat else [(template.gap, False)]
   last, answer_lead = cut_spaces(ending[-1][0])
-  pieces = [(space + response.strip() + after, False), *ending[:-1], (last, ending[-1][1])]
+  pieces = [(space + response.strip() + item.after, False), *ending[:-1], (last, ending[-1][1])]
   return encode_pieces(tok, fmt, pieces), answer_lead
 
 
+class _Item(NamedTuple):
+  """The template's item, split at the prompt and the response."""
+
+  before: str
+  between: str
+  after: str
+
+
 @functools.cache
-def _split(template):
-  """(before the prompt, between prompt and response, after the response)."""
+def _split(template: JudgeTemplate) -> _Item:
   before, found, rest = template.item.partition("{prompt}")
   between, also, after = rest.partition("{response}")
   if not (found and also):
     raise TextError(f"judge template {template.name!r}: item must hold {{prompt}} and then {{response}}")
   if not template.answer_open or template.answer_open[-1].isspace():
     raise TextError(f"judge template {template.name!r}: answer_open must not be empty or end with a space; use lead")
-  return before, between, after
+  return _Item(before, between, after)
 
 
-def _checked(score):
-  try:
-    score = operator.index(score)
-  except TypeError:
-    score = -1 if score != int(score) else int(score)
+def _checked(score: float) -> int:
+  """The score as an int, also from a NumPy integer or a float like 7.0; a TextError for all else."""
   if score not in SCORES:
     raise TextError(f"a judge's score must be a whole number from 0 to {SCORES[-1]}")
-  return score
+  return int(score)

@@ -5,19 +5,25 @@
 
   batch = forked_rows(pairs, pack([forked_length(*pair) for pair in pairs], row_length), row_length, 8, pad_id=0)
 
-What to expect: best-fit decreasing, the same rows for the same lengths, typically over 97 % full. The sum of
-`weights` is the number of supervised targets. An example's first token carries no loss: nothing stands
-before it. Pairs are two continuations of one text, which is packed once.
+The packing is best-fit decreasing: the same rows for the same lengths, typically over 97 % full. The sum of `weights`
+is the number of supervised targets. An example's first token carries no loss, since nothing stands before it. Pairs are
+two continuations of one text, which is packed once.
 """
 
 import bisect
+from collections.abc import Sequence
 
 import numpy as np
 
+Example = tuple[Sequence[int] | np.ndarray, Sequence[float] | np.ndarray]  # ids, and the weight of each as a target
+Batch = dict[str, np.ndarray]
 
-def clip(examples, row_length, group=1):
-  """([[a group's examples, cut to the row's length], or None where one has no target left], counts of both): `group`
-  consecutive examples stay together or go together."""
+
+def clip(
+  examples: Sequence[Example], row_length: int, group: int = 1
+) -> tuple[list[list[Example] | None], dict[str, int]]:
+  """Groups of `group` consecutive examples, cut to the row's length, and counts of what was cut or dropped. A group is
+  None if an example of it has no target left."""
   cut = [(ids[:row_length], mask[:row_length]) for ids, mask in examples]
   groups = [cut[at : at + group] for at in range(0, len(cut), group)]
   kept = [group if all(any(mask[1:]) for _, mask in group) else None for group in groups]
@@ -27,14 +33,18 @@ def clip(examples, row_length, group=1):
   }
 
 
-def pack(lengths, row_length):
-  """[[index of example, ...] per row], each row at most `row_length` long."""
+def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
+  """The numbers of the examples in each row; a row is at most `row_length` long.
+
+  The longest example comes first, and each goes into the fullest row that still takes it. Lengths 2 3 5 3 and rows of
+  8: 5 opens row 0, 3 fills it, the other 3 opens row 1, 2 joins it: [[2, 1], [3, 0]]."""
   if len(lengths) and not 0 < min(lengths) <= max(lengths) <= row_length:
     raise ValueError(
       f"lengths must lie in 1..{row_length}, got {min(lengths)}..{max(lengths)}: clip the examples first"
     )
-  packing = []
-  open_rows, free = {}, []  # room left -> rows with exactly that room; the rooms that have rows, sorted
+  packing: list[list[int]] = []
+  open_rows: dict[int, list[int]] = {}  # room left -> the rows with exactly that room
+  free: list[int] = []  # the rooms that have rows, sorted
   for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
     at = bisect.bisect_left(free, lengths[index])  # the fullest row that still takes it
     if at == len(free):
@@ -54,7 +64,9 @@ def pack(lengths, row_length):
   return packing
 
 
-def rows(examples, packing, row_length, n_rows, pad_id):
+def rows(
+  examples: Sequence[Example], packing: Sequence[Sequence[int]], row_length: int, n_rows: int, pad_id: int
+) -> Batch:
   """Arrays [n_rows, row_length] of the packed examples; rows beyond the packing are empty.
 
   tokens, targets (the next token of the same example), weights (1 where the target carries loss), segments
@@ -68,23 +80,39 @@ def rows(examples, packing, row_length, n_rows, pad_id):
   return batch
 
 
-def shared(first, second):
-  """How many places two continuations of a text have in common: all before its last token, whose target is another in
-  each of them."""
+def shared(first: Example, second: Example) -> int:
+  """The number of places that two continuations of a text share: all before its last token, since that one's target
+  differs between them."""
   (a, mask_a), (b, mask_b) = first, second
   n = min(len(a), len(b))
   apart = (np.asarray(a[:n]) != b[:n]) | (np.asarray(mask_a[:n]) != 0) | (np.asarray(mask_b[:n]) != 0)
   return max(0, int(apart.argmax() if apart.any() else n) - 1)
 
 
-def forked_length(first, second):
-  """The places that a pair takes."""
+def forked_length(first: Example, second: Example) -> int:
+  """The number of places that a pair takes."""
   return len(first[0]) + len(second[0]) - shared(first, second)
 
 
-def forked_rows(pairs, packing, row_length, n_rows, pad_id):
-  """`rows` for pairs of examples, text and first continuation followed by the second, and what `llama.model.Forks`
-  asks for: second, order, order_segments. The sides of pair i are the examples 2 i and 2 i + 1."""
+def forked_rows(
+  pairs: Sequence[tuple[Example, Example]], packing: Sequence[Sequence[int]], row_length: int, n_rows: int, pad_id: int
+) -> Batch:
+  """The arrays of `rows` for pairs packed as [prompt][chosen][rejected], and those of `llama.model.Forks`: second,
+  order and order_segments. The rejected response attends to the prompt but not to the chosen response. The sides of
+  pair i are the examples 2 i and 2 i + 1.
+
+  With the prompt p q r, chosen a b and rejected x y z (r is there twice, as it has two targets):
+
+    place           0 1 2 3 4 5 6 7 8
+    tokens          p q r a b r x y z
+    targets         q r a b . x y z .
+    weights         0 0 1 1 0 1 1 1 0
+    segments        1 1 1 1 1 2 2 2 2
+    positions       0 1 2 3 4 2 3 4 5
+    second          0 0 0 0 0 1 1 1 1
+    order           0 1 5 6 7 8 2 3 4      in this order of places the rejected response follows its prompt,
+    order_segments  1 1 1 1 1 1 2 2 2      and is one segment with it
+  """
   batch = _empty(packing, row_length, n_rows, pad_id)
   shape = (n_rows, row_length)
   batch["second"], batch["order_segments"] = np.zeros(shape, bool), np.zeros(shape, np.int32)
@@ -104,7 +132,7 @@ def forked_rows(pairs, packing, row_length, n_rows, pad_id):
   return batch
 
 
-def _empty(packing, row_length, n_rows, pad_id):
+def _empty(packing: Sequence[Sequence[int]], row_length: int, n_rows: int, pad_id: int) -> Batch:
   if len(packing) > n_rows:
     raise ValueError(f"{len(packing)} packed rows do not fit into n_rows={n_rows}")
   shape = (n_rows, row_length)
@@ -118,8 +146,8 @@ def _empty(packing, row_length, n_rows, pad_id):
   }
 
 
-def _put(batch, row, start, example, skip, segment, index):
-  """Place an example but for its first `skip` tokens; where it ends."""
+def _put(batch: Batch, row: int, start: int, example: Example, skip: int, segment: int, index: int) -> int:
+  """Places an example without its first `skip` tokens; returns where it ends."""
   ids, mask = example
   stop = start + len(ids) - skip
   if stop > batch["tokens"].shape[1]:

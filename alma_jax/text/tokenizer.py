@@ -5,10 +5,10 @@
   tok.decode(ids), tok.bos_id, tok.token_id("<|eot_id|>")
   tok, added = add_token(tok, "<|eot|>")       # a new tokenizer; `added`: the model needs a new row
 
-What to expect: `encode` is the same wherever the text stands. Sentencepiece tokenizers put a dummy space in
-front of every string they are given; here they do not, so a piece from the middle of a conversation gains no
-"_": whoever wants the space writes it. `decode(encode(text)) == text` for every tokenizer that can spell the
-text. The string of a special token inside a text ("<|eot_id|>" typed by a user) never becomes that token.
+`encode` gives the same ids wherever the text stands. Sentencepiece tokenizers put a dummy space in front of every
+string they are given; here they add none, so a piece from the middle of a conversation gains no "_".
+`decode(encode(text)) == text` for every tokenizer that can spell the text. The string of a special token inside a text
+("<|eot_id|>" typed by a user) never becomes that token.
 """
 
 import copy
@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 from alma_jax.errors import UserError
@@ -26,7 +27,7 @@ IDENTITY = (*FILES, "tokenizer_config.json", "special_tokens_map.json", "added_t
 
 
 class TextError(UserError):
-  """Text, template or tokenizer that cannot be used; the message says which and how to mend it."""
+  """A text, template or tokenizer that cannot be used; the message says which and how to mend it."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,25 +39,25 @@ class Tokenizer:
   bos_id: int | None
   eos_id: int | None
   unk_id: int | None
-  special_ids: frozenset
+  special_ids: frozenset[int]
 
   @property
-  def size(self):
-    """Number of ids, added tokens included."""
+  def size(self) -> int:
+    """The number of ids, added tokens included."""
     return len(self.hf)
 
-  def encode(self, text):
+  def encode(self, text: str) -> list[int]:
     ids = self.exact.encode(text, add_special_tokens=False).ids
     if self.special_ids.isdisjoint(ids):
       return ids
-    if self.unk_id is None:  # only vocabularies that hold specials as ordinary words come here (word level)
+    if self.unk_id is None:  # only in vocabularies that hold specials as ordinary words (word level)
       raise TextError(f"{text!r} spells a special token and the tokenizer in {self.source} has no unknown token")
     return [self.unk_id if i in self.special_ids else i for i in ids]
 
-  def decode(self, ids, skip_special=True):
+  def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
     return self.exact.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
-  def token_id(self, content):
+  def token_id(self, content: str) -> int:
     i = self.exact.token_to_id(content)
     if i is None:
       raise TextError(
@@ -65,7 +66,9 @@ class Tokenizer:
       )
     return i
 
-  def save(self, directory, chat_template=None, eos_token=None):
+  def save(
+    self, directory: str | os.PathLike[str], chat_template: str | None = None, eos_token: str | None = None
+  ) -> None:
     """Writes a directory that transformers 4 and 5 and vLLM load; `eos_token` is where chats stop."""
     directory = pathlib.Path(directory)
     self.hf.save_pretrained(directory)
@@ -82,7 +85,7 @@ class Tokenizer:
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def load_tokenizer(directory):
+def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
   directory = pathlib.Path(directory)
   found = [name for name in FILES if (directory / name).is_file()]
   if not found:
@@ -101,8 +104,8 @@ def load_tokenizer(directory):
     raise TextError(f"cannot read {directory / found[0]}: {type(e).__name__}: {e}") from e
 
 
-def add_token(tok, content):
-  """(tokenizer in which `content` is a special token, whether that took a new id)."""
+def add_token(tok: Tokenizer, content: str) -> tuple[Tokenizer, bool]:
+  """A tokenizer in which `content` is a special token, and True if that took a new id."""
   from tokenizers import AddedToken
 
   hf = copy.deepcopy(tok.hf)
@@ -112,11 +115,11 @@ def add_token(tok, content):
   return _wrap(hf, tok.source, fingerprint), len(hf) > before
 
 
-def _modernise(backend):
-  """Only a text's start gains the dummy space, as in today's tokenizers.
+def _modernise(backend: Any) -> None:
+  """Changes a `tokenizers.Tokenizer` so that only a text's start gains the dummy space, as in today's tokenizers.
 
-  Llama-2's old tokenizer.json puts one in front of every stretch of text; exported like that, chat templates
-  would give an extra "_" after each special token.
+  Llama-2's old tokenizer.json puts a space in front of every stretch of text; exported like that, chat templates would
+  give an extra "_" after each special token.
   """
   from tokenizers import Tokenizer as Backend
   from tokenizers import pre_tokenizers
@@ -128,7 +131,7 @@ def _modernise(backend):
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
 
 
-def _wrap(hf, source, fingerprint):
+def _wrap(hf: Any, source: str, fingerprint: str) -> Tokenizer:
   from tokenizers import Tokenizer as Backend
 
   spec = json.loads(hf.backend_tokenizer.to_str())
@@ -150,8 +153,8 @@ def _wrap(hf, source, fingerprint):
   )
 
 
-def _without_dummy_prefix(node):
-  """A component of tokenizer.json without what adds a leading space, or takes one off when decoding."""
+def _without_dummy_prefix(node: dict[str, Any] | None) -> dict[str, Any] | None:
+  """A component of tokenizer.json without the parts that add a leading space, or remove one when decoding."""
   if node is None or node["type"] == "Prepend" or (node["type"] == "Strip" and "start" in node):
     return None
   for children in ("normalizers", "pretokenizers", "decoders"):
@@ -162,7 +165,7 @@ def _without_dummy_prefix(node):
   return node | {"add_prefix_space": False} if node["type"] == "ByteLevel" else node
 
 
-def _digest(directory):
+def _digest(directory: pathlib.Path) -> str:
   digest = hashlib.sha256()
   for name in IDENTITY:
     if (directory / name).is_file():
