@@ -1,15 +1,14 @@
 """The names in a run directory. No other module spells them.
 
-runs/alma/
-  config.json  log.jsonl  progress.csv  report.html  .lock
-  seeds  sft_1  sft_2  judge  judge_distilled          stages made once
-  pool/drafts ...  pool_03/drafts ...                  the pool, and the prompts added before round 3
-  round_02/config.json
-  round_02/prompts ...  round_02/policy  round_02/eval
+  runs/alma/
+    config.json  log.jsonl  progress.csv  report.html  .lock
+    seeds  sft_1  sft_2  judge  judge_distilled        stages made once
+    pool/drafts ...  pool_03/drafts ...                the pool, and the prompts added before round 3
+    round_02/config.json
+    round_02/prompts ...  round_02/policy  round_02/eval
 
-stage_name(2, RESPONSES)                               "round_02/responses"
-run / stage_name(2, POLICY) / MODEL                    where the weights of that policy are
-[found.name for found in stages(run) if found.manifest]
+`stage_name(2, RESPONSES)` is "round_02/responses", and `run / stage_name(2, POLICY) / MODEL` the directory of that
+policy's weights. Everything here can be read while the run goes on.
 """
 
 import csv

@@ -20,7 +20,6 @@ import csv
 import dataclasses
 import hashlib
 import io
-import itertools
 import json
 import numbers
 import pathlib
@@ -33,12 +32,12 @@ import numpy as np
 from alma_jax import __version__
 from alma_jax.errors import RunError
 from alma_jax.store import layout, shards
+from alma_jax.store.fingerprints import differences, fingerprint_of
 from alma_jax.store.layout import Manifest, load_manifest, read_json
 from alma_jax.store.lock import Lock, now
 from alma_jax.store.records import FORMAT, VERSIONS
 
 PATIENCE = 60.0  # network file systems may show another process's file this much later
-_SHOWN = 60  # characters of a changed value in a message
 T = TypeVar("T")
 
 
@@ -89,7 +88,11 @@ class Run:
     self, name: str, fields: Mapping[str, Any], inputs: "Mapping[str, Input] | None" = None, suffix: str = ".parquet"
   ) -> "Stage":
     """The stage of this name; `fields`, nested or flat, are what decides its result besides the inputs."""
-    return Stage(self, name, _fingerprint(fields, inputs or {}), suffix)
+    contents = {
+      key: load_manifest(made)["content"] if isinstance(made, str | pathlib.Path) else made.content
+      for key, made in (inputs or {}).items()
+    }
+    return Stage(self, name, fingerprint_of(fields, contents), suffix)
 
   def log(self, event: str, **fields: Any) -> None:
     if self.process == 0:
@@ -285,23 +288,21 @@ class Stage:
       counts = (int(p.stem.rpartition("-")[2]) for p in self.dir.glob("part-*.json"))
       self._parts = next((count for count in counts if count != n), n)
     if self._parts != n:
-      self._mismatch({"number of parts": (str(self._parts), str(n))}, self.done)
+      self._mismatch({"number of parts": f"{self._parts} -> {n}"}, self.done)
 
   def _compare(self, old: dict[str, Any], done: bool) -> None:
-    pairs = {key: (_shown(old, key), _shown(self.fingerprint, key)) for key in sorted(old | self.fingerprint)}
-    changed = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+    changed = differences(old, self.fingerprint)
     if changed:
       self._mismatch(changed, done)
 
-  def _mismatch(self, changed: dict[str, tuple[str, str]], done: bool) -> None:
-    shown = {key: _change(*pair) for key, pair in changed.items()}
+  def _mismatch(self, changed: dict[str, str], done: bool) -> None:
     raise ChangedError(
       f"run directory {self.run.dir}: stage {self.name} {'was made' if done else 'is half made'}"
       " with other values than this start asks for:\n"
-      + "\n".join(f"  {key}: {change}" for key, change in shown.items())
+      + "\n".join(f"  {name}: {change}" for name, change in changed.items())
       + f"\nPut the old value back, or start in another --workdir, or delete {self.dir} to have it made again"
       " (stages made from it will then ask for the same).",
-      shown,
+      changed,
     )
 
 
@@ -386,21 +387,6 @@ def _check_format(run: pathlib.Path) -> None:
     )
 
 
-def _fingerprint(fields: Mapping[str, Any], inputs: Mapping[str, Input]) -> dict[str, Any]:
-  flat = {**_flat(fields), "format": FORMAT}
-  for name, source in inputs.items():
-    made = load_manifest(source)["content"] if isinstance(source, str | pathlib.Path) else source.content
-    flat[f"input.{name}"] = made
-  return json.loads(json.dumps(flat, sort_keys=True))  # as it will be read back: lists for tuples
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-  if not isinstance(value, Mapping) or (prefix and not value):
-    return {prefix: value}
-  dot = prefix and prefix + "."
-  return {name: leaf for key, item in value.items() for name, leaf in _flat(item, f"{dot}{key}").items()}
-
-
 def _summed(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
   """The sum of two nested dicts of numbers; what stands in one of them only is kept."""
   both = dict(a)
@@ -427,25 +413,6 @@ def _check_files(directory: pathlib.Path, manifest: Manifest) -> None:
         f"{path} {state}, though the stage was finished with it.\n"
         f"Bring the file back, or delete {directory} to have the stage made again."
       )
-
-
-def _shown(fingerprint: dict[str, Any], key: str) -> str:
-  if key not in fingerprint:
-    return "(not set)"
-  return json.dumps(fingerprint[key], ensure_ascii=False, sort_keys=True)
-
-
-def _change(old: str, new: str) -> str:
-  """Both values; of long ones what surrounds the first character that differs."""
-  same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(old, new, strict=False))
-  first = sum(1 for _ in same)
-
-  def window(text: str) -> str:
-    start = max(0, min(first, len(text)) - _SHOWN // 3) if len(text) > _SHOWN else 0
-    end = start + _SHOWN
-    return ("..." if start else "") + text[start:end] + ("..." if end < len(text) else "")
-
-  return f"{window(old)} -> {window(new)}"
 
 
 def _wait_for(path: pathlib.Path, processes: int) -> None:
