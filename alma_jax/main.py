@@ -15,6 +15,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -49,11 +50,10 @@ def parse(argv: Sequence[str]) -> list[str]:
 def main(argv: Sequence[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"what is {argv[1]!r}? Config values are set with --config.NAME=VALUE")
-  file = flags.FLAGS["config"].config_filename.partition(":")[0]
+  named: Any = flags.FLAGS["config"]
+  file = named.config_filename.partition(":")[0]
   if not os.path.isfile(file):
     sys.exit(f"error: --config names {file}, which does not exist here ({os.getcwd()})")
-  if not _WORKDIR.value and not _CHECK.value:
-    sys.exit("error: --workdir is missing: give the run directory, which is made at the first start")
   from alma_jax import names, start  # jax and the rest only after the flags are known to be right
 
   names.look_in(os.path.dirname(os.path.abspath(file)))
@@ -61,6 +61,8 @@ def main(argv: Sequence[str]) -> None:
     from alma_jax import check
 
     sys.exit(check.run(_CONFIG.value, _WORKDIR.value))
+  if not _WORKDIR.value:
+    sys.exit("error: --workdir is missing: give the run directory, which is made at the first start")
   sys.exit(start.run(_CONFIG.value, _WORKDIR.value))
 
 

@@ -194,7 +194,8 @@ def fingerprint(options: Any, without: Sequence[str] = ()) -> dict[str, Any]:
 def of_rounds(config: ConfigDict, kind: type[T], rounds: Iterable[int]) -> dict[int, T]:
   """The Options of the whole run, under 0, and of each of the feedback rounds."""
   rounds, where = list(rounds), "config"
-  for key in config.get("rounds", {}):
+  overridden: Any = config.get("rounds", {})
+  for key in overridden:
     if not str(key).isdigit() or int(key) not in rounds:
       span = f"the feedback rounds are {rounds[0]} .. {rounds[-1]}" if rounds else "this run has no feedback rounds"
       raise ConfigError(f"config.rounds has an entry for round {key!r}; {span}")
@@ -211,7 +212,8 @@ def of_rounds(config: ConfigDict, kind: type[T], rounds: Iterable[int]) -> dict[
 def for_round(config: ConfigDict, round: int) -> ConfigDict:
   """The config with the round's overrides, without `rounds` itself."""
   resolved = ConfigDict(copy.deepcopy(config.to_dict()))
-  for key, changes in config.get("rounds", {}).items():
+  overrides: Any = config.get("rounds", {})
+  for key, changes in overrides.items():
     if str(key) == str(round):
       _apply(resolved, _plain(changes), f"rounds[{key}]")
   if "rounds" in resolved:
@@ -240,7 +242,7 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 def _apply(config: ConfigDict, changes: Mapping[str, Any], where: str, prefix: str = "") -> None:
   for key, value in changes.items():
-    node = config
+    node: Any = config
     for part in filter(None, prefix.split(".")):
       node = node[part]
     if key not in node:

@@ -116,7 +116,7 @@ def recipe_of(config: ConfigDict) -> Recipe:
 def checked_options(config: ConfigDict) -> dict[int, Any]:
   """The Options of all rounds, or a ConfigError; no file is read."""
   recipe = recipe_of(config)
-  rounds = range(2, 2 + config.get("feedback_rounds", 0))
+  rounds = range(2, 2 + getattr(config, "feedback_rounds", 0))
   found = options_lib.of_rounds(config, recipe.Options, rounds)
   recipe.check(found)
   return found
@@ -214,7 +214,7 @@ def cache_compilations() -> None:
   if jax.process_count() > 1 and jax.default_backend() == "cpu":
     jax.config.update("jax_enable_compilation_cache", False)
     return
-  if jax.config.jax_compilation_cache_dir is None:
+  if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
     directory = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "alma_jax" / "jax"
     jax.config.update("jax_compilation_cache_dir", str(directory))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

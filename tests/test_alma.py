@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -19,6 +20,8 @@ from alma_jax.corpus.normalise import prompt_id
 from alma_jax.store import records, shards
 from alma_jax.store.runs import load_manifest, read_stage
 from alma_jax.tools import export
+
+README = (small_run.ROOT / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -219,6 +222,75 @@ def test_untrained_judge_integer_scores_random_prompts_and_one_checkpoint(run, d
   assert {x.checkpoint for x in read_stage(workdir / "round_02" / "responses", records.Response)} == {"sft_2"}
 
 
+OWN = '''
+import dataclasses
+from alma_jax.judges.contract import Verdict
+from alma_jax.text.chat import EOS, ChatFormat, Turn
+
+FORMAT = ChatFormat(name="asked", system=None, user=Turn("# ", " \\n "), header="A: ", stop=EOS)
+
+
+class Words:
+  """More words are better, from 0 to 16."""
+  identity, scale = "words", (0.0, 16.0)
+
+  def __init__(self, runtime, options):
+    self.tokenizer = runtime.tokenizer
+
+  def scores(self, pairs):
+    return [Verdict(float(min(16, len(response.split())))) for messages, response in pairs]
+
+
+def vowels(runtime, options):
+  return Vowels()
+
+
+@dataclasses.dataclass
+class Vowels:
+  identity: str = "vowels"
+  scale: tuple | None = None
+
+  def scores(self, pairs):
+    return [Verdict(float(sum(letter in "aeiou" for letter in response))) for _, response in pairs]
+'''
+
+
+def test_a_users_own_judge_evaluator_and_chat_format_need_no_fork(data, tmp_path):
+  """They stand in a file beside the config, outside the package, and are named in the config."""
+  (tmp_path / "mine").mkdir()
+  (tmp_path / "mine" / "things.py").write_text(OWN)
+  (tmp_path / "mine" / "config.py").write_text("from configs.alma import get_config\n")
+  values = (
+    "judge.kind=things:Words", "eval.evaluator=things:vowels", "model.chat=things:FORMAT", "feedback_rounds=1",
+  )  # fmt: skip
+  command = small_run.command(tmp_path / "run", *data, *values)
+  command[command.index("--config=configs/alma.py:mini")] = f"--config={tmp_path}/mine/config.py:mini"
+
+  def started():
+    return subprocess.run(
+      command, cwd=tmp_path, env=small_run.environment(), text=True, timeout=400,
+      stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+  done = started()
+  assert done.returncode == 0, done.stdout[-3000:]
+  place = tmp_path / "run" / "round_02"
+  texts = {(r.prompt_id, r.sample_id): r.text for r in read_stage(place / "responses", records.Response)}
+  judged = read_stage(place / "judgments", records.Judgment)
+  assert judged and all(j.score == min(16, len(texts[j.prompt_id, j.sample_id].split())) for j in judged)
+  assert all(j.probs is None and j.mass is None for j in judged)
+  judge = load_manifest(place / "judgments")["judge"]
+  assert judge["identity"].startswith("words ") and judge["scale"] == [0.0, 16.0]
+  for answer in read_stage(place / "eval", records.Evaluation):
+    assert answer.score == sum(letter in "aeiou" for letter in answer.response)
+  template = json.loads((place / "policy" / "model" / "tokenizer_config.json").read_text()).get("chat_template")
+  assert "# " in (template or (place / "policy" / "model" / "chat_template.jinja").read_text())
+  # Another text of the user's file is another judge.
+  (tmp_path / "mine" / "things.py").write_text(OWN.replace("min(16,", "min(8,"))
+  changed = started()
+  assert changed.returncode == 1 and "judgments" in changed.stdout and "words" in changed.stdout
+
+
 def test_a_rounds_override_applies_to_that_round_only(run, data, tmp_path):
   workdir = variant(run, tmp_path, "round_03")
   small_run.finished(workdir, *data, "rounds={3: {'responses': {'n': 3}}}")
@@ -381,3 +453,64 @@ def test_arrays_and_shards_open_with_public_tools(run):
   pool = read_stage(run / "pool" / "prompts", records.Prompt)
   assert [f"{id:016x}" for id in clusters["ids"]] == [p.id for p in pool] and len(clusters["labels"]) == len(pool)
   assert os.path.getsize(run / "progress.csv") > 0
+
+
+# What a run would do
+
+
+def check(tmp_path, *values):
+  flags = [*small_run.command(tmp_path / "run", *values), "--check"]
+  return subprocess.run(
+    flags, cwd=small_run.ROOT, env=small_run.environment(), text=True, timeout=200, capture_output=True
+  )
+
+
+def test_check_says_what_the_run_would_do_and_writes_nothing(data, tmp_path):
+  done = check(tmp_path, *data)
+  assert done.returncode == 0, done.stderr
+  assert "nothing is wrong" in done.stdout and "6 prompts x 6 responses = 36 from sft, latest" in done.stdout
+  rows = sum(1 for _ in open(data[0].partition("=")[2]))
+  assert f"sft: rows {rows}" in done.stdout and "GB are free" in done.stdout
+  assert not (tmp_path / "run").exists()
+
+
+def test_check_names_everything_that_is_wrong_at_once(data, tmp_path):
+  (tmp_path / "judge.jsonl").write_text('{"prompt": "a", "response": "b", "score": 11}\n')
+  values = f"data.judge={tmp_path / 'judge.jsonl'}", "judge.template=a1", "responses.max_new_tokens=100000"
+  done = check(tmp_path, *data, *values)
+  assert done.returncode == 1 and "Traceback" not in done.stderr
+  assert "line 1" in done.stderr and "judge template 'a1'" in done.stderr and "config.responses: max_" in done.stderr
+  assert "3 problems" in done.stdout and not (tmp_path / "run").exists()
+
+
+# The default run
+
+TABLE = """\
+round checkpoint            n           score           judge  tokens  finished
+    0 base                576     3.83 ± 0.16     4.36 ± 0.18     4.1    100.0%
+    1 sft_1               576     7.55 ± 0.25     6.50 ± 0.25     5.5    100.0%
+    2 round_02/policy     576     7.83 ± 0.25     6.76 ± 0.24     5.5    100.0%
+    3 round_03/policy     576     8.14 ± 0.23     7.04 ± 0.23     5.5    100.0%
+    4 round_04/policy     576     8.40 ± 0.22     7.29 ± 0.22     5.5    100.0%
+    5 round_05/policy     576     8.60 ± 0.21     7.49 ± 0.21     5.5    100.0%
+    6 round_06/policy     576     8.60 ± 0.21     7.50 ± 0.21     5.5    100.0%
+    7 round_07/policy     576     8.93 ± 0.19     7.75 ± 0.19     5.5    100.0%
+    8 round_08/policy     576     8.86 ± 0.20     7.72 ± 0.20     5.5    100.0%
+    9 round_09/policy     576     9.23 ± 0.17     8.04 ± 0.17     5.5    100.0%
+   10 round_10/policy     576     9.15 ± 0.17     7.97 ± 0.18     5.5    100.0%
+"""
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) != 2, reason="the order of sums depends on the number of cores")
+def test_the_default_run_gives_its_table_and_the_readmes_to_the_digit(tmp_path):
+  flags = [sys.executable, "-m", "alma_jax.main", "--config=configs/alma.py:mini", f"--workdir={tmp_path / 'run'}"]
+  done = subprocess.run(
+    flags, cwd=small_run.ROOT, env=small_run.environment(), text=True, timeout=900, capture_output=True
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  assert TABLE in done.stdout
+  rows = {line.split()[0]: line for line in TABLE.splitlines()[1:]}
+  shown = re.findall(r"^\| (\d+) \|.*?\| ([\d.]+ ± [\d.]+) \| ([\d.]+ ± [\d.]+) \|$", README, re.M)
+  assert len(shown) >= 3 and all(
+    f"{score} " in rows[round] and f"{judge} " in rows[round] for round, score, judge in shown
+  )

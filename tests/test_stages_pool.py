@@ -20,6 +20,7 @@ from alma_jax.corpus.normalise import normalised, prompt_id
 from alma_jax.errors import RunError
 from alma_jax.keys import key_of
 from alma_jax.mini import CHECKPOINT
+from alma_jax.recipes import alma as alma_recipe
 from alma_jax.runtime import clustering, sampling
 from alma_jax.runtime.sampling import Draft
 from alma_jax.stages import clusters, drafts, draw, prompts
@@ -129,7 +130,7 @@ def pool_in(s, data, name="pool", first=0, earlier=()):
 
 
 def clustered_in(s, pool):
-  return clusters.build(s, pool, s.options.embedder, s.options.clusters)
+  return clusters.build(s, pool, alma_recipe.embedder(s.options), s.options.clusters)
 
 
 def drawn_in(s, round, pools, earlier, k=9):
@@ -368,7 +369,7 @@ def test_what_is_added_is_new(clustered, world, asked, later):
 def test_added_prompts_go_to_the_nearest_old_cluster_and_draws_never_repeat(session, clustered, later):
   before = artefacts(session.run.dir)
   second = drawn_in(session, 2, [clustered], [])
-  more = clusters.added(session, later, clustered, session.options.embedder, session.options.clusters)
+  more = clusters.added(session, later, clustered, alma_recipe.embedder(session.options), session.options.clusters)
   assert artefacts(session.run.dir) == before and not (more.clusters.dir / "centroids.npy").exists()
   points = np.concatenate([np.load(path) for path in sorted((session.run.dir / "pool_03/embeddings").glob("*.npy"))])
   centroids = np.load(clustered.clusters.dir / "centroids.npy")
@@ -405,7 +406,7 @@ def test_few_prompts_or_none_are_added(session, clustered):
     stage.write_part(0, 1, records, Prompt)
     stage.finish()
     options = session.options
-    added = clusters.added(session, Artefact(stage, Prompt), clustered, options.embedder, options.clusters)
+    added = clusters.added(session, Artefact(stage, Prompt), clustered, alma_recipe.embedder(options), options.clusters)
     labels = np.load(added.clusters.dir / "labels.npy")
     assert labels.dtype == np.int32
     np.testing.assert_array_equal(labels, np.load(clustered.clusters.dir / "labels.npy")[: len(records)])

@@ -1,7 +1,6 @@
 """Our own judge: the probabilities of the scores 0 .. 10 after a forced prefix, read from one forward pass."""
 
 import dataclasses
-import functools
 import hashlib
 import itertools
 import json
@@ -32,7 +31,7 @@ class OwnJudge:
   mode: Mode = "expected"  # the probability-weighted mean of 0..10; "integer": the likeliest score
   shots: tuple[Shot, ...] = ()  # for a base model; without any it is fine-tuned to the template
 
-  @functools.cached_property
+  @property
   def identity(self) -> str:
     decides: dict[str, Any] = {
       "checkpoint": self.checkpoint.content,

@@ -10,6 +10,7 @@ values: draw.method, responses.checkpoints, judge.kind / mode / distil, trainset
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeAlias
 
 from alma_jax import names
 from alma_jax.judges import contract
@@ -97,12 +98,8 @@ class Options(Checked):
   def draws(self) -> int:
     return self.prompts.writing.draws
 
-  @property
-  def embedder(self) -> clusters.Embedder:
-    return clusters.Embedder(self.embeddings, self.prompts.writing.max_prompt_tokens)
 
-
-Session = AnySession[Options]
+Session: TypeAlias = AnySession[Options]
 
 
 def run(s: Session) -> None:
@@ -115,7 +112,7 @@ def run(s: Session) -> None:
 
   # Prompts (3.1): few-shot synthesis, each once, clustered                    P
   drafted = drafts.build(s, data, o.prompts.writing, layout.pool_name())
-  pools = [clusters.build(s, prompts.build(s, data, drafted, o.prompts.entering), o.embedder, o.clusters)]
+  pools = [clusters.build(s, prompts.build(s, data, drafted, o.prompts.entering), embedder(o), o.clusters)]
 
   # Judge (3.3): fine-tuned on the annotations, distilled on its own scores    J
   judge_, drawn = made_judge(s, data, sft, pools)
@@ -136,6 +133,11 @@ def run(s: Session) -> None:
     trainsets.append(trainset.build(r, asked, answered, scored, r.options.trainset))  # D_r
     latest = trained(r, sft, latest, data, trainsets)  # M_r
     evaluation.build(r, latest, judge_, data, r.options.eval)
+
+
+def embedder(o: Options) -> clusters.Embedder:
+  """How the pool's prompts become points."""
+  return clusters.Embedder(o.embeddings, o.prompts.writing.max_prompt_tokens)
 
 
 def made_judge(
@@ -162,7 +164,7 @@ def grown(r: Session, data: Data, pools: Sequence[Pool], first: int) -> Pool:
   o = r.options
   drafted = drafts.build(r, data, o.prompts.writing, layout.pool_name(r.round), first)
   more = prompts.build(r, data, drafted, o.prompts.entering, [pool.prompts for pool in pools])
-  return clusters.added(r, more, pools[0], o.embedder, o.clusters)
+  return clusters.added(r, more, pools[0], embedder(o), o.clusters)
 
 
 def writers(r: Session, sft: Sequence[Checkpoint], latest: Checkpoint | None) -> list[Checkpoint]:

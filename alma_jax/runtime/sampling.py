@@ -81,7 +81,7 @@ def _before(text: str, stop_strings: Sequence[str]) -> str:
 
 
 def _end(
-  decode: Callable[[Sequence[int]], str], strings: Sequence[str], request: int, tokens: Sequence[int], seen: int
+  decode: Callable[[Sequence[int]], str], strings: Sequence[str], request: Request, tokens: Sequence[int], seen: int
 ) -> int | None:
   """The least number of tokens whose text holds a stop string, or None. The text of the first `seen` holds none."""
   # Decode the new tokens, and as many before them as a stop string may begin in. A cut inside a character shows as up

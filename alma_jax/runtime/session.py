@@ -80,7 +80,7 @@ class Session(Generic[O]):
   def at(self, round: int, options: O | None = None) -> "Session[O]":
     """The view of a round, under other `options` where they are given."""
     by_round = self.by_round if options is None else {**self.by_round, round: options}
-    return dataclasses.replace(self, round=round, by_round={round: by_round[0]} | by_round)
+    return dataclasses.replace(self, round=round, by_round={round: by_round[0], **by_round})
 
   def rounds(self) -> Iterator["Session[O]"]:
     """The feedback rounds, whose resolved config is written to the run directory."""

@@ -14,7 +14,7 @@ from alma_jax.runtime.host import Checkpoint
 from alma_jax.runtime.session import Session
 from alma_jax.store import layout, records, shards
 from alma_jax.store.handles import Data, Trainset
-from alma_jax.store.records import Pair
+from alma_jax.store.records import Example, Pair
 from alma_jax.store.runs import Stage
 from alma_jax.text import chat, packing
 
@@ -47,8 +47,8 @@ def sft(s: Session[Any], job: Job, data: Data, trainsets: Sequence[Trainset] = (
   stage = s.run.stage(job.name, fields, {trainset.name: trainset for trainset in trainsets})
   if stage.done:
     return training.trained(stage)
-  examples = [(f"demonstration {i}", row.messages, row.response) for i, row in enumerate(data.sft, start=1)]
-  examples += [(x.prompt_id, x.messages, x.response) for trainset in trainsets for x in trainset.in_order()]
+  examples = [(f"demonstration {i}", row.messages, row.response or "") for i, row in enumerate(data.sft, start=1)]
+  examples += [(x.prompt_id, x.messages, x.response) for trainset in trainsets for x in trainset.in_order(Example)]
   sequences = [chat.encode_example(s.host.tokenizer, s.host.chat, m, r) for _, m, r in examples]
   kept, sequences, counts = _clipped(sequences, job.options.row_length)
   chosen = Examples(sequences, [examples[i][0] for i in kept], job.options.average)
@@ -90,7 +90,7 @@ def grpo(s: Session[Any], job: Job[training.GrpoOptions], reference: Checkpoint,
   stage = s.run.stage(job.name, fields, {trainset.name: trainset})
   if stage.done:
     return training.trained(stage)
-  rows: list[records.Graded] = trainset.in_order()  # pyright: ignore[reportAssignmentType]  # by the trainset's method
+  rows = trainset.in_order(records.Graded)
   sequences = []
   for row in rows:
     ids, mask = chat.encode_example(s.host.tokenizer, s.host.chat, row.messages, row.response, last_only=True)
@@ -119,7 +119,7 @@ def _clipped(sequences: Sequences, row_length: int, group: int = 1) -> tuple[lis
       " (row_length): nothing to train on"
     )
   kept = [i for i, of in enumerate(clipped) if of is not None]
-  return kept, [x for i in kept for x in clipped[i]], counts
+  return kept, [x for of in clipped if of is not None for x in of], counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +131,7 @@ class _EncodedPairs:
 
 def _pairs(s: Session[Any], trainset: Trainset, options: training.PreferenceOptions) -> _EncodedPairs:
   """The pairs of a trainset as tokens, with as many sides as the loss has."""
-  pairs: list[Pair] = trainset.in_order()  # pyright: ignore[reportAssignmentType]  # by the trainset's method
+  pairs = trainset.in_order(Pair)
   count = options.preference.sides
   texts = [(pair.chosen, pair.rejected) for pair in pairs]
   if count == 3:

@@ -2,12 +2,16 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import TypeVar
 
 from alma_jax.corpus.normalise import prompt_id
+from alma_jax.errors import RunError
 from alma_jax.store import shards
 from alma_jax.store.data import SeedRow
 from alma_jax.store.records import Example, Graded, Pair, Prompt
 from alma_jax.store.runs import Artefact, Stage
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +40,11 @@ class Pool:
 class Trainset(Artefact[Example | Pair | Graded]):
   """A round's training data, a part for each share of the prompts; `order.npy` puts them in the prompts' order."""
 
-  def in_order(self) -> list[Example | Pair | Graded]:
-    """All records in the order of the round's prompts."""
-    return self.rows(shards.load_array(self.dir / "order.npy"))
+  def in_order(self, kind: type[T]) -> list[T]:
+    """All records, which must be of this class, in the order of the round's prompts."""
+    if self.kind is not kind:
+      raise RunError(
+        f"{self.name} holds {self.kind.__name__} records, and a training that follows learns from {kind.__name__}"
+        " records: set its `history` to 'latest', or keep trainset.method over the rounds"
+      )
+    return Artefact(self.stage, kind).rows(shards.load_array(self.dir / "order.npy"))
