@@ -9,6 +9,7 @@ import struct
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -294,11 +295,14 @@ def test_checkpoints_that_stay_can_be_exported(session, straight):
 
 def test_a_checkpoint_is_read_by_name_whatever_the_order_of_the_tree(tmp_path):
   tree = collections.OrderedDict
-  state = {"embed": np.float32([1, 2]), "blocks": {"q": np.ones((2, 3), np.float32)}}, (np.int32(7), {})
+  state = {"embed": jnp.float32([1, 2]), "blocks": {"q": jnp.ones((2, 3), jnp.float32)}}, (jnp.int32(7), {})
   with checkpoints_of.Checkpoints(tmp_path / "checkpoints") as checkpoints:
     assert checkpoints.latest is None
     checkpoints.save(3, state)
-  other = tree(norm=tree(), embed=np.zeros(2, np.float32), blocks=tree(q=np.zeros((2, 3), np.float32))), (np.int32(0),)
+  other = (
+    tree(norm=tree(), embed=jnp.zeros(2, jnp.float32), blocks=tree(q=jnp.zeros((2, 3), jnp.float32))),
+    (jnp.int32(0),),
+  )
   assert list(checkpoints_of.named(state)) == ["model/blocks/q", "model/embed", "moments/0"]
   assert list(checkpoints_of.named(other)) == ["model/embed", "model/blocks/q", "moments/0"]
   with checkpoints_of.Checkpoints(tmp_path / "checkpoints") as checkpoints:
