@@ -57,7 +57,7 @@ def llama_8b() -> Config:
   c.prompts = sampling(1.0, 0.95, max_new_tokens=256, max_prompt_tokens=2048)
   c.prompts.draws = 2_000_000  # four times what ten rounds use; the paper keeps 100M
   c.prompts.shots = (3, 5)
-  c.prompts.template = "requests"  # text/fewshot.py, LISTS
+  c.prompts.template = "requests"  # a word of names.LISTS
   c.prompts.max_characters = 4000
   c.prompts.similarity = 0.7  # ROUGE-L from which two prompts count as one; 0: only equal ones do
   c.prompts.ngram = 8  # shared words in a row that count as contamination of an evaluation prompt, in the report
