@@ -1,4 +1,4 @@
-"""A tiny random Llama for the engine's tests, and what it computes the slow way: one row, no padding, no cache."""
+"""A tiny random Llama for the engine's tests, and its results computed the slow way: one row, no padding, no cache."""
 
 import functools
 
@@ -57,7 +57,7 @@ def hidden_states(model, ids):
 
 
 def logprobs(model, ids, room=None):
-  """float64 log-softmax [T, V] of one row; with `room` zeros follow it, which a causal model does not see."""
+  """float64 log-softmax [T, V] of one row; `room` pads it with zeros, which a causal model does not see."""
   padded = np.zeros((1, room or len(ids)), np.int32)
   padded[0, : len(ids)] = ids
   return log_softmax(np.asarray(_hidden_and_logits(model, padded)[1], np.float64)[: len(ids)])
@@ -69,8 +69,8 @@ def log_softmax(z):
 
 
 def exact(logits, temperature, top_p):
-  """float64 probabilities after temperature and top-p, as transformers' TopPLogitsWarper keeps tokens: in ascending
-  order, those go whose cumulative probability is at most 1 - top_p; the likeliest always stays."""
+  """float64 probabilities after temperature and top-p. As in transformers' TopPLogitsWarper, tokens are dropped in
+  ascending order while their cumulative probability is at most 1 - top_p; the likeliest always stays."""
   p = np.exp(log_softmax(np.asarray(logits, np.float64) / temperature))
   order = np.argsort(p, kind="stable")
   gone = np.cumsum(p[order]) <= 1 - top_p
@@ -80,7 +80,7 @@ def exact(logits, temperature, top_p):
 
 
 def assert_drawn_from(p, tokens):
-  """Chi-square; rare tokens are taken together."""
+  """A chi-square test; rare tokens are counted together."""
   drawn, wanted = np.bincount(tokens, minlength=len(p)), len(tokens) * p
   assert drawn[p == 0].sum() == 0
   common = wanted >= 5

@@ -1,4 +1,4 @@
-"""Attention: the reference against float64 formulas, every back end against the reference, and who is chosen when."""
+"""Attention: the reference against float64 formulas, each back end against the reference, and when each is chosen."""
 
 import functools
 import re

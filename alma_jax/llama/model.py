@@ -113,9 +113,10 @@ def rope_frequencies(c: LlamaConfig) -> Array:
     return frequency
   if s.kind == "linear":
     return frequency / s.factor
-  assert s.original_positions and s.low_freq_factor and s.high_freq_factor  # llama3 has them all
+  low, high, original = s.low_freq_factor, s.high_freq_factor, s.original_positions
+  assert low is not None and high is not None and original is not None  # `llama3` has them all
   wavelength = 2 * math.pi / frequency
-  smooth = (s.original_positions / wavelength - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+  smooth = (original / wavelength - low) / (high - low)
   smooth = jnp.clip(smooth, 0.0, 1.0)  # 0: long waves, divided by the factor; 1: short waves, kept
   return (1 - smooth) * frequency / s.factor + smooth * frequency
 

@@ -138,8 +138,8 @@ def _read(
 ) -> Array:
   """One final array of this shape from views of the files, a view per layer or just one; each device reads its slice.
 
-  A device that holds embed-slice 2 of 4 of blocks.q [32, 4096, 32, 128] asks for index (:, 2048:3072, :, :): the slab
-  [32, 1024, 32, 128] is filled layer by layer, from views[0][2048:3072], views[1][2048:3072], ...
+  A device that holds the third quarter of blocks.q [32, 4096, 32, 128] along D asks for index (:, 2048:3072, :, :). Its
+  slab [32, 1024, 32, 128] is filled layer by layer, from views[0][2048:3072], views[1][2048:3072], ...
   """
   stacked, seen = len(shape) > views[0].ndim, {}  # replicas share one slab
 
