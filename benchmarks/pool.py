@@ -1,22 +1,21 @@
-"""A rehearsal of a run's pool: the stages that it passes through at a size that hurts, with their findings checked.
+"""A rehearsal of a run's pool at a large size: its stages run, and their results are checked.
 
   python -m benchmarks.pool [--prompts=500000] [--dims=64] [--k=10000] [--iterations=3] [--rounds=10] [--draw=12500]
   python -m benchmarks.pool --prompts=2000000 --k=20000 --draw=50000     # five minutes, or ten on a busy machine
 
-What runs are stages/prompts.py and stages/clusters.py themselves, in a run directory of their own. Two things are made
-up: what the model writes (the prompts of benchmarks/dedup.py, in random order, so that what is alike lies in different
-parts), and what it makes of them (one of many topics, and noise). The script pins itself to one core. Of every part it
-tells wall and process time, without those of the parts inside it, and the most memory that the process had meanwhile:
-with JAX (0.3 GB), with what earlier parts have left, and with the pages of mapped files. The last column is a
-projection, and no measurement, to 100 million prompts in the pool and a million clusters, in hours of one such core:
+The benchmark runs the stages of stages/prompts.py, clusters.py and draw.py in a run directory of their own. Two things
+are made up: the texts that the model writes (the prompts of benchmarks/dedup.py in random order, so that similar ones
+lie in different parts) and its hidden states (one of many topics, plus noise). The script pins itself to one core. For
+every part it prints wall and process time, without the parts inside it, and the largest memory of the process during
+it, which includes JAX (0.3 GB), the remains of earlier parts and the pages of mapped files. The last column is a
+projection, not a measurement, to 100 million prompts in the pool and a million clusters, in hours of one such core:
 
   k-means      time x 100M / prompts in the pool x 1M / clusters, for as many passes and dimensions as here
   all others   time x 100M / prompts in the pool; draws for as many rounds as here
 
-What to expect: a minute by default. It ends with an AssertionError where a spelling is not recognised, one of the
-pairs of similar texts among the first 10,000 has survived (0.02 of them may), a prompt that stands for an evaluation
-prompt is in the pool, a label is not that of the nearest centroid, or a prompt is drawn twice. Linux alone tells the
-memory.
+What to expect: a minute by default. The script ends with an AssertionError if a spelling is not recognised, if more
+than 0.02 of the pairs of similar texts among the first 10,000 survive, if the pool holds an evaluation prompt, if a
+label is not that of the nearest centroid, or if a prompt is drawn twice. Memory is measured on Linux only.
 """
 
 import argparse
@@ -30,6 +29,8 @@ import random
 import tempfile
 import time
 import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 os.environ |= {
   "OMP_NUM_THREADS": "1",
@@ -39,29 +40,31 @@ os.environ |= {
 }
 
 import numpy as np
-import tqdm
+from ml_collections import ConfigDict
 from rapidfuzz.distance import Indel
 
 from alma_jax.corpus import draw as drawing
 from alma_jax.corpus import duplicates
 from alma_jax.corpus.normalise import normalised, prompt_id
 from alma_jax.engine import embed, kmeans
+from alma_jax.runtime.display import Display
+from alma_jax.runtime.host import Checkpoint
+from alma_jax.runtime.session import Session
 from alma_jax.stages import clusters, draw, prompts
-from alma_jax.stages.data import Seeds
-from alma_jax.store import shards
+from alma_jax.store import layout, shards
 from alma_jax.store.data import SeedRow
+from alma_jax.store.handles import Data, Pool
 from alma_jax.store.records import Prompt
-from alma_jax.store.runs import Run
+from alma_jax.store.runs import Artefact, Run
 from benchmarks import dedup
-from configs import alma
 
 PART = 50_000  # prompts
 ORACLE = 10_000  # texts that are compared each with each
-ASKED = 500  # evaluation prompts, which the model "writes", too
-POOL, CLUSTERS = 100_000_000, 1_000_000  # of the projection
+ASKED = 500  # evaluation prompts that the model "writes" too
+POOL, CLUSTERS = 100_000_000, 1_000_000  # sizes of the projection
 RECALL = 0.98
-LOOKS = 500  # at labels
-PARTS = {  # a part's function, and what its time grows with
+LOOKS = 500  # labels that are checked
+PARTS: dict[str, tuple[Any, str, str | None]] = {  # a part's module and function, and what its time grows with
   "equal prompts": (prompts, "_first_of_each", "texts"),
   "near: signatures": (duplicates, "sign", "texts"),
   "near: pairs": (duplicates, "find_pairs", "texts"),
@@ -74,7 +77,7 @@ PARTS = {  # a part's function, and what its time grows with
   "draws: index": (drawing, "build", "texts"),
   "draws: rows": (drawing, "draw", "texts"),
 }
-OTHERS = {"drafts (made up)": None, "embeddings (made up)": None}
+OTHERS: dict[str, str | None] = {"drafts (made up)": None, "embeddings (made up)": None}
 OTHERS |= dict.fromkeys(["prompts: files", "clusters: files", "draws: files"], "texts")
 
 
@@ -86,13 +89,14 @@ class Part:
 
 
 class Meter:
-  """What parts cost; of one inside another the time counts once."""
+  """The cost of named parts; the time of a part inside another counts for the inner one only."""
 
-  def __init__(self):
-    self.parts, self.inside = {}, []
+  def __init__(self) -> None:
+    self.parts: dict[str, Part] = {}
+    self.inside: list[Part] = []
 
   @contextlib.contextmanager
-  def __call__(self, name):
+  def __call__(self, name: str) -> Iterator[None]:
     part = self.parts.setdefault(name, Part())
     self._look()
     self.inside.append(part)
@@ -108,13 +112,13 @@ class Meter:
         self.inside[-1].wall -= wall
         self.inside[-1].cpu -= cpu
 
-  def _look(self):
+  def _look(self) -> None:
     most = peak()
     for part in self.inside:
       part.memory = max(part.memory, most)
 
 
-def main():
+def main() -> None:
   flags = argparse.ArgumentParser(description="What do the stages of the pool cost, and do they do what they should?")
   sizes = dict(prompts=500_000, dims=64, k=10_000, iterations=3, rounds=10, draw=12_500)
   for name, value in sizes.items():
@@ -127,73 +131,86 @@ def main():
       print(line, flush=True)
 
 
-def lines(directory, flags):
-  """Yields what there is to be read, as soon as it is known."""
-  c = alma.get_config("8b")
-  c.shards = -(-flags.prompts // PART)
-  c.embeddings.dims = flags.dims
-  c.clusters.update(dict(k=flags.k, iterations=flags.iterations))
-  c.draw.prompts = flags.draw
+def lines(directory: str | pathlib.Path, flags: argparse.Namespace) -> Iterator[str]:
+  """Runs the stages; yields each line of the output as soon as it is known."""
+  embedder = clusters.Embedder(clusters.EmbeddingOptions(dims=flags.dims), max_prompt_tokens=2048)
+  clustering = clusters.Options(k=flags.k, iterations=flags.iterations)
   meter, drawn = Meter(), []
   with Run(pathlib.Path(directory) / "run") as run:
-    session = stand_in(run)
+    session = stand_in(run, parts=-(-flags.prompts // PART))
     with meter("drafts (made up)"):
-      world = written(session, flags.prompts, c)
+      world = written(session, flags.prompts)
     with measured(meter, world, 2 * flags.dims):
       with meter("prompts: files"):
-        pool = prompts.build(session, world.data, world.drafts, c)
+        pool = prompts.build(session, world.data, world.drafts, prompts.Options())
       yield entered(pool, world)
       with meter("clusters: files"):
-        clustered = clusters.build(session, pool, c)
+        clustered = clusters.build(session, pool, embedder, clustering)
       yield near_their_centroids(clustered)
       for round in range(flags.rounds):
         with meter("draws: files"):
-          drawn.append(draw.build(session, round, [clustered], drawn, c))
+          drawn.append(draw.build(session.at(round), [clustered], drawn, draw.Options(prompts=flags.draw)))
     yield each_once(clustered, drawn, flags.draw)
     yield from table(meter, pool.manifest["rows"], flags)
 
 
 # What is made up
 
+Turns = tuple[dict[str, str], ...]
+
 
 @dataclasses.dataclass(frozen=True)
 class World:
-  drafts: object  # the stage
-  spellings: int
-  oracle: list  # the first texts
-  data: Seeds
+  drafts: Artefact[Prompt]
+  spellings: int  # how many texts equal another one but for their spelling
+  oracle: list[str]  # the first texts
+  data: Data
 
 
-def stand_in(run):
-  """As much of a Session as the stages of the pool use."""
-  bar = lambda *what, **more: tqdm.tqdm(disable=True)
-  base = types.SimpleNamespace(content="made up")
-  return types.SimpleNamespace(run=run, bar=bar, base=base, describe_text=dict, dtype="float32")
+class StandIn(Session[Any]):
+  """A Session whose base model is made up."""
+
+  @property
+  def base(self) -> Checkpoint:
+    return Checkpoint("base", pathlib.Path(), "made up")
+
+  def describe_text(self) -> dict[str, Any]:
+    return {}
 
 
-def written(session, n, c):
-  """The drafts as the model would have written them, and human data: of the evaluation prompts each is a draft, too."""
+def stand_in(run: Run, parts: int) -> StandIn:
+  """As much of a Session as the stages of the pool use, in a run directory."""
+  host: Any = types.SimpleNamespace(dtype="float32", display=Display(speaks=False))
+  mesh: Any = None
+  return StandIn(run, host, mesh, {0: types.SimpleNamespace(seed=0, shards=parts)}, ConfigDict())
+
+
+def written(session: StandIn, n: int) -> World:
+  """Drafts as a model would have written them, and human data whose evaluation prompts are among the drafts."""
   texts, spellings = dedup.prompts(n)
   oracle, asked = texts[:ORACLE], texts[-ASKED:]
   random.Random(0).shuffle(texts)
-  stage = session.run.stage("pool/drafts", {})
-  for part in stage.mine(c.shards):
-    records = [Prompt(prompt_id(turns(text)), turns(text), "synthetic") for text in texts[part :: c.shards]]
-    stage.write_part(part, c.shards, records, Prompt, {"draws": len(records), "usable": len(records)})
+  stage = session.run.stage(layout.pool_stage(0, layout.DRAFTS), {})
+  parts = session.options.shards
+  for part in stage.mine(parts):
+    records = [Prompt(prompt_id(turns(text)), turns(text), "synthetic") for text in texts[part::parts]]
+    stage.write_part(part, parts, records, Prompt, {"draws": len(records), "usable": len(records)})
   stage.finish()
   others = dedup.prompts(2000, seed=1)[0]
   human = {"sft": others[:1000], "judge": others[1000:], "eval": asked}
   rows = {name: [SeedRow(turns(text), None, None, 0) for text in of] for name, of in human.items()}
-  return World(stage, spellings, oracle, Seeds(**rows, digests=dict.fromkeys(rows, "made up")))
+  return World(Artefact(stage, Prompt), spellings, oracle, Data(**rows, digests=dict.fromkeys(rows, "made up")))
 
 
-def turns(text):
+def turns(text: str) -> Turns:
   return ({"role": "user", "content": text},)
 
 
-def states(found, width):
-  """fp32 [n, width] for prompts: their topics' states, of which a few are common, and noise; weights of dimensions
-  fall."""
+def states(found: Sequence[Prompt], width: int) -> np.ndarray:
+  """Made-up hidden states of prompts, fp32 [n, width]: the state of a topic plus noise.
+
+  A few of the 2,000 topics are common, and the scale of the dimensions falls.
+  """
   topics = np.random.default_rng(0).standard_normal((2000, width), np.float32)
   weights = np.cumsum(1 / np.arange(1, len(topics) + 1) ** 0.7)
   ids = shards.id_numbers([prompt.id for prompt in found])
@@ -204,10 +221,12 @@ def states(found, width):
 
 
 @contextlib.contextmanager
-def measured(meter, world, width):
-  """Meanwhile the parts are measured, and what would need a model is made up."""
+def measured(meter: Meter, world: World, width: int) -> Iterator[None]:
+  """Inside, the stages' parts are measured, and made-up states stand in for the model's."""
 
-  def embedded(session, found, c, projection, progress):
+  def points(
+    embedder: clusters.Embedder, session: Any, found: Sequence[Prompt], projection: Any, progress: Callable[[int], Any]
+  ) -> np.ndarray:
     with meter("embeddings (made up)"):
       x = states(found, width)
       if projection is None:
@@ -215,7 +234,7 @@ def measured(meter, world, width):
       x = (x - projection.mean) @ projection.matrix
       return x / np.linalg.norm(x, axis=1, keepdims=True)
 
-  changes = {(clusters, "_embedded"): embedded}
+  changes: dict[tuple[Any, str], Callable[..., Any]] = {(clusters.Embedder, "points"): points}
   for name, (module, function, _) in PARTS.items():
     changes[module, function] = timed(meter, name, getattr(module, function))
   before = {(module, name): getattr(module, name) for module, name in changes}
@@ -228,22 +247,24 @@ def measured(meter, world, width):
       setattr(module, name, function)
 
 
-def timed(meter, name, function):
+def timed(meter: Meter, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+  """The function with its cost counted under `name`."""
+
   @functools.wraps(function)
-  def run(*arguments, **more):
+  def run(*arguments: Any, **more: Any) -> Any:
     with meter(name):
       return function(*arguments, **more)
 
   return run
 
 
-# What must be so
+# Checks of the results
 
 
-def entered(pool, world):
-  """A line about what has entered the pool."""
+def entered(pool: Artefact[Prompt], world: World) -> str:
+  """A line about the prompts that have entered the pool."""
   counts, drafts = pool.manifest["counts"], world.drafts.manifest["rows"]
-  ids = shards.read_ids([pool.part_path(part, pool.parts) for part in range(pool.parts)])
+  ids = pool.ids()
   asked = {prompt_id(row.messages) for row in world.data.eval}
   fresh = drafts - counts["duplicate"] - counts.get("equals_eval_prompt", 0)
   assert fresh == drafts - world.spellings - len(asked), f"a spelling was not recognised: {fresh:,} texts are left"
@@ -265,8 +286,8 @@ def entered(pool, world):
   )
 
 
-def near_their_centroids(pool):
-  """A line about the clusters; the labels of some points are looked at."""
+def near_their_centroids(pool: Pool) -> str:
+  """A line about the clusters; the labels of some points are checked."""
   stage = pool.clusters
   labels, centroids = (shards.load_array(stage.dir / f"{name}.npy") for name in ("labels", "centroids"))
   points = embed.Rows(tuple(map(shards.load_array, sorted((stage.dir.parent / "embeddings").glob("*.npy")))))
@@ -283,12 +304,12 @@ def near_their_centroids(pool):
   )
 
 
-def each_once(pool, drawn, k):
-  """A line about the rounds."""
+def each_once(pool: Pool, drawn: Sequence[Artefact[Prompt]], k: int) -> str:
+  """A line about the draws of all rounds."""
   labels, ids = (shards.load_array(pool.clusters.dir / f"{name}.npy") for name in ("labels", "ids"))
   left = np.bincount(labels)
   for stage in drawn:
-    rows, records = np.load(stage.dir / "rows.npy"), stage.read(Prompt)
+    rows, records = np.load(stage.dir / "rows.npy"), stage.read()
     assert [(r.id, r.cluster) for r in records] == [(f"{ids[row]:016x}", labels[row]) for row in rows]
     given = np.bincount(labels[rows], minlength=len(left))
     assert len(rows) == k and (given >= np.minimum(left, given.max() - 1)).all(), "not spread over the clusters"
@@ -298,12 +319,13 @@ def each_once(pool, drawn, k):
   return f"{len(drawn)} rounds of {k:,}: {len(rows):,} prompts, each once, of {len(np.unique(labels[rows])):,} clusters"
 
 
-# What it costs
+# The cost
 
 
-def table(meter, pool, flags):
+def table(meter: Meter, pool: int, flags: argparse.Namespace) -> Iterator[str]:
+  """Lines: a row per part, the sum, and the rate of k-means."""
   grows = {name: how for name, (_, _, how) in PARTS.items()} | OTHERS
-  more = {"texts": POOL / pool, "k-means": POOL / pool * CLUSTERS / flags.k, None: 0.0}
+  more: Mapping[str | None, float] = {"texts": POOL / pool, "k-means": POOL / pool * CLUSTERS / flags.k, None: 0.0}
   yield f"\n{'':22} {'wall':>9} {'process':>9} {'memory':>9} {'projection':>12}"
   for name, part in meter.parts.items():
     hours = part.cpu * more[grows[name]] / 3600
@@ -321,8 +343,8 @@ def table(meter, pool, flags):
   )
 
 
-def peak():
-  """Bytes of memory that the process has had at most since this was last asked."""
+def peak() -> int:
+  """The most bytes of memory that the process has had since the last call; 0 where the system does not tell."""
   try:
     with open("/proc/self/status") as file:
       most = next(int(line.split()[1]) for line in file if line.startswith("VmHWM:"))
