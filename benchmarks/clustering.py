@@ -40,7 +40,7 @@ from alma_jax.engine import kmeans
 FAISS, SKLEARN, SGEMM, OURS = "faiss", "scikit-learn", "sgemm", "alma_jax"
 
 
-class Found(NamedTuple):
+class Fitted(NamedTuple):
   labels: np.ndarray
   centroids: np.ndarray
   filled: int = 0  # empty clusters
@@ -141,23 +141,23 @@ def mixture(n: int, d: int, k: int) -> np.ndarray:
   return (centres[topics] + rng.standard_normal((n, d), np.float32)) * scales
 
 
-def ours(points: np.ndarray, start: np.ndarray, iterations: int) -> Found:
+def ours(points: np.ndarray, start: np.ndarray, iterations: int) -> Fitted:
   settings = kmeans.Settings(k=len(start), iterations=iterations, tolerance=0.0)
   found = kmeans.fit(points, settings, (0, 0), hooks=kmeans.starting_at(start))
-  return Found(found.labels, found.centroids, found.report["empty_repaired"])
+  return Fitted(found.labels, found.centroids, found.report["empty_repaired"])
 
 
-def by_faiss(points: np.ndarray, start: np.ndarray, iterations: int) -> Found:
+def by_faiss(points: np.ndarray, start: np.ndarray, iterations: int) -> Fitted:
   import faiss  # pyright: ignore[reportMissingImports]  # the [bench] extra has it
 
   faiss.omp_set_num_threads(1)
   n, d = points.shape
   means = faiss.Kmeans(d, len(start), niter=iterations, max_points_per_centroid=n, min_points_per_centroid=1)
   means.train(points, init_centroids=start)
-  return Found(means.index.search(points, 1)[1][:, 0], means.centroids)
+  return Fitted(means.index.search(points, 1)[1][:, 0], means.centroids)
 
 
-def by_sklearn(points: np.ndarray, start: np.ndarray, iterations: int) -> Found:
+def by_sklearn(points: np.ndarray, start: np.ndarray, iterations: int) -> Fitted:
   import warnings
 
   from sklearn import cluster, exceptions
@@ -166,7 +166,7 @@ def by_sklearn(points: np.ndarray, start: np.ndarray, iterations: int) -> Found:
     warnings.simplefilter("ignore", exceptions.ConvergenceWarning)
     how: dict[str, Any] = dict(init=start, n_init=1, max_iter=iterations, tol=0, algorithm="lloyd")
     means = cluster.KMeans(len(start), **how).fit(points)
-  return Found(np.asarray(means.labels_), means.cluster_centers_)
+  return Fitted(np.asarray(means.labels_), means.cluster_centers_)
 
 
 def sgemm(points: np.ndarray, start: np.ndarray, iterations: int) -> None:
@@ -178,7 +178,7 @@ def sgemm(points: np.ndarray, start: np.ndarray, iterations: int) -> None:
         np.matmul(x, c.T, out=out[: len(x), : len(c)])
 
 
-def inertia(points: np.ndarray, found: Found) -> float:
+def inertia(points: np.ndarray, found: Fitted) -> float:
   total = 0.0
   for a in range(0, len(points), 4096):
     apart = points[a : a + 4096] - found.centroids[found.labels[a : a + 4096]]

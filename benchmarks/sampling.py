@@ -88,7 +88,7 @@ class Heavy(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Sizes:
+class Amounts:
   equal: tuple[Equal, ...]
   heavy: Heavy
   choice: tuple[tuple[int, int], ...]  # (rows, vocabulary)
@@ -96,14 +96,14 @@ class Sizes:
   repeats: int
 
 
-FULL = Sizes(
+FULL = Amounts(
   equal=(Equal(64, 128, 32), Equal(16, 512, 24)),
   heavy=Heavy(64, 128, 40, 3, 0.1),
   choice=((2000, 1000), (64, 4096), (256, 128256)),
   draws=400_000,
   repeats=4,
 )
-QUICK = Sizes(
+QUICK = Amounts(
   equal=(Equal(8, 32, 8),), heavy=Heavy(8, 32, 4, 1, 0.04), choice=((200, 1000),), draws=40_000, repeats=1
 )  # fmt: skip
 
@@ -202,7 +202,7 @@ def cpu(f: Callable[[], object]) -> Callable[[], float]:
 
 
 def best(pieces: Mapping[Any, Callable[[], float]], repeats: int) -> dict[Any, float]:
-  """{name: least CPU seconds} of pieces that take turns, once more than `repeats`: the first turn compiles."""
+  """The least CPU seconds of each piece. They take turns, once more than `repeats`, because the first turn compiles."""
   found = [{name: piece() for name, piece in pieces.items()} for _ in range(repeats + 1)]
   return {name: min(times[name] for times in found) for name in pieces}
 

@@ -7,19 +7,18 @@ from engine_models import assert_drawn_from, exact, log_softmax
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alma_jax.engine import choose as engine
-from alma_jax.engine.choose import Decoding, DecodingError
+from alma_jax.engine.choose import Decoding, DecodingError, choose, weights
 
 
-def choose(logits, uniform, decoding):
-  return jax.jit(engine.choose, static_argnums=2)(logits, uniform, decoding)[0]
+def choice(logits, uniform, decoding):
+  return jax.jit(choose, static_argnums=2)(logits, uniform, decoding)[0]
 
 
 def chosen_fractions(logits, temperature, top_p, n=20_000):
   """What part of an even grid of uniform numbers chooses each token."""
   grid = ((np.arange(n) + 0.5) / n).astype(np.float32)
   rows = np.broadcast_to(logits, (n, len(logits))).astype(np.float32)
-  found = choose(rows, grid, Decoding(1, temperature=temperature, top_p=top_p))
+  found = choice(rows, grid, Decoding(1, temperature=temperature, top_p=top_p))
   return np.bincount(np.asarray(found), minlength=len(logits)) / n
 
 
@@ -65,7 +64,7 @@ def test_a_token_of_probability_0_is_never_drawn(top_p):
   numbers = np.concatenate([numbers[numbers < 1], [0.0, 2.0**-24, 1 - 2.0**-24, 1 - 2.0**-23]]).astype(np.float32)
   for start in range(0, len(numbers), n):
     some = np.resize(numbers[start : start + n], n)
-    drawn = np.asarray(choose(np.broadcast_to(logits, (n, vocab)), some, Decoding(1, top_p=top_p)))
+    drawn = np.asarray(choice(np.broadcast_to(logits, (n, vocab)), some, Decoding(1, top_p=top_p)))
     assert (p[drawn] > 0).all()
 
 
@@ -74,18 +73,18 @@ def test_the_ends_of_the_unit_interval_reach_the_ends_of_the_possible_tokens(log
   rows = np.array([logits, logits], np.float32)
   possible = np.flatnonzero(rows[0] > -np.inf)
   for top_p in (1.0, 0.99):
-    drawn = choose(rows, np.array([0.0, 1 - 2.0**-24], np.float32), Decoding(1, top_p=top_p))
+    drawn = choice(rows, np.array([0.0, 1 - 2.0**-24], np.float32), Decoding(1, top_p=top_p))
     assert drawn.tolist() == [possible[0], possible[-1]]
 
 
 def test_greedy_takes_the_lowest_index_of_a_tie():
-  assert choose(np.array([[0.0, 2.0, 2.0]], np.float32), np.array([0.9]), Decoding(1, temperature=0.0)).tolist() == [1]
+  assert choice(np.array([[0.0, 2.0, 2.0]], np.float32), np.array([0.9]), Decoding(1, temperature=0.0)).tolist() == [1]
 
 
 @pytest.mark.parametrize("vocab", [7, 64, 1000, 4096])
 def test_greedy_is_numpys_argmax(vocab):
   logits = np.random.default_rng(vocab).integers(0, 40, (50, vocab)).astype(np.float32)  # full of ties
-  drawn = choose(logits, np.zeros(50, np.float32), Decoding(1, temperature=0.0))
+  drawn = choice(logits, np.zeros(50, np.float32), Decoding(1, temperature=0.0))
   np.testing.assert_array_equal(drawn, logits.argmax(axis=-1))
 
 
@@ -93,7 +92,7 @@ def test_greedy_is_numpys_argmax(vocab):
 @settings(max_examples=25, deadline=None)
 def test_top_k_keeps_the_k_largest_and_their_ties(seed, vocab, k, temperature):
   logits = np.round(np.random.default_rng(seed).normal(size=(3, vocab)) * 2, 1).astype(np.float32)
-  kept = np.asarray(engine.weights(logits, Decoding(1, temperature=temperature, top_k=k))) > 0
+  kept = np.asarray(weights(logits, Decoding(1, temperature=temperature, top_k=k))) > 0
   edge = np.sort(logits, axis=-1)[:, -min(k, vocab)]
   np.testing.assert_array_equal(kept, logits >= edge[:, None])
 
@@ -129,11 +128,11 @@ def test_live_distribution_of_the_next_token_equals_transformers(mixture):
 
   mark = np.zeros((rows, vocab), bool)
   mark[np.arange(rows)[:, None], said] = True
-  w = np.asarray(engine.weights(logits, decoding, mark, np.full(rows, 3)))
+  w = np.asarray(weights(logits, decoding, mark, np.full(rows, 3)))
   np.testing.assert_allclose(w / w.sum(axis=-1, keepdims=True), theirs, atol=1e-5)
   if "min_new_tokens" in mixture:
     assert not w[:, [3, 60]].any()
-    assert np.asarray(engine.weights(logits, decoding, mark, np.full(rows, 4)))[:, [3, 60]].any()
+    assert np.asarray(weights(logits, decoding, mark, np.full(rows, 4)))[:, [3, 60]].any()
 
 
 @pytest.mark.parametrize("mixture", MIXTURES, ids=str)
@@ -142,10 +141,8 @@ def test_draws_follow_the_weights(mixture):
   logits, mark = (2 * rng.normal(size=vocab)).astype(np.float32), rng.random(vocab) < 0.3
   decoding = Decoding(**{"max_new_tokens": 8, "stop_ids": (3, 60)} | mixture)
   rows = [np.broadcast_to(x, (n, *np.shape(x))) for x in (logits, mark, 3)]
-  token, logprob = jax.jit(engine.choose, static_argnums=2)(
-    rows[0], rng.random(n).astype(np.float32), decoding, *rows[1:]
-  )
-  w = np.asarray(engine.weights(logits[None], decoding, mark[None], np.array([3])), np.float64)[0]
+  token, logprob = jax.jit(choose, static_argnums=2)(rows[0], rng.random(n).astype(np.float32), decoding, *rows[1:])
+  w = np.asarray(weights(logits[None], decoding, mark[None], np.array([3])), np.float64)[0]
   if np.count_nonzero(w) > 1:
     assert_drawn_from(w / w.sum(), np.asarray(token))
   raw = log_softmax(logits.astype(np.float64))  # whatever was ruled out or warped

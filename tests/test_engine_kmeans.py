@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alma_jax.engine import kmeans as engine
-from alma_jax.engine import points as places
+from alma_jax.engine import kmeans
 from alma_jax.engine.kmeans import ClusteringError, FitHooks, Settings, fit, mesh_for, starting_at
 from alma_jax.engine.lloyd import programs_for
+from alma_jax.engine.points import mesh_of
 
 KEY = (1, 2)
 MESHES = ((8, 1), (4, 2), (2, 4), (1, 8))
@@ -29,7 +29,7 @@ def points():
 
 
 def mesh(data, k):
-  return places.mesh_of(data, k, jax.devices()[: data * k])
+  return mesh_of(data, k, jax.devices()[: data * k])
 
 
 def from_these(points, centroids, iterations=1, mesh=None, chunk=None, **more):
@@ -189,14 +189,14 @@ def test_only_clusters_of_several_points_are_split():
 
 
 def test_noise_follows_from_key_stream_and_row():
-  noise = engine._noise(7, 3, 50_000)
-  np.testing.assert_array_equal(engine._noise(7, 3, 1000), noise[:1000])
+  noise = kmeans._noise(7, 3, 50_000)
+  np.testing.assert_array_equal(kmeans._noise(7, 3, 1000), noise[:1000])
   assert (
     noise.min() > 0
     and noise.mean() == pytest.approx(1, abs=0.02)
     and np.median(noise) == pytest.approx(np.log(2), abs=0.02)
   )
-  for other in (engine._noise(8, 3, 1000), engine._noise(7, 4, 1000)):
+  for other in (kmeans._noise(8, 3, 1000), kmeans._noise(7, 4, 1000)):
     assert abs(np.corrcoef(other, noise[:1000])[0, 1]) < 0.15
 
 
@@ -205,7 +205,7 @@ def test_seeds_are_drawn_by_squared_distance_to_all_before(points):
   rows = np.zeros(0, int)
   for r, size in enumerate([2, 2, 2, 2, 3, 3, 3, 3]):
     apart = distances(points, points[rows]).min(axis=1) if r else np.ones(1500)
-    score = apart / engine._noise(1 | 2 << 32, r, 1500)
+    score = apart / kmeans._noise(1 | 2 << 32, r, 1500)
     score[rows] = -1
     rows = np.concatenate([rows, np.sort(np.argsort(-score)[:size])])
   np.testing.assert_array_equal(found, points[rows])
@@ -269,7 +269,7 @@ def test_chunks_from_disk_give_what_memory_gives(points, tmp_path, shape):
 
 
 def test_chunks_are_chosen_when_memory_is_short(points, monkeypatch):
-  monkeypatch.setattr(places, "_memory", lambda device: 64_000)
+  monkeypatch.setattr("alma_jax.engine.points._memory", lambda device: 64_000)
   lazy = Lazy([points])
   found = fit(lazy, Settings(20, 2), KEY)
   assert max(stop - start for start, stop in lazy.read) < 600
@@ -277,7 +277,9 @@ def test_chunks_are_chosen_when_memory_is_short(points, monkeypatch):
 
 
 def test_the_mesh_spreads_centroids_only_if_it_must(monkeypatch):
-  monkeypatch.setattr(places, "_memory", lambda device: 4 * 2 * 4 * 100 * 64)  # a quarter holds 100 and their sums
+  monkeypatch.setattr(
+    "alma_jax.engine.points._memory", lambda device: 4 * 2 * 4 * 100 * 64
+  )  # a quarter holds 100 and their sums
 
   def shape(k):
     return tuple(mesh_for(k, 64).shape.values())
@@ -313,9 +315,9 @@ def test_fine_clusters_are_shared_out_in_proportion():
   for k in (1, 7, 90, 500):
     sizes = rng.integers(0, 60, 30) * rng.integers(0, 2, 30)
     k = min(max(k, (sizes > 0).sum()), sizes.sum())
-    shares = engine._shares(k, sizes)
+    shares = kmeans._shares(k, sizes)
     assert shares.sum() == k and (shares <= sizes).all() and (shares >= (sizes > 0)).all()
-  np.testing.assert_array_equal(engine._shares(100, np.array([300, 100, 0, 600])), [30, 10, 0, 60])
+  np.testing.assert_array_equal(kmeans._shares(100, np.array([300, 100, 0, 600])), [30, 10, 0, 60])
 
 
 def test_a_sample_is_part_of_the_points(points):
@@ -450,7 +452,7 @@ def test_a_value_that_is_not_finite_is_named_by_its_point(points, more, bad):
 
 def test_a_bad_row_of_a_sample_has_its_own_number(points):
   points = points.copy()
-  points[np.setdiff1d(np.arange(1500), engine._largest(-engine._noise(1 | 2 << 32, engine.SAMPLE, 1500), 500))] = 0
+  points[np.setdiff1d(np.arange(1500), kmeans._largest(-kmeans._noise(1 | 2 << 32, kmeans.SAMPLE, 1500), 500))] = 0
   row = int(np.flatnonzero(points.any(axis=1))[60])
   points[row, 3] = np.nan
   with pytest.raises(ClusteringError, match=f"point {row} "):

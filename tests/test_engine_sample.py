@@ -9,10 +9,10 @@ import pytest
 from engine_models import CONFIG, assert_drawn_from, exact, logprobs, on_mesh, stacked, unrolled
 from fixtures.make_llama_fixtures import hf_model
 
-from alma_jax.engine import sample as engine
-from alma_jax.engine import slots as memory
-from alma_jax.engine.sample import Decoding, Limits, Request, SamplingHooks, sample
-from alma_jax.engine.slots import PREFILL_ROWS, Load, SlotsError, shapes_for, slots_that_fit
+from alma_jax.engine import sample
+from alma_jax.engine.choose import Decoding
+from alma_jax.engine.sample import Limits, Request, SamplingHooks
+from alma_jax.engine.slots import MOST_SLOTS, PREFILL_ROWS, Load, SlotsError, bytes_of, shapes_for, slots_that_fit
 from alma_jax.llama import model as llama
 from alma_jax.llama import sharding, weights
 
@@ -30,7 +30,7 @@ def make_requests(n, distinct, seed=0):
 
 
 def run(requests, decoding, slots=4, model=None, mesh=None, **hooks):
-  return sample(model or unrolled(), requests, decoding, Limits(slots, 32), mesh, SamplingHooks(**hooks))
+  return sample.sample(model or unrolled(), requests, decoding, Limits(slots, 32), mesh, SamplingHooks(**hooks))
 
 
 def tokens_of(results):
@@ -108,7 +108,7 @@ def test_slots_and_room_for_prompts_do_not_change_the_tokens(warm):
   requests = make_requests(24, 20)
   # With 32 slots all 20 distinct prompts start together: more than are prefilled in one call.
   assert PREFILL_ROWS < 20 == len({r.prompt for r in requests})
-  results = sample(unrolled(), requests, WARM, Limits(32, longest_prompt=60))
+  results = sample.sample(unrolled(), requests, WARM, Limits(32, longest_prompt=60))
   assert tokens_of(results) == tokens_of(warm)
   for result, other in zip(results, warm, strict=True):
     np.testing.assert_allclose(result.logprobs, other.logprobs, atol=1e-5)
@@ -140,13 +140,13 @@ def test_eight_devices_sample_what_one_does(tensor, warm):
 
 
 def test_every_device_holds_its_own_part_of_the_cache_from_the_start(monkeypatch):
-  mesh, fill, seen = sharding.make_mesh(data=4, tensor=2), engine._fill, []
+  mesh, fill, seen = sharding.make_mesh(data=4, tensor=2), sample._fill, []
 
   def watched(model, state, *rest, **more):
     seen.extend(shard.data.shape for shard in state["cache"][0][0].addressable_shards)
     return fill(model, state, *rest, **more)
 
-  monkeypatch.setattr(engine, "_fill", watched)
+  monkeypatch.setattr(sample, "_fill", watched)
   run(make_requests(1, 1), WARM, 4, on_mesh(unrolled(), mesh, sharding.DECODE), mesh=mesh)
   assert seen == [(4, NEW, CONFIG.kv_heads // 2, CONFIG.head_dim)] * 8
 
@@ -173,15 +173,15 @@ def test_samples_that_share_their_prompts_keys_are_those_that_do_not(n):
 
 
 def test_a_head_that_prompts_share_is_computed_once_and_changes_nothing(monkeypatch):
-  rng, seen, head = np.random.default_rng(3), [], engine._head
+  rng, seen, head = np.random.default_rng(3), [], sample._head
   start = tuple(rng.integers(1, CONFIG.vocab, 40).tolist())
   requests = many_samples(1, 24, length=(5, 20), head=start)
   monkeypatch.setattr(
-    engine, "_head", lambda model, tokens, *rest, **more: seen.append(1) or head(model, tokens, *rest, **more)
+    sample, "_head", lambda model, tokens, *rest, **more: seen.append(1) or head(model, tokens, *rest, **more)
   )
-  together = sample(unrolled(), requests, WARM, Limits(8, 64))
+  together = sample.sample(unrolled(), requests, WARM, Limits(8, 64))
   assert len(seen) == 1
-  apart = [sample(unrolled(), [r], WARM, Limits(8, 64))[0] for r in requests]
+  apart = [sample.sample(unrolled(), [r], WARM, Limits(8, 64))[0] for r in requests]
   assert len(seen) == 1  # one prompt alone shares nothing
   assert tokens_of(together) == tokens_of(apart)
   for a, b in zip(together, apart, strict=True):
@@ -194,8 +194,8 @@ def test_eight_devices_share_prompts_and_heads_as_one_does(tensor):
   head = tuple(np.random.default_rng(3).integers(1, CONFIG.vocab, 40).tolist())
   requests = [*many_samples(9, 11), *many_samples(2, 12, head=head, seed=1)]
   penal = dataclasses.replace(WARM, repetition_penalty=1.2)
-  wanted = sample(unrolled(), requests, penal, Limits(16, 80))
-  found = sample(on_mesh(unrolled(), mesh, sharding.DECODE), requests, penal, Limits(4, 80), mesh)
+  wanted = sample.sample(unrolled(), requests, penal, Limits(16, 80))
+  found = sample.sample(on_mesh(unrolled(), mesh, sharding.DECODE), requests, penal, Limits(4, 80), mesh)
   assert tokens_of(found) == tokens_of(wanted)
 
 
@@ -251,14 +251,14 @@ def test_live_greedy_tokens_equal_transformers_generate(kind, penalty):
   rng = np.random.default_rng(9)
   prompts = [tuple(rng.integers(3, model.c.vocab, n).tolist()) for n in (3, 11, 7)]
   decoding = Decoding(NEW, (), temperature=0.0, repetition_penalty=penalty)
-  ours = sample(model, [Request(p, (0, 0)) for p in prompts], decoding, Limits(2))
+  ours = sample.sample(model, [Request(p, (0, 0)) for p in prompts], decoding, Limits(2))
   options = dict(max_new_tokens=NEW, do_sample=False, repetition_penalty=penalty, eos_token_id=None, pad_token_id=0)
   for prompt, result in zip(prompts, ours, strict=True):
     theirs = hf.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), **options)
     assert result.tokens == tuple(theirs[0, len(prompt) :].tolist())
   if penalty != 1:
     unpunished = dataclasses.replace(decoding, penalize_prompt=False)
-    free = sample(model, [Request(p, (0, 0)) for p in prompts], unpunished, Limits(2))
+    free = sample.sample(model, [Request(p, (0, 0)) for p in prompts], unpunished, Limits(2))
     assert tokens_of(free) != tokens_of(ours)
     options["logits_processor"] = [RepetitionPenaltyLogitsProcessor(penalty, len(prompts[0]))]
     theirs = hf.generate(torch.tensor([prompts[0]]), **(options | {"repetition_penalty": 1.0}))
@@ -269,7 +269,7 @@ def test_live_greedy_tokens_equal_transformers_generate(kind, penalty):
 
 
 def compiled_sizes():
-  return [f._cache_size() for f in (engine._empty, engine._head, engine._fill, engine._start, engine._segment)]
+  return [f._cache_size() for f in (sample._empty, sample._head, sample._fill, sample._start, sample._segment)]
 
 
 @pytest.mark.parametrize("devices", [1, 8])
@@ -278,7 +278,7 @@ def test_other_prompts_and_another_checkpoint_compile_nothing(devices):
 
   def run_on_mesh(seed, prompts):
     model = unrolled(seed=seed) if mesh is None else on_mesh(unrolled(seed=seed), mesh, sharding.DECODE)
-    sample(model, many_samples(9, prompts, length=(17, 30), seed=seed), WARM, Limits(4, 32), mesh)
+    sample.sample(model, many_samples(9, prompts, length=(17, 30), seed=seed), WARM, Limits(4, 32), mesh)
 
   run_on_mesh(0, 9)
   sizes = compiled_sizes()
@@ -291,10 +291,10 @@ def test_a_segment_updates_the_cache_where_it_is():
   c = dataclasses.replace(CONFIG, depth=8)
   model, decoding = jax.jit(lambda: llama.unrolled(llama.init(c, 0)))(), Decoding(max_new_tokens=1024)
   for samples in (1, 40):  # with prefixes of their own, and in tiles
-    call = engine._Sampler(model, many_samples(samples, 2), decoding, shapes_for(16, 32, samples), None)
+    call = sample._Sampler(model, many_samples(samples, 2), decoding, shapes_for(16, 32, samples), None)
     call.refill()
     tiles = None if call.shapes.tile == 1 else call.tiles()
-    compiled = engine._segment.lower(model, call.state, tiles, decoding=decoding, steps=4, mesh=None).compile()
+    compiled = sample._segment.lower(model, call.state, tiles, decoding=decoding, steps=4, mesh=None).compile()
     memory = compiled.memory_analysis()
     cache = 2 * c.depth * 16 * 1024 * c.kv_heads * c.head_dim * 4
     assert memory.alias_size_in_bytes > cache  # donated
@@ -306,9 +306,9 @@ def test_slots_are_counted_from_the_memory_that_is_free():
     return slots_that_fit(unrolled(), WARM, Load(64, 8), free, None, wanted)
 
   assert fit(None) == 64 and fit(None, wanted=7) == 7
-  assert fit(2**40) == memory.MOST_SLOTS
+  assert fit(2**40) == MOST_SLOTS
   half = fit(2**22)
-  assert 8 <= half < memory.MOST_SLOTS
+  assert 8 <= half < MOST_SLOTS
   assert fit(2**22, wanted=half) == half
   with pytest.raises(SlotsError, match=rf"engine.slots is 500.*\b{half} would fit"):
     fit(2**22, wanted=500)
@@ -319,9 +319,9 @@ def test_slots_are_counted_from_the_memory_that_is_free():
 @pytest.mark.parametrize("slots, samples", [(8, 1), (8, 3), (64, 9), (64, 100)])
 def test_a_call_holds_no_more_than_is_counted(slots, samples):
   model, shapes = unrolled(), shapes_for(slots, 32, samples)
-  state = jax.eval_shape(lambda: engine._empty(model, shapes, WARM, None))
+  state = jax.eval_shape(lambda: sample._empty(model, shapes, WARM, None))
   held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-  assert held <= memory.bytes_of(model, WARM, shapes, None)
+  assert held <= bytes_of(model, WARM, shapes, None)
 
 
 def test_progress_hears_of_every_request_and_token(warm):

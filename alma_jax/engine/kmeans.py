@@ -7,7 +7,7 @@
   found = fit(points, settings, key, hooks=starting_at(centroids))   # no seeding: from these centroids
 
 `points` is anything with a shape (n, d), a dtype and points[a:b]: an array, a memory map, a view over many `.npy`. Half
-precision stays as it is until it reaches a tile; everything is summed in fp32. What to expect:
+precision is kept until it reaches a tile; everything is summed in fp32. What to expect:
 
 - The points-by-centroids matrix never exists: a tile of centroids meets one tile of points after the other, and every
   point keeps the best score so far. Of equally near centroids the lowest counts.

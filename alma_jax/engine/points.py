@@ -10,7 +10,7 @@
 import functools
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -66,8 +66,8 @@ def mesh_of(data: int, k: int, devices: Sequence[Any]) -> Mesh:
 
 
 def mesh_for(k: int, d: int, devices: Sequence[Any] | None = None) -> Mesh:
-  """A mesh ("data", "k") over the devices (default: all of all hosts): all on "data" while centroids and sums take at
-  most a quarter of a device's memory, else the fewest on "k" with which they do."""
+  """A mesh ("data", "k") over the devices (default: those of all hosts), with as few of them along "k" as let centroids
+  and sums take at most a quarter of a device's memory."""
   devices = jax.devices() if devices is None else devices
   room = _room(devices) // 4
   ways = [w for w in range(1, len(devices) + 1) if len(devices) % w == 0]
@@ -101,8 +101,16 @@ def _up(n: int, step: int) -> int:
 
 
 def power_of_two(n: int) -> int:
-  """The next one."""
+  """The least one that is at least n."""
   return 1 << (n - 1).bit_length()
+
+
+class Loaded(NamedTuple):
+  """A chunk on the devices."""
+
+  x: Array  # [rows, d]
+  squares: Array  # [rows] |x|^2
+  wrong: Array  # where the first point is that is not finite, or at least `rows`
 
 
 class Points:
@@ -117,7 +125,7 @@ class Points:
     self.dtype = np.dtype(source.dtype)
     if self.dtype.itemsize != 2 or self.dtype.kind in "iu":
       self.dtype = np.dtype(np.float32)
-    self.held: tuple[Array, Array, Array] | None = None  # the only chunk, once it is read
+    self.held: Loaded | None = None  # the only chunk, once it is read
     # L, the rows of a device, are a whole number of tiles; a chunk has L rows for each device along "data".
     each = -(-min(self.n, chunk or self._fitting(k), 1 << 30) // mesh.shape["data"])
     each = power_of_two(each) if rounded else each
@@ -142,8 +150,8 @@ class Points:
       running = at, wrong, f(x, squares, min(self.n - at, self.rows))
     return [*found, self._ended(*running)] if running else found
 
-  def _read(self, at: int) -> tuple[Array, Array, Array]:
-    """The chunk from row `at` on: x, |x|^2, and where the first point is that is not finite."""
+  def _read(self, at: int) -> Loaded:
+    """The chunk from row `at` on."""
     rows = min(self.n - at, self.rows)
 
     @functools.cache  # devices that differ in "k" only hold the same rows
@@ -158,10 +166,10 @@ class Points:
       return share(*index[0].indices(self.rows)[:2])
 
     x = jax.make_array_from_callback((self.rows, self.d), NamedSharding(self.mesh, P("data")), read)
-    squares, wrong = look_for(self.mesh)(x, rows)
+    loaded = Loaded(x, *look_for(self.mesh)(x, rows))
     if self.rows >= self.n:
-      self.held = x, squares, wrong
-    return x, squares, wrong
+      self.held = loaded
+    return loaded
 
   def _ended(self, at: int, wrong: Array, result: Any) -> Any:
     if int(wrong) < self.rows:

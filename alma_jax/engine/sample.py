@@ -66,11 +66,9 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingHooks:
-  """`progress(requests, tokens)` hears what is finished. `ends(request, tokens, seen)` ends a request before a stop
-  token does: it is asked after every segment, gives how many of the drawn tokens are kept, or None, and has `seen` the
-  first so many of them before."""
-
-  progress: Callable[[int, int], object] | None = None
+  progress: Callable[[int, int], object] | None = None  # hears how many requests and tokens are finished
+  # ends(request, tokens, seen) is asked after every segment about the tokens drawn so far; the first `seen` of them it
+  # has been asked about before. A number ends the request with so many tokens, None lets it go on.
   ends: Callable[[Request, tuple[int, ...], int], int | None] | None = None
 
 
@@ -331,7 +329,14 @@ class _Sampler:
     return bool((self.holds >= 0).any())
 
   def _take(self, replica: int) -> tuple[Fills, list[_Seat]]:
-    """What to prefill and which requests to seat on a replica: as many as one prefill serves."""
+    """What to prefill and which requests to seat on a replica: as many as one prefill serves.
+
+    Slots 3, 4 and 5 are free, r8 of prompt p in row 0 is at hand, and the queue has chunks (q: r9), (s: r10 r11):
+
+      slot 3  r8, row 0      the last request at hand
+      slot 4  r9, row 1      the chunk of q, whose keys row 1 holds
+      slot 5  r10, row 2     the chunk of s, to be prefilled into row 2, which no live slot reads; r11 is at hand
+    """
     shapes, fills, seats = self.shapes, [], []
     mine = slice(replica * shapes.slots, (replica + 1) * shapes.slots)
     holds, row_of, prompts, waiting = self.holds[mine], self.row[mine], self.prompts[replica], self.waiting[replica]

@@ -160,19 +160,19 @@ def _results(
   waiting = None
   for work in itertools.chain(_calls(model, rows, least, setup, mesh), [None]):
     # The devices run the next call while the host reads the last one.
-    started = work and (work, program(*work.arrays, mesh=mesh))
+    started = work and (work.rows, program(*work.arrays, mesh=mesh), work.tokens)
     if waiting:
-      call, found = waiting[0].call, np.asarray(waiting[1])
-      members = [(b, row.indices) for b, row in enumerate(call.rows) if row]
+      found, tokens = np.asarray(waiting[1]), waiting[2]
+      members = [(b, row.indices) for b, row in enumerate(waiting[0]) if row]
       for b, indices in members:
         yield indices, found[b]
       if setup.progress:
-        setup.progress(sum(len(indices) for _, indices in members), waiting[0].tokens)
+        setup.progress(sum(len(indices) for _, indices in members), tokens)
     waiting = started
 
 
 class _Work(NamedTuple):
-  call: buckets.Call
+  rows: list[buckets.Suffix | None]  # [B]
   arrays: tuple[llama.Prefix, np.ndarray, np.ndarray]  # each tile's prefix, tokens [B, T], lengths [B]
   tokens: int  # that were computed since the last call
 
@@ -180,8 +180,12 @@ class _Work(NamedTuple):
 def _calls(
   model: Llama, rows: Sequence[tuple[Ids, Ids]], least: int, setup: Setup, mesh: Mesh | None
 ) -> Iterator[_Work]:
-  """Yields the calls that score all rows: for each opening its keys, for each wave its prefixes', for each call those
-  of its tiles, chosen from the wave's (see buckets.waves)."""
+  """Yields the calls that score all rows, with keys and values of three kinds (see buckets.waves):
+
+  shared   [1]    the opening's, once for all waves whose prefixes begin with it
+  held     [P]    those of a wave's prefixes, the opening included
+  chosen   [n]    those that the tiles of one call continue, copied out of `held`
+  """
   ways = replicas(mesh)
   for opening, grouped in _grouped(rows, setup.common).items():
     shared, tokens = None, len(opening)
@@ -194,7 +198,7 @@ def _calls(
         suffixes = [row and row.ids for row in call.rows]
         arrays = buckets.padded(suffixes, _width(suffixes), least)
         tokens += sum(len(suffix) for suffix in suffixes if suffix)
-        yield _Work(call, (_chosen(held, call.prefixes, mesh=mesh), *arrays), tokens)
+        yield _Work(call.rows, (_chosen(held, call.prefixes, mesh=mesh), *arrays), tokens)
         tokens = 0
       del held  # before the next wave's are computed
 
