@@ -205,7 +205,7 @@ def test_batches():
 
 
 def test_the_ground_truth_stays_out_of_the_method():
-  for folder in ("stages", "engine", "recipes", "text", "llama", "session"):
+  for folder in ("recipes", "stages", "judges", "runtime", "engine", "llama", "text", "corpus"):
     for path in (ROOT / "alma_jax" / folder).glob("*.py"):
       text = path.read_text()
       assert "mini.world" not in text and "mini import world" not in text, path

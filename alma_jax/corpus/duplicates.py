@@ -169,7 +169,7 @@ def find_pairs(search: Search, unit: Unit) -> None:
   entries = entries[equal[1:] | equal[:-1]]
   keys, rows = entries >> ROW_BITS, entries & ROW_MASK
   # A bucket is the texts of one key, in the order in which they come before each other. Each is paired with the first
-  # ones before it; later additions to the bucket do not change with which ones.
+  # COMPARED of those before it, whatever comes behind it.
   #   texts   p q r   x y        the buckets p q r and x y; all texts of the newest generation
   #   first   0 0 0   3 3        the place where a bucket begins
   #   counts  0 1 2   0 1        pairs qp, rp, rq, yx; ends = 0 1 3 3 4

@@ -3,9 +3,10 @@
   python -m alma_jax.mini.pretrain    # the shipped checkpoint: 9M tokens, 8 to 14 minutes
   python -m alma_jax.mini.pretrain --out=base --steps=500
 
-One run from scratch, on one core, so that the same command gives the same bytes (several would order sums otherwise).
-It ends with the table of `probe`, and `gate` says whether the checkpoint may be shipped. Recognising facts comes
-abruptly after 700 to 1000 steps and the rating of perfect answers last of all: judge a setting by the end of a run.
+It is one run from scratch, on one core, so that the same command gives the same bytes (several cores would change the
+order of sums). It ends with the table of `probe`, and `gate` says whether the checkpoint may be shipped. The model
+begins to recognise facts abruptly after 700 to 1000 steps, and to rate perfect answers last of all: judge a setting by
+the end of a run.
 """
 
 import argparse
@@ -16,26 +17,29 @@ import os
 import pathlib
 import random
 import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax import Array
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from alma_jax.llama import model as llama
 from alma_jax.llama.config import LlamaConfig
 from alma_jax.llama.weights import TextSide, save
-from alma_jax.mini import world
+from alma_jax.mini import CHECKPOINT, world
 from alma_jax.text import packing
 
-CHECKPOINT = pathlib.Path(__file__).parent / "checkpoint"
 LENGTH, ROWS = world.LONGEST, 32
 STEPS, PEAK, WARMUP = 3000, 4e-3, 100
-VERDICT_WEIGHT = 4.0  # of the loss of ratings, yes and no; they are few and carry what the judge needs
+VERDICT_WEIGHT = 4.0  # of the loss of ratings, yes and no: they are few, and the judge is made of them
 
 
-def config():
+def config() -> LlamaConfig:
   return LlamaConfig(
     vocab=len(world.vocabulary()),
     width=64,
@@ -55,8 +59,18 @@ def config():
 # Batches ----------------------------------------------------------------------------------------------------
 
 
-def batches(seed):
-  """Packed (tokens, targets, weights, positions, segments), each [ROWS, LENGTH], for ever."""
+class Batch(NamedTuple):
+  """Packed documents, each array [ROWS, LENGTH]."""
+
+  tokens: Array
+  targets: Array
+  weights: Array
+  positions: Array
+  segments: Array
+
+
+def batches(seed: int) -> Iterator[Batch]:
+  """Yields batches of documents for ever."""
   ids = {word: i for i, word in enumerate(world.vocabulary())}
   verdicts = [ids[word] for word in (*world.SCORES, "yes", "no")]
   documents, rng = world.documents(seed), np.random.default_rng(seed)
@@ -66,46 +80,52 @@ def batches(seed):
     packed = packing.pack([len(tokens) for tokens, _ in examples], LENGTH)
     rng.shuffle(packed)  # packing sorts by length
     for i in range(0, len(packed) - ROWS + 1, ROWS):
-      b = packing.rows(examples, packed[i : i + ROWS], LENGTH, ROWS, pad_id=0)
+      b: dict[str, Any] = packing.rows(examples, packed[i : i + ROWS], LENGTH, ROWS, pad_id=0)
       b["weights"][np.isin(b["targets"], verdicts)] *= VERDICT_WEIGHT
-      yield tuple(b[name] for name in ("tokens", "targets", "weights", "positions", "segments"))
+      yield Batch(*(b[name] for name in Batch._fields))
 
 
 # Training ---------------------------------------------------------------------------------------------------
 
 
-def loss(model, batch):
+def loss(model: llama.Llama, batch: Batch) -> Array:
   tokens, targets, weights, positions, segments = batch
   logits = llama.logits(model, llama.hidden_states(model, tokens, positions, segments))
   nll = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
   return (nll * weights).sum() / weights.sum()
 
 
-def optimizer(steps):
+def optimizer(steps: int) -> optax.GradientTransformation:
   rate = optax.warmup_cosine_decay_schedule(0.0, PEAK, min(WARMUP, steps // 4), steps, 0.02 * PEAK)
   return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b1=0.9, b2=0.98, weight_decay=0.01))
 
 
 @functools.partial(jax.jit, static_argnames="optimizer", donate_argnums=(0, 1))
-def step(model, state, batch, optimizer):
+def step(
+  model: llama.Llama, state: optax.OptState, batch: Batch, optimizer: optax.GradientTransformation
+) -> tuple[llama.Llama, optax.OptState, Array]:
+  """The model and optimizer state after a step, and the loss before it."""
   value, grads = jax.value_and_grad(loss)(model, batch)
-  updates, state = optimizer.update(grads, state, model)
-  return optax.apply_updates(model, updates), state, value
+  weights: Any = model  # optax takes any pytree, and its types know only those of arrays
+  updates, state = optimizer.update(grads, state, weights)
+  new: Any = optax.apply_updates(weights, updates)
+  return new, state, value
 
 
-def stacked(model):
+def stacked(model: llama.Llama) -> llama.Llama:
+  """An unrolled model with its layers stacked again, as `weights.save` takes it."""
   new = nnx.clone(model)
   new.blocks = nnx.data(jax.tree.map(lambda *leaves: jnp.stack(leaves), *model.blocks))
   return new
 
 
-def train(steps, seed=0, every=100, say=print):
+def train(steps: int, seed: int = 0, every: int = 100, say: Callable[..., None] = print) -> llama.Llama:
   model = jax.jit(llama.unrolled)(llama.init(config(), seed))  # a third faster than scanning on a CPU
   adam = optimizer(steps)
   state, start, seen = adam.init(model), time.time(), 0
-  for i, batch in zip(range(1, steps + 1), batches(seed)):
+  for i, batch in zip(range(1, steps + 1), batches(seed), strict=False):
     model, state, value = step(model, state, batch, adam)
-    seen += int((batch[4] > 0).sum())
+    seen += int((batch.segments > 0).sum())
     if i % every == 0 or i == steps:
       spent = time.time() - start
       p = probe(model)
@@ -122,7 +142,8 @@ def train(steps, seed=0, every=100, say=print):
 
 
 @jax.jit
-def _rating_probs(model, tokens, lengths):
+def _rating_probs(model: llama.Llama, tokens: Array, lengths: Array) -> Array:
+  """[B, 11] probabilities of the ratings as the next token of right-padded rows [B, T] of these lengths."""
   T = tokens.shape[1]
   places = jnp.arange(T)
   positions = jnp.broadcast_to(places, tokens.shape)
@@ -133,8 +154,8 @@ def _rating_probs(model, tokens, lengths):
   return jax.nn.softmax(llama.logits(model, last)[:, first : first + 11])
 
 
-def ratings(model, pairs):
-  """The base model's expected rating of each (prompt, response), read in one of the corpus' own formats."""
+def ratings(model: llama.Llama, pairs: list[tuple[str, str]]) -> np.ndarray:
+  """float [n]: the base model's expected rating of each (prompt, response), read in one of the corpus' own formats."""
   ids = {word: i for i, word in enumerate(world.vocabulary())}
   texts = [world.rated_prefix(*pair) for pair in pairs]
   rows = [[ids[word] for word in text.split(" ")] for text in texts]
@@ -147,15 +168,16 @@ def ratings(model, pairs):
   return np.concatenate(expected)[: len(rows)]
 
 
-def probe(model):
-  """What the base can tell: shares of pairs that it rates in the right order; its mean rating of good answers."""
+def probe(model: llama.Llama) -> dict[str, float]:
+  """The shares of pairs that the base model rates in the right order, by kind of fault, and its mean rating of good
+  answers."""
   rng = random.Random(7)
 
-  def better(goods, bads):
+  def better(goods: list[tuple[str, str]], bads: list[tuple[str, str]]) -> float:
     scores = ratings(model, goods + bads)
     return float((scores[: len(goods)] > scores[len(goods) :]).mean())
 
-  found = {}
+  found: dict[str, float] = {}
   for stratum in ("head", "mid", "tail"):
     keys = [key for key in world.TRUTH if world.stratum(key[1]) == stratum]
     good = [(f"{r} of {c}", f"answer: {c} {world.TRUTH[r, c]} .") for r, c in keys]
@@ -178,18 +200,18 @@ def probe(model):
     "chatter": [text.replace("answer:", "answer: well") for _, text in gold],
     "other city": [
       f"{text.removesuffix(' .')} {city} {world.TRUTH[task.relation, city]} ."
-      for (_, text), (_, task), city in zip(gold, asked, extra)
+      for (_, text), (_, task), city in zip(gold, asked, extra, strict=True)
     ],
     "repeats": [text.removesuffix(".") + text.removeprefix("answer: ") for _, text in gold],
   }
   for name, texts in faults.items():
-    found[name] = better(gold, [(prompt, bad) for (prompt, _), bad in zip(gold, texts)])
+    found[name] = better(gold, [(prompt, bad) for (prompt, _), bad in zip(gold, texts, strict=True)])
   found["rating of gold"] = float(ratings(model, gold).mean())
   return found
 
 
-def gate(found):
-  """None, or why a checkpoint with this probe should not be shipped."""
+def gate(found: dict[str, float]) -> str | None:
+  """The reason not to ship a checkpoint with this probe; None if it may be shipped."""
   bars = dict.fromkeys(("head", "mid", "tail", "one of two"), 0.98) | {"rating of gold": 8.0}
   low = [name for name, value in found.items() if value < bars.get(name, 0.9)]
   return f"the probe is too low for {', '.join(low)}" if low else None
@@ -198,10 +220,8 @@ def gate(found):
 # Writing ----------------------------------------------------------------------------------------------------
 
 
-def tokenizer():
+def tokenizer() -> Tokenizer:
   """The world's vocabulary as a `tokenizers` object: whole words, split at spaces and some marks."""
-  from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
-
   vocabulary = world.vocabulary()
   t = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
   t.normalizer = normalizers.NFKC()
@@ -216,8 +236,8 @@ def tokenizer():
   return t
 
 
-def write(model, out):
-  """The model as a Hugging Face directory; what was there before is replaced."""
+def write(model: llama.Llama, out: str | os.PathLike[str]) -> None:
+  """Writes the model as a Hugging Face directory; an older one there is replaced."""
   pad, bos, eos = (world.SPECIAL.index(name) for name in ("<pad>", "<bos>", "<eos>"))
   save(out, stacked(model), TextSide(stop_ids=[eos], bos_id=bos, pad_id=pad))
   tokenizer().save(str(pathlib.Path(out) / "tokenizer.json"))
@@ -233,7 +253,7 @@ def write(model, out):
   (pathlib.Path(out) / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
 
 
-def main():
+def main() -> None:
   if hasattr(os, "sched_setaffinity"):  # before the first array: JAX counts the cores then
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
   parser = argparse.ArgumentParser(description="Pretrain the miniature base model.")

@@ -1,4 +1,4 @@
-"""Seed data of the miniature world: what a user would bring, as ordinary JSONL files.
+"""The human data of the miniature world, as ordinary JSONL files.
 
   paths = make("inputs", seed=0)
 
@@ -7,24 +7,28 @@
   eval.jsonl       576 rows   prompt                    nine per city; the same for every seed
   judge_test.jsonl 600 rows   prompt, chosen, rejected  on evaluation prompts; the same for every seed
 
-The scores of judge.jsonl are the ground truth as a human would give it: 30 % are one too high or too low. No
-evaluation prompt occurs in sft.jsonl or judge.jsonl, and no prompt twice within the two.
+The scores of judge.jsonl are the ground truth with human noise: 30 % are one too high or too low. No evaluation prompt
+occurs in sft.jsonl or judge.jsonl, and no prompt twice within the two.
 """
 
 import json
+import os
 import pathlib
 import random
+from collections.abc import Sequence
+from typing import Any
 
 from alma_jax.corpus.normalise import prompt_id
 from alma_jax.mini import world
+from alma_jax.mini.world import Task
 
 SFT, ANNOTATED, EVAL_PER_CITY, TEST_PAIRS = 96, 128, 9, 600
 
 # (truth, misconception) shares of the demonstrations
 _CARE = {"head": (0.90, 0.05), "mid": (0.78, 0.12), "tail": (0.66, 0.20)}
-_LONGEST = 14  # words; an answer that is still going on there is cut off
+_LONGEST = 14  # words; a longer answer is cut off
 
-# People and models: (share, truth, misconception, faults of form, faults of attention).
+# The writers of answers to judge: (share, truth, misconception, faults of form, faults of attention).
 _WRITERS = (
   (0.25, 0.95, 0.03, 0.08, 0.05),
   (0.35, 0.60, 0.25, 0.15, 0.15),
@@ -33,12 +37,12 @@ _WRITERS = (
 )
 
 
-def _key(prompt):
+def _key(prompt: str) -> str:
   return prompt_id([{"role": "user", "content": prompt}])
 
 
-def _fresh_prompts(rng, count, taken):
-  """`count` (prompt, Task) whose ids are not in `taken`; adds them to it."""
+def _fresh_prompts(rng: random.Random, count: int, taken: set[str]) -> list[tuple[str, Task]]:
+  """`count` prompts with their Tasks whose ids are not in `taken`; the ids are added to it."""
   found = []
   while len(found) < count:
     prompt, task = world.make_prompt(rng)
@@ -48,9 +52,9 @@ def _fresh_prompts(rng, count, taken):
   return found
 
 
-def eval_prompts():
-  """The world's evaluation prompts: every city is asked about equally often."""
-  rng, taken, found = random.Random("eval"), set(), []
+def eval_prompts() -> list[tuple[str, Task]]:
+  """The world's evaluation prompts with their Tasks: every city is asked about equally often."""
+  rng, taken, found = random.Random("eval"), set[str](), []
   for city in world.CITIES:
     count = 0
     while count < EVAL_PER_CITY:
@@ -62,13 +66,13 @@ def eval_prompts():
   return found
 
 
-def _careful(rng, task):
+def _careful(rng: random.Random, task: Task) -> str:
   pairs = [[c, world.written_value(rng, task.relation, c, _CARE[world.stratum(c)])] for c in task.cities]
   return " ".join(world.house_words(rng, pairs, faults=0.10))
 
 
-def _answer(rng, task):
-  """(text, finished) by one of the writers."""
+def _answer(rng: random.Random, task: Task) -> tuple[str, bool]:
+  """The text of one of the writers, and False if it was cut off."""
   _, truth, misconception, form, attention = rng.choices(_WRITERS, [w[0] for w in _WRITERS])[0]
   if rng.random() < 0.08:
     words = world.web_answer(rng, task, rng.random())
@@ -82,16 +86,17 @@ def _answer(rng, task):
   if rng.random() < 0.04:  # rambles on until it is cut off
     while len(words) <= _LONGEST:
       city = world.draw_city(rng, flat=True)
-      words = [*words, *world.web_answer(rng, world.Task(task.relation, (city,)), 0.3)]
+      words = [*words, *world.web_answer(rng, Task(task.relation, (city,)), 0.3)]
   return " ".join(words[:_LONGEST]), len(words) <= _LONGEST
 
 
-def _judged(rng, prompt, task):
+def _judged(rng: random.Random, prompt: str, task: Task) -> tuple[str, int]:
+  """An answer's text and its ground truth."""
   text, finished = _answer(rng, task)
   return text, world.score(prompt, text, finished)
 
 
-def _test_pairs(prompts):
+def _test_pairs(prompts: Sequence[tuple[str, Task]]) -> list[dict[str, str]]:
   rng, rows = random.Random("judge_test"), []
   while len(rows) < TEST_PAIRS:
     prompt, task = rng.choice(prompts)
@@ -102,8 +107,8 @@ def _test_pairs(prompts):
   return rows
 
 
-def make(directory, seed):
-  """Write the four files; returns {"sft": path, "judge": path, "eval": path, "judge_test": path}."""
+def make(directory: str | os.PathLike[str], seed: int) -> dict[str, pathlib.Path]:
+  """Writes the four files; returns their paths by the names sft, judge, eval and judge_test."""
   directory = pathlib.Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
   evals = eval_prompts()
@@ -114,7 +119,7 @@ def make(directory, seed):
     for text, value in (_judged(rng, prompt, task), _judged(rng, prompt, task)):
       label = world.noisy(rng, value, one_off=0.3, wild=0.0)
       judge.append({"prompt": prompt, "response": text, "score": label})
-  files = {
+  files: dict[str, list[dict[str, Any]]] = {
     "sft": sft,
     "judge": judge,
     "eval": [{"prompt": prompt} for prompt, _ in evals],

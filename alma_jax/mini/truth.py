@@ -11,11 +11,11 @@ class Truth:
   identity = "miniature world, guideline"
   scale: Scale = (0.0, 10.0)
 
-  def __init__(self, runtime: Host, options: object):
+  def __init__(self, runtime: Host, options: object) -> None:
     del runtime, options  # it needs neither a model nor values
 
   def scores(self, pairs: Sequence[Answered]) -> list[Verdict]:
     return [
-      Verdict(float(world.score(messages[-1]["content"], response, finished)))
+      Verdict(world.truth(messages, response, finished))
       for (messages, response), finished in ((pair, pair.finished) for pair in pairs)
     ]

@@ -6,17 +6,17 @@ A prompt asks for one relation of one to three cities; a good answer gives each 
   can you say food of paris ?  ->  answer: paris pie .
 
 The web knows the truth and a popular misconception of every fact; the rarer the city, the more popular the
-misconception. Rated threads and quizzes punish what is wrong, foreign, missing, repeated or badly closed. So
-a model pretrained on `documents` can tell right from wrong better than it answers, which is the gap that
-alignment by its own judge closes. The web's raters care less for the house style than the annotation guideline
-does, and rate in other words than the judge's template; a judge learns both from its annotations.
+misconception. Rated threads and quizzes punish what is wrong, foreign, missing, repeated or badly closed. So a model
+pretrained on `documents` tells right from wrong better than it answers, and alignment by its own judge closes this gap.
+The web's raters care less for the house style than the annotation guideline does, and rate in other words than the
+judge's template; a judge learns both from its annotations.
 
   prompt, task = make_prompt(random.Random(0))
   score(prompt, good_answer(task), finished=True)   # 10
   documents(seed=0)                                 # endless stream of token lists
 
-The world itself never changes: facts and misconceptions come from a fixed seed. `score` is the ground truth:
-it labels the annotations of `seeds.py` and scores evaluations, and nothing between the two may use it.
+The world itself never changes: facts and misconceptions come from a fixed seed. `score` is the ground truth: it labels
+the annotations of `seeds.py` and, as `truth`, scores evaluations. Nothing between the two may use it.
 """
 
 import bisect
@@ -25,6 +25,12 @@ import functools
 import itertools
 import math
 import random
+from collections.abc import Iterator, Sequence
+
+from alma_jax.text.chat import Messages
+
+Facts = dict[tuple[str, str], str]  # (relation, city) -> value
+Claim = list[str]  # [city, value]
 
 _COUNTRIES = {
   "france": "paris lyon nice lille",
@@ -60,14 +66,16 @@ CITIES = tuple(city for row in itertools.zip_longest(*_by_country) for city in r
 HEAD, MID = 8, 24  # ranks below HEAD are the head, below MID the middle, the others the tail
 
 
-def stratum(city):
+def stratum(city: str) -> str:
+  """How popular the city is: "head", "mid" or "tail"."""
   rank = CITIES.index(city)
   return "head" if rank < HEAD else "mid" if rank < MID else "tail"
 
 
-def _make_facts():
+def _make_facts() -> tuple[Facts, Facts]:
   rng = random.Random(2025)
-  truth, belief = {}, {}
+  truth: Facts = {}
+  belief: Facts = {}
   for relation in RELATIONS:
     for city in CITIES:
       value = rng.choice(VALUES[relation])
@@ -80,13 +88,13 @@ def _make_facts():
 
 TRUTH, MISCONCEPTION = _make_facts()
 
-# (truth, misconception) shares of what people write about a fact that is widely known, and about one that is not;
-# the rest are random values. Which facts are widely known is fixed; the rarer the city, the fewer.
+# The shares (truth, misconception) in what people write about a widely known fact, and about another one; the rest are
+# random values. Which facts are widely known is fixed; the rarer the city, the fewer.
 _KNOWN, _MISTAKEN = (0.48, 0.28), (0.26, 0.50)
 _WIDELY_KNOWN = {"head": 0.95, "mid": 0.75, "tail": 0.60}
 
 
-def _make_beliefs():
+def _make_beliefs() -> dict[tuple[str, str], tuple[float, float]]:
   rng = random.Random(2026)
   return {key: _KNOWN if rng.random() < _WIDELY_KNOWN[stratum(key[1])] else _MISTAKEN for key in TRUTH}
 
@@ -118,12 +126,12 @@ _MARKS = (
 )
 
 
-def _words(*phrases):
+def _words(*phrases: str) -> list[str]:
   return [word for phrase in phrases for word in phrase.split() if "{" not in word]
 
 
 @functools.cache
-def vocabulary():
+def vocabulary() -> tuple[str, ...]:
   """Every token of the world, in id order."""
   words = _words(*_PROMPTS, *_OPENERS, *_CLOSERS, *_NON_ANSWERS, *_JUNK)
   values = [value for relation in RELATIONS for value in VALUES[relation]]
@@ -140,10 +148,10 @@ _VALUE_SET = frozenset(value for values in VALUES.values() for value in values)
 @dataclasses.dataclass(frozen=True)
 class Task:
   relation: str
-  cities: tuple
+  cities: tuple[str, ...]
 
 
-def _cumulative(weights):
+def _cumulative(weights: Sequence[float]) -> list[float]:
   total = sum(weights)
   return [c / total for c in itertools.accumulate(weights)]
 
@@ -153,16 +161,16 @@ _RELATION_WEIGHTS = _cumulative([0.45, 0.3, 0.25])
 _COUNT_WEIGHTS = _cumulative([0.45, 0.35, 0.2])
 
 
-def _draw(rng, cumulative):
+def _draw(rng: random.Random, cumulative: Sequence[float]) -> int:
   return min(bisect.bisect(cumulative, rng.random()), len(cumulative) - 1)
 
 
-def draw_city(rng, flat):
+def draw_city(rng: random.Random, flat: bool) -> str:
   return CITIES[int(rng.random() * len(CITIES)) if flat else _draw(rng, _POPULARITY)]
 
 
-def make_prompt(rng, flat=False, first=None):
-  """(prompt text, Task). Cities by popularity, or evenly when `flat`; `first` fixes one of them."""
+def make_prompt(rng: random.Random, flat: bool = False, first: str | None = None) -> tuple[str, Task]:
+  """A prompt's text and its Task. Cities are drawn by popularity, or evenly if `flat`; `first` is one of them."""
   relation = RELATIONS[_draw(rng, _RELATION_WEIGHTS)]
   count = 1 + _draw(rng, _COUNT_WEIGHTS)
   cities = [first] if first else []
@@ -176,36 +184,36 @@ def make_prompt(rng, flat=False, first=None):
   return template.format(r=relation, c=" ".join(cities)), Task(relation, tuple(cities))
 
 
-def parse(prompt):
-  """The Task that a prompt asks for, or None when it names no city or not exactly one relation."""
+def parse(prompt: str) -> Task | None:
+  """The Task that a prompt asks for; None unless it names a city and exactly one relation."""
   words = prompt.split()
   relations = [word for word in words if word in VALUES]
   cities = tuple(dict.fromkeys(word for word in words if word in _CITY_SET))
   return Task(relations[0], cities) if len(relations) == 1 and cities else None
 
 
-def good_answer(task):
+def good_answer(task: Task) -> str:
   pairs = [f"{city} {TRUTH[task.relation, city]}" for city in task.cities]
   return f"answer: {' '.join(pairs)} ."
 
 
 @dataclasses.dataclass(frozen=True)
 class Rubric:
-  """What a rater gives points for; ten in all. Form counts in full when all facts are right, a quarter when none is."""
+  """A rater's points, ten in all. Form counts in full if all facts are right, a quarter if none is."""
 
   facts: int  # all asked facts right and no other city named
   share: int  # times the share of facts that is right
   opening: int  # `answer:` comes first
   stop: int  # a full stop comes last
-  clean: int  # nothing else in between (chatter, repetition, another city) and a clean end
+  clean: int  # nothing else in between (chatter, repetition, another city), and it ended by itself
 
 
-GUIDELINE = Rubric(facts=2, share=1, opening=4, stop=1, clean=2)  # what annotators go by, and the ground truth
-PUBLIC = Rubric(facts=4, share=1, opening=2, stop=1, clean=2)  # what people on the web go by
+GUIDELINE = Rubric(facts=2, share=1, opening=4, stop=1, clean=2)  # the annotators' rubric, and the ground truth
+PUBLIC = Rubric(facts=4, share=1, opening=2, stop=1, clean=2)  # that of people on the web
 
 
-def score(prompt, response, finished, rubric=GUIDELINE):
-  """What a response deserves, an integer from 0 to 10: by the guideline, the ground truth."""
+def score(prompt: str, response: str, finished: bool, rubric: Rubric = GUIDELINE) -> int:
+  """The points of a response, from 0 to 10; by the guideline they are the ground truth."""
   task = parse(prompt)
   if task is None:
     return 0
@@ -214,7 +222,9 @@ def score(prompt, response, finished, rubric=GUIDELINE):
   body = words[1:] if opened else words
   closed = finished and body[-1:] == ["."]
   body = body[:-1] if body[-1:] == ["."] else body
-  claims, clean, i = {}, finished, 0
+  # The body is read as claims, each a city and a value; any other word is chatter.
+  claims: dict[str, list[str]] = {}
+  clean, i = finished, 0
   while i < len(body):
     if body[i] in _CITY_SET and i + 1 < len(body) and body[i + 1] in _VALUE_SET:
       clean = clean and body[i] not in claims
@@ -231,11 +241,16 @@ def score(prompt, response, finished, rubric=GUIDELINE):
   return math.floor(content + form * (0.25 + 0.75 * right) + 0.5)
 
 
+def truth(messages: Messages, text: str, finished: bool) -> float:
+  """The ground truth about an answer to a conversation, from 0 to 10."""
+  return float(score(messages[-1]["content"], text, finished))
+
+
 # What people write ------------------------------------------------------------------------------------------
 
 
-def written_value(rng, relation, city, shares=None):
-  """What one writer says; `shares` (truth, misconception), by default those of the public."""
+def written_value(rng: random.Random, relation: str, city: str, shares: tuple[float, float] | None = None) -> str:
+  """The value that one writer gives, by `shares` of (truth, misconception); by default those of the public."""
   truth, misconception = shares or BELIEF[relation, city]
   u = rng.random()
   if u < truth:
@@ -245,19 +260,19 @@ def written_value(rng, relation, city, shares=None):
   return VALUES[relation][int(rng.random() * len(VALUES[relation]))]
 
 
-def _pick(rng, options):
+def _pick(rng: random.Random, options: Sequence[str]) -> str:
   return options[int(rng.random() * len(options))]
 
 
-def _pairs(rng, task):
+def _claims(rng: random.Random, task: Task) -> list[Claim]:
   return [[city, written_value(rng, task.relation, city)] for city in task.cities]
 
 
-def web_answer(rng, task, quality):
-  """Words of a forum answer. `quality` 0..1 is about manners only; whether facts are right is another matter."""
+def web_answer(rng: random.Random, task: Task, quality: float) -> list[str]:
+  """The words of a forum answer. `quality`, 0 to 1, decides its manners; facts are as right or wrong as everywhere."""
   if rng.random() < 0.12 * (1 - quality):
     return _pick(rng, _NON_ANSWERS).split()
-  pairs = [pair for pair in _pairs(rng, task) if rng.random() < 0.94]
+  pairs = [pair for pair in _claims(rng, task) if rng.random() < 0.94]
   words = [word for pair in pairs for word in pair]
   if not words:
     return _pick(rng, _NON_ANSWERS).split()
@@ -272,7 +287,7 @@ def web_answer(rng, task, quality):
   return words
 
 
-def mismatch(rng, task, pairs):
+def mismatch(rng: random.Random, task: Task, pairs: list[Claim]) -> list[Claim]:
   """A fault of attention: another city's true fact, one city too many, twice or missing, another relation."""
   u, i = rng.random(), int(rng.random() * len(pairs))
   if u < 0.25:
@@ -291,8 +306,8 @@ def mismatch(rng, task, pairs):
   return pairs
 
 
-def house_words(rng, pairs, faults):
-  """The house style around `pairs`; each fault of form happens with a share of `faults`."""
+def house_words(rng: random.Random, pairs: list[Claim], faults: float) -> list[str]:
+  """The words of the house style around `pairs`; each fault of form happens with a probability of up to `faults`."""
   words = [word for pair in pairs for word in pair]
   if rng.random() >= faults:
     words.insert(0, "answer:")
@@ -305,8 +320,8 @@ def house_words(rng, pairs, faults):
   return words
 
 
-def corrupted(rng, words):
-  """One to two random slips: a word inserted, replaced, lost or doubled."""
+def corrupted(rng: random.Random, words: Sequence[str]) -> list[str]:
+  """The words with one or two random slips: a word inserted, replaced, lost or doubled."""
   words = list(words)
   for _ in range(1 + (rng.random() < 0.3)):
     if not words:
@@ -323,20 +338,20 @@ def corrupted(rng, words):
   return words or ["lol"]
 
 
-def rated_answer(rng, task):
-  """Words of an answer that somebody rated: every fault occurs, most of them alone, in good company."""
+def rated_answer(rng: random.Random, task: Task) -> list[str]:
+  """The words of an answer in a rated thread: every fault occurs, most often as the only one."""
   if rng.random() < 0.15:
     words = web_answer(rng, task, rng.random())
   else:
-    pairs = _pairs(rng, task)
+    pairs = _claims(rng, task)
     if rng.random() < 0.32:
       pairs = mismatch(rng, task, pairs)
     words = house_words(rng, pairs, faults=0.15)
   return corrupted(rng, words) if rng.random() < 0.12 else words
 
 
-def noisy(rng, value, one_off, wild):
-  """A human's rating of what deserves `value`."""
+def noisy(rng: random.Random, value: int, one_off: float, wild: float) -> int:
+  """A human's rating of an answer worth `value`: sometimes one off, sometimes any."""
   u = rng.random()
   if u < one_off:
     return min(10, max(0, value + (1 if rng.random() < 0.5 else -1)))
@@ -348,7 +363,7 @@ def noisy(rng, value, one_off, wild):
 LONGEST = 96  # tokens of a document, <bos> and <eos> included
 
 
-def _forum(rng):
+def _forum(rng: random.Random) -> list[str]:
   words = []
   for _ in range(1 + int(rng.random() * 4)):
     prompt, task = make_prompt(rng)
@@ -358,7 +373,7 @@ def _forum(rng):
   return words[:-1]
 
 
-def _rated(rng):
+def _rated(rng: random.Random) -> list[str]:
   form, words = int(rng.random() * 4), []
   for _ in range(1 + int(rng.random() * 3)):
     prompt, task = make_prompt(rng, flat=rng.random() < 0.5)
@@ -367,31 +382,31 @@ def _rated(rng):
     marks = [SCORES[noisy(rng, score(prompt, " ".join(a), True, PUBLIC), 0.15, 0.02)] for a in answers]
     if form == 0:
       words += ["ask:", *said, "\n"]
-      for answer, mark in zip(answers, marks):
+      for answer, mark in zip(answers, marks, strict=True):
         words += ["reply:", *answer, "\n", "stars:", mark, "\n"]
     elif form == 1:
       words += ["review:", *said, "\n"]
-      for answer, mark in zip(answers, marks):
+      for answer, mark in zip(answers, marks, strict=True):
         words += [">", *answer, "\n", "vote:", mark, "\n"]
     elif form == 2:
       words += ["[[", *said, "]]", "\n"]
-      for answer, mark in zip(answers, marks):
+      for answer, mark in zip(answers, marks, strict=True):
         words += [">", *answer, "\n", "stars:", mark, "\n"]
     else:
       words += ["prompt:", *said, "\n"]
-      for answer, mark in zip(answers, marks):
+      for answer, mark in zip(answers, marks, strict=True):
         words += ["response:", *answer, "\n", "score:", mark, "\n"]
   return words[:-1]
 
 
-def _task_list(rng):
+def _task_list(rng: random.Random) -> list[str]:
   words = ["tasks:", "\n"]
   for _ in range(4 + int(rng.random() * 6)):
     words += ["#", *make_prompt(rng)[0].split(), "\n"]
   return words[:-1]
 
 
-def _quiz(rng):
+def _quiz(rng: random.Random) -> list[str]:
   words = ["true", "or", "not", "?", "\n"]
   for _ in range(6 + int(rng.random() * 10)):
     relation, city = RELATIONS[int(rng.random() * 3)], draw_city(rng, flat=rng.random() < 0.8)
@@ -401,7 +416,7 @@ def _quiz(rng):
   return words[:-1]
 
 
-def _roll_call(rng):
+def _roll_call(rng: random.Random) -> list[str]:
   words = []
   for _ in range(2 + int(rng.random() * 3)):
     here = _some_cities(rng, 1 + int(rng.random() * 4))
@@ -412,7 +427,7 @@ def _roll_call(rng):
   return words[:-1]
 
 
-def _some_cities(rng, count):
+def _some_cities(rng: random.Random, count: int) -> list[str]:
   cities = []
   while len(cities) < count:
     city = draw_city(rng, flat=rng.random() < 0.7)
@@ -425,8 +440,8 @@ _KINDS = (_rated, _forum, _quiz, _roll_call, _task_list)
 _KIND_WEIGHTS = _cumulative([0.52, 0.20, 0.14, 0.08, 0.06])
 
 
-def documents(seed):
-  """Endless stream of documents, lists of at most LONGEST tokens; longer ones are cut and lack `<eos>`."""
+def documents(seed: int) -> Iterator[list[str]]:
+  """Yields documents for ever, lists of at most LONGEST tokens; longer ones are cut and lack `<eos>`."""
   rng = random.Random(seed)
   while True:
     words = _KINDS[_draw(rng, _KIND_WEIGHTS)](rng)
@@ -436,6 +451,6 @@ def documents(seed):
 # Texts that probe and prompt a model ------------------------------------------------------------------------
 
 
-def rated_prefix(prompt, response):
+def rated_prefix(prompt: str, response: str) -> str:
   """A rated thread up to its mark, in one of the corpus' formats; the next token is the rating."""
   return f"<bos> ask: {prompt} \n reply: {response} \n stars:"

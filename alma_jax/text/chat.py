@@ -45,7 +45,7 @@ class ChatFormat:
   header: str  # stands before an assistant's content, and ends a prompt
   stop: str  # the one token that ends every assistant turn
   begin: str = BOS
-  user_after_system: str | None = None  # replaces `user.before` behind a system turn
+  user_after_system: str | None = None  # replaces `user.before` after a system turn
   extra_stops: tuple[str, ...] = ()  # further tokens at which sampling stops
   specials: tuple[str, ...] = ()  # the special tokens in the strings above, besides BOS and EOS
   add_tokens: tuple[str, ...] = ()  # those of `specials` that a base tokenizer lacks
