@@ -161,6 +161,5 @@ def _used(used: Mapping[int, dict[str, Any]], sizes: Mapping[int, int]) -> Table
   for r, m in used.items():
     there = sum(n for since, n in sizes.items() if since <= r)
     before += m["rows"]
-    clusters = m["counts"].get("clusters_drawn", 0)
-    rows.append([f"{r}", f"{there:,}", f"{m['rows']:,}", f"{clusters:,}", f"{there - before:,}"])
+    rows.append([f"{r}", *(f"{n:,}" for n in (there, m["rows"], m["counts"]["clusters_drawn"], there - before))])
   return Table(["round", "prompts in the pool", "prompts drawn", "from clusters", "prompts left"], rows)

@@ -185,13 +185,13 @@ def selection(facts: Facts) -> Selection | None:
   figures = []
   for r, h in shown.items():
     found, counts = facts.rounds[r], manifests[r]["counts"]
-    mean = counts.get("score_sum", 0) / max(1, counts.get("judged", 0))
+    mean = counts["score_sum"] / max(1, counts["judged"])
     said = f"Round {r}: {manifests[r]['rows']:,} responses"
     if found.selected:
       said += f", {found.selected.n:,} {'trained on' if found.selected.graded else 'selected'}"
-    said += f"; mean {mean:.{_digits(found)}f}"
+    said += f"; mean {wording.number(mean, _digits(found))}"
     if found.selected and found.selected.scores:
-      said += f" → {found.selected.scores.value:.{_digits(found)}f}"
+      said += f" → {wording.number(found.selected.scores.value, _digits(found))}"
     figures.append(Figure(charts.histogram(h.names, h.sampled, h.selected, top or 1.0), said))
   head = ["round", "prompts", "responses", "prompts selected", "not selected"]
   head += ["gain of selection", "best − second", "best tied"]
@@ -298,7 +298,7 @@ def judge(facts: Facts) -> Judge | None:
     rows = [
       Bar(name, held[when], f"{held[when]:.3f}") for name, when in (("fine-tuned", "before"), ("distilled", "after"))
     ]
-    examples, accepted = distilled["counts"].get("examples", 0), bool(distilled.get("accepted"))
+    examples, accepted = distilled["counts"]["examples"], distilled["accepted"]
     told = Distilled(charts.bars(rows, 1), examples, accepted, held["after"] - held["before"], held["rows"])
   few_shot = told is None and facts.config.get("judge", {}).get("kind") == "few_shot"
   return Judge(tuned["counts"] if tuned else None, told, few_shot) if tuned or told or few_shot else None

@@ -31,10 +31,13 @@ def mean(m: Mean | None, sign: bool = False, digits: int = 2, n: bool = False) -
   """A mean with its interval and, if `n`, what it is over; "" for None."""
   if m is None:
     return ""
-  text = signed(m.value, digits)
-  text = text if sign else text.removeprefix("+")
+  text = signed(m.value, digits) if sign else number(m.value, digits)
   text += "" if m.ci95 is None else f" ± {m.ci95:.{digits}f}"
   return text + (f" (n = {m.n:,})" if n else "")
+
+
+def number(value: float, digits: int = 2) -> str:
+  return signed(value, digits).removeprefix("+")
 
 
 def signed(value: float, digits: int = 2) -> str:

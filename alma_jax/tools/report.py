@@ -5,18 +5,20 @@ python -m alma_jax.tools.report runs/mini
 
 import pathlib
 import sys
+from collections.abc import Sequence
 
 from alma_jax.report import page
+from alma_jax.store import layout
 
 
-def main(arguments):
+def main(arguments: Sequence[str]) -> int:
   """The exit status."""
   if len(arguments) != 1 or arguments[0].startswith("-"):
-    print(__doc__.strip(), file=sys.stderr)
-    return 0 if arguments in (["-h"], ["--help"]) else 2
+    print((__doc__ or "").strip(), file=sys.stderr)
+    return 0 if list(arguments) in (["-h"], ["--help"]) else 2
   directory = pathlib.Path(arguments[0])
-  if not (directory / "config.json").exists():
-    what = "is no run directory: there is no config.json in it" if directory.is_dir() else "does not exist"
+  if not (directory / layout.CONFIG).exists():
+    what = f"is no run directory: there is no {layout.CONFIG} in it" if directory.is_dir() else "does not exist"
     print(f"error: {directory} {what}.", file=sys.stderr)
     return 1
   made = page.write(directory)
