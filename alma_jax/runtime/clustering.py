@@ -60,8 +60,7 @@ def fitted(
 
   with display.bar("k-means", settings.steps, "iterations", done=saved[0] if saved else 0) as bar:
     hooks = kmeans.FitHooks(bar.update, save, lambda: saved)
-    # pyright takes no cached_property for a property
-    return kmeans.fit(points, settings, key, mesh, hooks=hooks)  # pyright: ignore[reportArgumentType]
+    return kmeans.fit(points, settings, key, mesh, hooks=hooks)
 
 
 def blocks(n: int, width: int) -> Iterator[slice]:
