@@ -1,4 +1,4 @@
-"""The miniature world: a true oracle, a base model of a few hundred thousand weights, and human data for a run's seed."""
+"""The miniature world: a true oracle, a small base model, and human data for a run's seed."""
 
 import pathlib
 
