@@ -180,8 +180,8 @@ def selection(facts: Facts) -> Selection | None:
   if not manifests:
     return None
   shown = {r: h for r, x in facts.rounds.items() if (h := x.histogram)}
-  pairs = [counts for h in shown.values() for counts in (h.sampled, h.selected)]
-  top = max((count / max(1, sum(counts)) for counts in pairs for count in counts), default=1.0)
+  distributions = [counts for h in shown.values() for counts in (h.sampled, h.selected)]
+  top = max((count / max(1, sum(counts)) for counts in distributions for count in counts), default=1.0)
   figures = []
   for r, h in shown.items():
     found, counts = facts.rounds[r], manifests[r]["counts"]
@@ -204,10 +204,8 @@ def selection(facts: Facts) -> Selection | None:
     j, digits = found.judged, _digits(found)
     cells = [f"{r}", f"{prompts['rows']:,}" if prompts else "", f"{m['rows']:,}"]
     cells += ["" if kept is None else f"{kept:,}", wording.counts(counts)]
-    cells += [
-      wording.mean(j.gain if j else None, True, digits, True),
-      wording.mean(j.margin if j else None, False, digits),
-    ]
+    cells.append(wording.mean(j.gain if j else None, sign=True, digits=digits, n=True))
+    cells.append(wording.mean(j.margin if j else None, digits=digits))
     rows.append([*cells, "" if j is None or j.tied is None else wording.share(j.tied)])
   graded = any(x.selected.graded for x in facts.rounds.values() if x.selected)
   return Selection(figures, Table(head, rows), graded, _sources(facts))
@@ -247,11 +245,10 @@ def length(facts: Facts) -> Length | None:
   rounds = {r: x.judged for r, x in facts.rounds.items() if x.judged}
   if not rounds and not facts.answers:
     return None
-  selected = {r: facts.rounds[r].selected for r in rounds}
   drawn = []
   for name, colour, means in (
     ("sampled", 6, {r: j.length for r, j in rounds.items()}),
-    ("selected", 0, {r: x.length for r, x in selected.items() if x}),
+    ("selected", 0, {r: x.length for r in rounds if (x := facts.rounds[r].selected)}),
     ("answers, evaluation", 2, {r: statistics.mean(x.characters) for r, x in facts.answers.items()}),
   ):
     drawn.append(Line(name, [Point(r, m.value, m.ci95) for r, m in means.items() if m], colour))
