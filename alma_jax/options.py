@@ -91,6 +91,8 @@ def _check(field: dataclasses.Field, hint: Any, value: Any) -> None:
     if words:
       refuse(name, value, f"may be {_listed(words)}", words)
     refuse(name, value, f"must be {_in_words(hint)}")
+  if value is None:
+    return
   least, most, above = (allowed.get(bound) for bound in ("least", "most", "above"))
   if least is not None and not value >= least:
     refuse(name, value, f"must be at least {least:g}")
