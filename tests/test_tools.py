@@ -1,8 +1,7 @@
-"""The commands sample and score: what they write against the session's own functions and transformers, killed and
-resumed starts, the models that --model may mean, and what they say of a user's mistakes."""
+"""The commands sample, score and export: what they write against the runtime's own functions and transformers, killed
+and resumed starts, the models that --model may mean, judges and formats of a user's, and what they say of mistakes."""
 
 import collections
-import fcntl
 import json
 import re
 import shutil
@@ -16,23 +15,29 @@ import numpy as np
 import pytest
 import small_run
 import text_tokenizers
-import tqdm
-from ml_collections import ConfigDict
+from orbax.checkpoint import v1 as ocp
 
 from alma_jax import options as configs
 from alma_jax.corpus.normalise import prompt_id
-from alma_jax.judges.own import Judge, Verdict, template_by_name, verdicts
+from alma_jax.engine import train as engine_train
+from alma_jax.engine.choose import Decoding
+from alma_jax.engine.sample import Request
+from alma_jax.judges import contract
+from alma_jax.judges.contract import Answered, Verdict
+from alma_jax.judges.own import OwnJudge
 from alma_jax.keys import key_of
 from alma_jax.llama import model as llama
 from alma_jax.llama import sharding, weights
 from alma_jax.llama.config import LlamaConfig
-from alma_jax.mini import formats
+from alma_jax.mini import CHECKPOINT, formats, world
 from alma_jax.runtime import host as hosts
-from alma_jax.runtime.sampling import drafts
+from alma_jax.runtime import sampling
+from alma_jax.runtime.display import Display
+from alma_jax.store import layout
 from alma_jax.store.runs import Run
 from alma_jax.text import chat
 from alma_jax.text.tokenizer import load_tokenizer
-from alma_jax.tools import command, jsonl, sample, score
+from alma_jax.tools import command, export, jsonl, sample, score
 from configs.alma import get_config
 
 CITIES = ("paris", "turin", "quito", "bilbao")
@@ -71,14 +76,21 @@ def made(tool, tmp_path, rows, *flags, **more):
 
 
 def bench_of(directory="mini", fmt="mini", slots=8, rows=8):
-  config = {"model": {"path": str(directory), "chat": fmt, "dtype": "auto"}, "engine": {"slots": slots, "rows": rows}}
-  host = hosts.Host(ConfigDict(config), sharding.make_mesh(devices=jax.devices()[:1]))
+  options, engine = hosts.ModelOptions(str(directory), fmt), hosts.EngineOptions(slots=slots, rows=rows)
+  host = hosts.Host(options, engine, sharding.make_mesh(devices=jax.devices()[:1]))
   return host, hosts.Checkpoint("it", host.directory, hosts.content_of(host.directory))
+
+
+def drafts(host, checkpoint, requests, stops, **decoding):
+  """What the runtime samples for these requests."""
+  options = sampling.Options(decoding=Decoding(**decoding), max_prompt_tokens=16)
+  bar = Display(speaks=False).bar("", len(requests), "samples")
+  return sampling.drafts(host, checkpoint, requests, options, sampling.Stops(stops), bar)
 
 
 def save_mini(directory, scale=1.0, more_stops=()):
   """The embedded base model as a chat model in Hugging Face format, its logits scaled."""
-  model, tokenizer = weights.load(hosts.MINI_CHECKPOINT), load_tokenizer(hosts.MINI_CHECKPOINT)
+  model, tokenizer = weights.load(CHECKPOINT), load_tokenizer(CHECKPOINT)
   model.head = model.head.replace(model.head[...] * scale)
   text = weights.TextSide(
     tokenizer=tokenizer, chat_template=chat.jinja(formats.CHAT), bos_id=tokenizer.bos_id,
@@ -101,9 +113,9 @@ def test_output_is_what_drafts_gives_for_keys_of_seed_id_and_sample(tmp_path):
   texts = [PROMPTS[0], PROMPTS[1], "ü ?"]
   prompts = [chat.encode_prompt(host.tokenizer, host.chat, user(t)) for t in texts for _ in range(2)]
   keys = [key_of(3, "sample", i, s) for i in ids for s in range(2)]
-  options = ConfigDict(dict(temperature=1.5, top_k=40, top_p=0.9, max_new_tokens=8, max_prompt_tokens=16))
+  requests = [Request(tuple(ids), key) for ids, key in zip(prompts, keys, strict=True)]
   stops = chat.stop_ids(host.tokenizer, host.chat)
-  expected = drafts(host, checkpoint, prompts, keys, stops, options, tqdm.tqdm(disable=True))
+  expected = drafts(host, checkpoint, requests, stops, temperature=1.5, top_k=40, top_p=0.9, max_new_tokens=8)
   found = [(r["sample_id"], r["text"], tuple(r["tokens"]), r["finished"]) for x in lines for r in x["responses"]]
   assert found == [(i % 2, d.text, d.tokens, d.finished) for i, d in enumerate(expected)]
   assert len(set(found)) > 3
@@ -162,9 +174,9 @@ def test_raw_text_stands_behind_the_bos_token_and_needs_no_chat_format(tmp_path)
   text = "Q: country of paris \n A:"
   [line] = made(sample, tmp_path, [{"prompt": text}], *flags, model=model)
   host, checkpoint = bench_of()
-  options = ConfigDict(dict(temperature=0.0, max_new_tokens=8, max_prompt_tokens=16))
-  ids = [host.tokenizer.bos_id, *host.tokenizer.encode(text)]
-  [expected] = drafts(host, checkpoint, [ids], [(0, 0)], [host.tokenizer.eos_id], options, tqdm.tqdm(disable=True))
+  request = Request((host.tokenizer.bos_id, *host.tokenizer.encode(text)), (0, 0))
+  stops = (host.tokenizer.eos_id,)
+  [expected] = drafts(host, checkpoint, [request], stops, temperature=0.0, max_new_tokens=8)
   assert line["responses"][0]["tokens"] == list(expected.tokens)
   assert started(sample, tmp_path, [{"prompt": text}], *flags[:-1], model=model, output="chat") == 1
 
@@ -182,7 +194,7 @@ def test_sampling_stops_where_the_models_own_files_say(tmp_path):
     eos_token="<|eot_id|>", stop_ids=stops, bos_id=tokenizer.bos_id,
   )  # fmt: skip
   weights.save(tmp_path / "model", llama.init(c, 0), text)
-  assert command.model_of(tmp_path / "model", None).chat == "llama3"
+  assert command.model_of(str(tmp_path / "model"), None).chat == "llama3"
   host, _ = bench_of(tmp_path / "model", "llama3")
   assert len(chat.stop_ids(host.tokenizer, host.chat)) < len(stops) == 2
   assert set(sample.stop_ids(host)) == set(stops)
@@ -191,28 +203,58 @@ def test_sampling_stops_where_the_models_own_files_say(tmp_path):
 # Killed and resumed
 
 
+def parts_dir(tmp_path, output="out.jsonl"):
+  return tmp_path / f"{output}.parts" / "lines"
+
+
+def content(directory):
+  return {p.name: p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file() and p.name != "manifest.json"}
+
+
 @pytest.mark.parametrize("tool", [sample, score])
 def test_output_cut_anywhere_is_continued_to_the_same_bytes(tool, tmp_path, monkeypatch):
   monkeypatch.setattr(tool, "FILLINGS", 1)
+  monkeypatch.setattr(tool, "PART", 8 if tool is sample else 4)  # four rows
   rows = [{"prompt": prompt, "response": prompt[::-1]} for prompt in PROMPTS]
   flags = SMALL if tool is sample else ("--rows=4", "--mode=sampled")
   computed = []
-  inner = "_sampled" if tool is sample else "_scored"
-  function = getattr(tool, inner)
+  module, inner = (sample, "_sampled") if tool is sample else (contract, "scores")
+  function = getattr(module, inner)
   counted = lambda *args: computed.append(next(len(x) for x in args if isinstance(x, list))) or function(*args)
-  monkeypatch.setattr(tool, inner, counted)
+  monkeypatch.setattr(module, inner, counted)
   made(tool, tmp_path, rows, *flags)
   assert computed == [4, 4, 2]
-  out = tmp_path / "out.jsonl"
-  data = out.read_bytes()
-  ends = [i + 1 for i, byte in enumerate(data) if byte == ord("\n")]
-  chunks_left = {0: 3, ends[0] - 3: 3, ends[0]: 3, ends[3]: 2, ends[5] + 1: 2, len(data) - 1: 1, len(data): 0}
-  for size, left in chunks_left.items():
-    out.write_bytes(data[:size])
+  out, parts = tmp_path / "out.jsonl", parts_dir(tmp_path)
+  data, whole = out.read_bytes(), content(parts)
+  assert data == b"".join(text for name, text in whole.items() if name.endswith(".jsonl")) and len(whole) == 7
+  name = lambda i: parts / f"part-{i:05d}-of-00003.jsonl"
+  manifest = parts / "manifest.json"
+  for gone, left in (  # what a kill left unwritten, and the rows that are then computed
+    ([], []),
+    ([out], []),
+    ([out, manifest], []),
+    ([out, manifest, name(2)], [2]),
+    ([out, manifest, name(2).with_suffix(".json")], [2]),
+    ([out, manifest, name(1), name(2), name(2).with_suffix(".json")], [4, 2]),
+    ([out, manifest, name(0), name(1), name(2)], [4, 4, 2]),
+  ):
+    for path in gone:
+      path.unlink()
+    (parts.parent / ".out.jsonl.x.tmp").write_text("cut")
     computed.clear()
     made(tool, tmp_path, rows, *flags)
-    assert out.read_bytes() == data, size
-    assert len(computed) == left, size
+    assert out.read_bytes() == data and computed == left, gone
+    assert content(parts) == whole and not list(parts.parent.glob(".*.tmp"))
+  # Parts that are computed together are computed together again, and those that are there stay.
+  monkeypatch.setattr(tool, "FILLINGS", 2)
+  for path in (out, manifest):
+    path.unlink()
+  name(1).write_bytes(name(1).read_bytes()[:-3])
+  kept = name(0).stat().st_mtime_ns
+  computed.clear()
+  again = made(tool, tmp_path, rows, *flags)
+  assert computed == [8] and name(0).stat().st_mtime_ns == kept
+  assert [line["id"] for line in again] == [line["id"] for line in map(json.loads, data.splitlines())]
 
 
 def test_killed_and_stopped_processes_leave_what_the_same_command_completes(tmp_path):
@@ -221,25 +263,26 @@ def test_killed_and_stopped_processes_leave_what_the_same_command_completes(tmp_
   start = lambda output: subprocess.Popen(
     [
       sys.executable, "-m", "alma_jax.tools.sample", "--model=mini", f"--input={source}", f"--output={output}",
-      "--n=4", "--max_new_tokens=16", "--slots=4",
+      "--n=64", "--max_new_tokens=16", "--slots=64",
     ],
     cwd=small_run.ROOT, env=small_run.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
   )  # fmt: skip
   whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+  written = lambda path: len(list(parts_dir(tmp_path, path.name).glob("part-*.json")))
   process = start(whole)
-  process.communicate(timeout=120)
-  assert process.returncode == 0
+  said = process.communicate(timeout=240)[1]
+  assert process.returncode == 0 and written(whole) == 8, said
   for kill, status in ((signal.SIGTERM, 143), (signal.SIGKILL, -9)):
     process = start(cut)
-    before, deadline = cut.stat().st_size if cut.exists() else 0, time.monotonic() + 120
-    while not (cut.exists() and cut.stat().st_size > before) and time.monotonic() < deadline:
+    before, deadline = written(cut), time.monotonic() + 120
+    while written(cut) == before and time.monotonic() < deadline:
       time.sleep(0.002)
     process.send_signal(kill)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == status and "Traceback" not in said
-    assert 0 < cut.read_bytes().count(b"\n") < len(rows)
+    assert before < written(cut) < 8 and not cut.exists()
   process = start(cut)
-  process.communicate(timeout=120)
+  process.communicate(timeout=240)
   assert process.returncode == 0
   assert cut.read_bytes() == whole.read_bytes()
 
@@ -259,56 +302,57 @@ def test_a_start_with_another_value_is_refused_by_the_name_of_the_value(change, 
   flags = {"input": write_rows(tmp_path / "in.jsonl", rows), "model": "mini", "output": out}
   flags |= dict(flag[2:].split("=") for flag in SMALL)
   written = lambda flags: [f"--{k}" if v is None else f"--{k}={v}" for k, v in flags.items()]
-  parsed = sample._flags().values(written(flags))
-  _, host, checkpoint = command.opened(parsed, None)
-  fields, names = sample.decides(parsed, host, checkpoint)
-  with jsonl.Output(out, fields, names, 10) as output:
-    output.write([{"id": 1}])
-  before = out.read_bytes()
+  parsed = sample.FLAGS.values(written(flags))
+  with jsonl.stage_of(out, parsed, sample.decides(parsed, command.open_model(parsed, None))) as stage:
+    jsonl.Parts(stage, [20], 1).write(0, [{"id": 1}], {})
+  before = content(parts_dir(tmp_path))
   if name == "model":
     value = save_mini(tmp_path / "model", scale=0.5)
   if name == "input":
     value = write_rows(tmp_path / "in.jsonl", rows[1:])
   assert sample.main(written(flags | {name: value})) == 1
   said = capsys.readouterr().err
-  assert f"  {'chat' if name == 'raw' else name}: " in said and " -> " in said and "--output" in said
+  assert f"  {'chat' if name == 'raw' else name}: " in said and " -> " in said and "another --output" in said
+  assert f"delete {out} and {out}.parts" in said
   assert said.count(" -> ") == (2 if name == "raw" else 1), said  # and no other
-  assert out.read_bytes() == before
+  assert name not in ("model", "input") or f"({value})" in said
+  assert content(parts_dir(tmp_path)) == before and not out.exists()
 
 
 def test_slots_devices_and_paths_do_not_decide(tmp_path):
   rows = [{"prompt": prompt} for prompt in PROMPTS[:2]]
   before = made(sample, tmp_path, rows, *SMALL)
-  shutil.copytree(hosts.MINI_CHECKPOINT, tmp_path / "copy")
+  shutil.copytree(CHECKPOINT, tmp_path / "copy")
   assert made(sample, tmp_path, rows, *SMALL, "--slots=5", "--chat=mini", model=tmp_path / "copy") == before
 
 
 @pytest.mark.parametrize(
   ("spoil", "message"),
   [
-    (lambda out, meta: meta.unlink(), "no out.jsonl.meta.json beside it says how it was made"),
-    (lambda out, meta: meta.write_text("{"), "out.jsonl.meta.json is damaged"),
-    (lambda out, meta: out.write_bytes(out.read_bytes() * 2), "has 2 lines and should have 1 at most"),
-    (lambda out, meta: out.unlink() or out.mkdir(), "out.jsonl is a directory"),
+    (lambda out, parts: shutil.rmtree(parts), "no out.jsonl.parts beside it says how it was made"),
+    (lambda out, parts: (parts / "lines" / "manifest.json").write_text("{"), "manifest.json is damaged"),
+    (lambda out, parts: (parts / "lines" / "manifest.json").unlink(), "differs from its parts"),
+    (lambda out, parts: out.write_bytes(out.read_bytes() * 2), "differs from its parts"),
+    (lambda out, parts: next(parts.rglob("part-*.jsonl")).unlink(), "part-00000-of-00001.jsonl is missing"),
+    (lambda out, parts: out.unlink() or out.mkdir(), "out.jsonl is a directory"),
   ],
 )
-def test_an_output_that_is_not_ones_own_is_left_alone(spoil, message, tmp_path):
-  out = tmp_path / "out.jsonl"
-  with jsonl.Output(out, {"seed": 1}, {}, 1) as output:
-    output.write([{"id": "ü"}])
-  spoil(out, tmp_path / "out.jsonl.meta.json")
+def test_an_output_that_is_not_ones_own_is_left_alone(spoil, message, tmp_path, capsys):
+  out, rows = tmp_path / "out.jsonl", [{"prompt": "ü"}]
+  made(sample, tmp_path, rows, *SMALL)
+  spoil(out, tmp_path / "out.jsonl.parts")
   before = out.read_bytes() if out.is_file() else None
-  with pytest.raises(Exception, match=message):
-    jsonl.Output(out, {"seed": 1}, {}, 1)
+  capsys.readouterr()
+  assert started(sample, tmp_path, rows, *SMALL) == 1
+  assert_said(capsys, message)
   assert before == (out.read_bytes() if out.is_file() else None)
 
 
-def test_two_processes_do_not_write_one_output(tmp_path):
-  with open(tmp_path / "out.jsonl", "ab") as other:
-    fcntl.flock(other, fcntl.LOCK_EX)
-    with pytest.raises(Exception, match="another process is writing"):
-      jsonl.Output(tmp_path / "out.jsonl", {}, {}, 1)
-  jsonl.Output(tmp_path / "out.jsonl", {}, {}, 1)
+def test_two_processes_do_not_write_one_output(tmp_path, capsys):
+  with Run(tmp_path / "out.jsonl.parts"):
+    assert started(sample, tmp_path, [{"prompt": "a"}], *SMALL) == 1
+    assert_said(capsys, r"out.jsonl: another process is writing there \(.*out.jsonl.parts/.lock says which\)")
+  made(sample, tmp_path, [{"prompt": "a"}], *SMALL)
 
 
 # Scoring
@@ -321,8 +365,8 @@ def test_scores_equal_verdicts_and_modes_read_the_same_probabilities(tmp_path):
   runs = {mode: made(score, tmp_path, PAIRS, "--rows=8", f"--mode={mode}", output=mode) for mode in
           ("expected", "argmax", "sampled")}  # fmt: skip
   host, checkpoint = bench_of()
-  judge = Judge(checkpoint, template_by_name("mini"), "expected")
-  expected = verdicts(host, judge, [(user(row["prompt"]), row["response"]) for row in PAIRS])
+  judge = OwnJudge(host, checkpoint, formats.JUDGE)
+  expected = judge.scores([Answered(user(row["prompt"]), row["response"]) for row in PAIRS])
   lines = runs["expected"]
   assert [line["id"] for line in lines] == [row["id"] for row in PAIRS]
   assert all(set(line) == {"id", "score", "probs", "mass"} and len(line["probs"]) == 11 for line in lines)
@@ -364,12 +408,88 @@ def test_the_samplers_output_goes_into_the_scorer(tmp_path):
 
 def test_a_judge_that_does_not_know_the_template_is_pointed_out_once(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(score, "FILLINGS", 1)
+  monkeypatch.setattr(score, "PART", 3)
   made(score, tmp_path, PAIRS, "--rows=3")  # the base model never saw the judge's template
   said = capsys.readouterr().err
   assert said.count("does not fit it") == 1 and "'mini'" in said and "--template" in said
-  monkeypatch.setattr(score, "verdicts", lambda b, j, pairs, bar: [Verdict(5.0, (1.0,) * 11, 0.95) for _ in pairs])
+  monkeypatch.setattr(contract, "scores", lambda judge, pairs, bar: [Verdict(5.0, (1.0,) * 11, 0.95) for _ in pairs])
   made(score, tmp_path, PAIRS, "--rows=3", output="fine")
   assert "does not fit" not in capsys.readouterr().err
+
+
+# Judges and formats of a user's
+
+MINE = """
+import dataclasses
+from alma_jax.judges.contract import Verdict
+from alma_jax.mini import formats
+
+class Short:
+  identity, scale = "short", None
+  def __init__(self, runtime, options):
+    self.runtime, self.options = runtime, options
+  def scores(self, pairs):
+    return [Verdict(-float(len(p[1])), details={"finished": p.finished, "seed": self.options.seed}) for p in pairs]
+
+class Tokens(Short):
+  def scores(self, pairs):
+    return [Verdict(float(len(self.runtime.tokenizer.encode(p[1])))) for p in pairs]
+
+CHAT = dataclasses.replace(formats.CHAT, name="mine", user=dataclasses.replace(formats.CHAT.user, before="A: "))
+JUDGE = dataclasses.replace(formats.JUDGE, name="mine")
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+  """The name of a module in the working directory, outside the package."""
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / f"{tmp_path.name}_mine.py").write_text(MINE)
+  return f"{tmp_path.name}_mine"
+
+
+def judged(tmp_path, rows, *flags, output="out.jsonl"):
+  source = write_rows(tmp_path / "in.jsonl", rows)
+  return score.main([f"--input={source}", f"--output={tmp_path / output}", *flags])
+
+
+def test_a_judge_in_a_users_file_scores_without_a_model(mine, tmp_path, capsys):
+  answers = [{"text": "abc", "finished": False}, {"text": "de", "finished": True}, {"text": ""}]
+  rows = [{"prompt": p, "responses": answers} for p in PROMPTS[:2]]
+  assert judged(tmp_path, rows, f"--judge={mine}:Short", "--seed=4") == 0
+  lines = read_rows(tmp_path / "out.jsonl")
+  assert [(line["score"], line["details"]["finished"]) for line in lines] == [(-3, False), (-2, True), (0, True)] * 2
+  assert all(line["probs"] is None and line["mass"] is None and line["details"]["seed"] == 4 for line in lines)
+  manifest = json.loads((parts_dir(tmp_path) / "manifest.json").read_text())
+  assert manifest["judge"]["identity"].startswith("short ") and manifest["judge"]["scale"] is None
+  (tmp_path / f"{mine}.py").write_text(MINE + "\n")  # another source may give other scores
+  capsys.readouterr()
+  assert judged(tmp_path, rows, f"--judge={mine}:Short", "--seed=4") == 1
+  assert_said(capsys, '  judge: "short .*" -> "short .*"')
+
+
+def test_a_judge_in_a_users_file_may_ask_for_the_model(mine, tmp_path, capsys):
+  rows = [{"prompt": "a", "response": "paris france ."}]
+  assert judged(tmp_path, rows, f"--judge={mine}:Tokens") == 1
+  assert_said(capsys, "--judge names a judge that asks for a model .its tokenizer.: give --model, too")
+  assert judged(tmp_path, rows, f"--judge={mine}:Tokens", "--model=mini") == 0
+  assert read_rows(tmp_path / "out.jsonl")[0]["score"] == 3
+  assert judged(tmp_path, rows, f"--judge={mine}:Short", "--mode=argmax", output="argmax") == 1
+  assert_said(capsys, "--mode=argmax needs probabilities, and the judge 'short .*' gives none")
+
+
+def test_an_evaluator_of_the_package_scores_without_a_model(tmp_path):
+  rows = [{"prompt": "country : lyon", "response": r} for r in ("answer: lyon france .", "norway")]
+  assert judged(tmp_path, rows, "--judge=mini") == 0
+  assert [x["score"] for x in read_rows(tmp_path / "out.jsonl")] == [float(world.score(**row)) for row in rows]
+
+
+def test_chat_formats_and_templates_of_a_users_file(mine, tmp_path):
+  rows = [{"prompt": prompt, "response": "paris"} for prompt in PROMPTS[:3]]
+  plain = made(sample, tmp_path, rows, *SMALL, output="plain")
+  assert made(sample, tmp_path, rows, *SMALL, f"--chat={mine}:CHAT", output="mine") != plain
+  scored = made(score, tmp_path, rows, "--rows=8", output="scored")
+  assert made(score, tmp_path, rows, "--rows=8", f"--template={mine}:JUDGE", output="own") == scored
 
 
 # What --model means
@@ -393,18 +513,18 @@ def run(tmp_path_factory):
   return directory
 
 
-def stage_of(run, path, pick=command.newest_policy):
-  return str(command.model_of(run / path, pick).directory.relative_to(run))
+def stage_of(run, path, pick=layout.newest_policy):
+  return str(command.model_of(str(run / path), pick).directory.relative_to(run))
 
 
 def test_a_run_is_its_newest_policy_or_its_judge_with_the_runs_formats(run, tmp_path):
-  model = command.model_of(run, command.newest_policy)
+  model = command.model_of(str(run), layout.newest_policy)
   assert (stage_of(run, ""), model.chat, model.template) == ("round_10/policy/model", "mini", "a1")
   for path in ("round_02/policy", "sft_1", "judge"):
-    found = command.model_of(run / path, None)
+    found = command.model_of(str(run / path), None)
     assert (found.directory, found.chat, found.template) == (run / path / "model", "mini", "a1")
-  assert command.model_of(run / "sft_1" / "model", None) == command.Model(run / "sft_1" / "model", "mini", None)
-  assert stage_of(run, "", command.judge_of) == "judge/model"
+  assert command.model_of(str(run / "sft_1" / "model"), None) == command.Model(run / "sft_1" / "model", "mini", None)
+  assert stage_of(run, "", layout.judge_of) == "judge/model"
   copy = shutil.copytree(run, tmp_path / "run")
   for accepted, expected in ((False, "judge/model"), (True, "judge_distilled/model")):
     shutil.rmtree(copy / "judge_distilled", ignore_errors=True)
@@ -412,7 +532,7 @@ def test_a_run_is_its_newest_policy_or_its_judge_with_the_runs_formats(run, tmp_
       stage = again.stage("judge_distilled", {})
       shutil.copytree(copy / "judge" / "model", stage.dir / "model")
       stage.finish(accepted=accepted)
-    assert stage_of(copy, "", command.judge_of) == expected
+    assert stage_of(copy, "", layout.judge_of) == expected
   for path in copy.glob("round_*"):
     shutil.rmtree(path)
   assert stage_of(copy, "") == "sft_1/model"
@@ -444,11 +564,37 @@ def test_what_is_no_model_is_named(path, message, run, tmp_path, capsys):
 
 
 def test_a_run_without_a_finished_model_is_named(tmp_path, capsys):
-  with Run(tmp_path / "run", get_config("mini")) as run:
+  with Run(tmp_path / "run") as run:
     run.save_config(get_config("mini").to_dict())
   for tool, stage in ((sample, "sft_1"), (score, "judge")):
     assert started(tool, tmp_path, PAIRS, model=tmp_path / "run") == 1
     assert_said(capsys, f"wait for its stage {stage}")
+
+
+# Checkpoints of a training
+
+
+def test_a_checkpoint_in_the_layout_of_0_1_is_exported(tmp_path, capsys):
+  host, checkpoint = bench_of()
+  mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
+  model = host.load(checkpoint, mesh, sharding.TRAIN, "float32")
+  state = engine_train.abstract_state(host.trained_config, mesh, "float32")
+  leaves = [2 * leaf for leaf in jax.tree.leaves(model)]
+  leaves += [jax.numpy.zeros(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state)[len(leaves) :]]
+  stage, config = tmp_path / "run" / "round_02" / "policy", get_config("mini").to_dict()
+  with ocp.training.Checkpointer(stage / "checkpoints") as checkpoints:  # arrays had numbers, no names
+    checkpoints.save(7, {f"{i:04d}": leaf for i, leaf in enumerate(leaves)})
+  config["model"]["of_another_version"] = 1
+  (tmp_path / "run" / "config.json").write_text(json.dumps(config, default=str))
+  (stage / "fingerprint.json").write_text('{"format": 1}')
+  assert export.main([f"--stage={stage}"]) == 0 and "checkpoints after steps 7" in capsys.readouterr().out
+  assert export.main([f"--stage={stage}", "--step=7", f"--output={tmp_path / 'model'}"]) == 0
+  exported = weights.load(tmp_path / "model")
+  for mine, base in zip(jax.tree.leaves(exported), jax.tree.leaves(weights.load(CHECKPOINT)), strict=True):
+    np.testing.assert_array_equal(mine, 2 * base)
+  made(sample, tmp_path, [{"prompt": PROMPTS[0]}], *SMALL, model=tmp_path / "model")
+  assert export.main([f"--stage={stage}", "--step=7", f"--output={tmp_path / 'model'}"]) == 1
+  assert_said(capsys, "--output: .*model is not empty")
 
 
 # What users are told
@@ -527,20 +673,29 @@ def test_mistakes_in_scoring_are_named(row, flags, message, tmp_path, capsys):
   [
     (sample, "--temprature=1", "no flag '--temprature'; did you mean '--temperature'?"),
     (sample, "--temp=1", "no flag '--temp'"),  # abbreviations would change their meaning with the next flag
-    (sample, "--temperature=nan", "--temperature: 'nan' is not a number of at least 0"),
-    (sample, "--top_p=1.5", "--top_p: '1.5' is not a number from 0 to 1"),
-    (sample, "--n=0", "--n: '0' is not a whole number of at least 1"),
-    (sample, "--min_new_tokens=2000", "--min_new_tokens=2000 is more than --max_new_tokens=1024"),
-    (sample, "--chat=lama3", "'lama3' is none of llama3, llama2, plain, mini; did you mean 'llama3'?"),
-    (score, "--mode=expcted", "'expcted' is none of expected, argmax, sampled; did you mean 'expected'?"),
-    (score, "--template=a3", "'a3' is none of a1, a2, mini; did you mean 'a2'?"),
+    (sample, "--temperature=nan", "--temperature is 'nan'; it must be a number"),
+    (sample, "--temperature=-1", "--temperature is -1.0; it must be 0 (greedy) or more"),
+    (sample, "--top_p=1.5", "--top_p is 1.5; it must be from 0 (only the likeliest) to 1 (all)"),
+    (sample, "--n=0", "--n is 0; it must be at least 1"),
+    (sample, "--n=2.5", "--n is '2.5'; it must be a whole number"),
+    (sample, "--slots=-1", "--slots is -1; it must be at least 0"),
+    (sample, "--raw=yes", "--raw is 'yes'; it must be true or false"),
+    (sample, "--min_new_tokens=2000", "--min_new_tokens is 2000; it must be from 0 to max_new_tokens"),
+    (sample, "--chat=lama3", "--chat is 'lama3'; it may be 'llama3', 'llama2', 'plain', 'mini' or"),
+    (sample, "--chat=lama3", "(did you mean 'llama3'?)"),
+    (sample, "--chat=nowhere:CHAT", "--chat is 'nowhere:CHAT': there is no module 'nowhere' in"),
+    (score, "--mode=expcted", "'expcted'; it may be 'expected', 'argmax', 'sampled' (did you mean 'expected'?)"),
+    (score, "--template=a3", "--template is 'a3'; it may be 'a1', 'a2', 'mini' or"),
+    (score, "--judge=truth:NO", "--judge is 'truth:NO': there is no module 'truth' in"),
+    (score, "--model=", "--model is missing: give the model that judges, or --judge"),
+    (score, "--rows=x", "--rows is 'x'; it must be a whole number"),
   ],
 )
 def test_mistaken_flags_are_named(tool, flag, message, capsys):
   with pytest.raises(SystemExit) as stop:
     tool.main(["--model=mini", "--input=x", "--output=y", flag])
   said = capsys.readouterr().err
-  assert stop.value.code == 2 and message in said and said.count("\n") == 1
+  assert stop.value.code == 2 and message in said and said.count("\n") == 1 and said.startswith("error: ")
 
 
 def test_a_model_whose_chat_format_is_not_known_asks_for_it(tmp_path, capsys):

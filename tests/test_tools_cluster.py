@@ -2,9 +2,7 @@
 what it says of a user's mistakes."""
 
 import dataclasses
-import fcntl
 import json
-import os
 import re
 import shutil
 
@@ -12,12 +10,14 @@ import jax
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from ml_collections import ConfigDict
 
 from alma_jax.corpus.normalise import prompt_id
 from alma_jax.engine import embed, kmeans
 from alma_jax.llama import sharding
+from alma_jax.runtime import clustering
 from alma_jax.runtime import host as hosts
+from alma_jax.store import layout
+from alma_jax.store.runs import Run
 from alma_jax.text import chat
 from alma_jax.tools import cluster
 
@@ -57,7 +57,9 @@ def written(output):
 
 
 def content(output):
-  return {str(p.relative_to(output)): p.read_bytes() for p in sorted(output.rglob("*")) if p.is_file()}
+  """The bytes of every file but the manifests, which hold times."""
+  paths = (p for p in sorted(output.rglob("*")) if p.is_file() and p.name != layout.MANIFEST)
+  return {str(p.relative_to(output)): p.read_bytes() for p in paths}
 
 
 def nearest(x, centroids):
@@ -106,7 +108,7 @@ def test_shards_in_a_directory_or_of_a_pattern_are_one_array(points, tmp_path):
   found = []
   for i, source in enumerate(("x.npy", "shards", "shards/part-*")):
     assert start(tmp_path / source, tmp_path / f"out{i}") == 0
-    found.append({k: v for k, v in content(tmp_path / f"out{i}").items() if k != "settings.json"})
+    found.append({k: v for k, v in content(tmp_path / f"out{i}").items() if k != layout.FINGERPRINT})
   assert found[0] == found[1] == found[2] and len(found[0]) == 3
 
 
@@ -126,8 +128,8 @@ def test_any_slice_of_shards_is_that_of_the_whole(points):
 
 def embedded(rows, most=None):
   """(the embeddings of the rows, whose tokens after the first `most` are left out; their lengths before)."""
-  config = {"model": {"path": "mini", "chat": "mini", "dtype": "auto"}, "engine": {"rows": 32}}
-  host = hosts.Host(ConfigDict(config), sharding.make_mesh(devices=jax.devices()[:1]))
+  options = hosts.ModelOptions("mini", "mini")
+  host = hosts.Host(options, hosts.EngineOptions(), sharding.make_mesh(devices=jax.devices()[:1]))
   checkpoint = hosts.Checkpoint("it", host.directory, hosts.content_of(host.directory))
   encoded = [chat.encode_prompt(host.tokenizer, host.chat, [{"role": "user", "content": r["prompt"]}]) for r in rows]
   found = embed.embeddings(host.model(checkpoint, "stacked"), [ids[:most] for ids in encoded], 32)
@@ -209,7 +211,7 @@ def test_a_finished_output_is_shown_and_not_made_again(finished, capsys, monkeyp
 
 def test_a_start_killed_anywhere_is_completed_to_the_same_bytes(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(cluster, "PART", 16)
-  monkeypatch.setattr(cluster, "EVERY", 0.0)
+  monkeypatch.setattr(clustering, "EVERY", 0.0)
   source, flags = prompts_file(tmp_path), ("--model=mini", "--iterations=9")
   assert start(source, tmp_path / "whole", *flags) == 0
   whole, calls = content(tmp_path / "whole"), []
@@ -240,9 +242,9 @@ def test_a_start_killed_anywhere_is_completed_to_the_same_bytes(tmp_path, monkey
   with monkeypatch.context() as patch:
     patch.setattr(kmeans, "fit", fitted)
     dies(patch, embed, "embeddings", 2)
-    dies(patch, cluster, "_distances", 1)
+    dies(patch, clustering, "distances", 1)
     dies(patch, cluster, "_write_assignments", 1)
-    for left in ("embeddings", "iteration", "_distances", "_write_assignments"):
+    for left in ("embeddings", "iteration", "distances", "_write_assignments"):
       assert start(source, tmp_path / "cut", *flags) == 130 and calls[-1] == left
       assert not (tmp_path / "cut" / "report.json").exists()
     assert start(source, tmp_path / "cut", *flags) == 0
@@ -275,17 +277,15 @@ def test_another_input_is_refused(points, tmp_path, capsys):
   assert start(tmp_path / "x.npy", tmp_path / "out") == 0
   np.save(tmp_path / "x.npy", points[::-1])
   assert start(tmp_path / "x.npy", tmp_path / "out") == 1
-  assert_said(capsys, r"  input: .*x.npy \(\w+\) -> .*x.npy \(\w+\)\n")
+  assert_said(capsys, r'  input: "\w+" -> "\w+" \(.*x.npy\)\n')
 
 
 def test_two_processes_do_not_write_one_output(points, tmp_path, capsys):
   np.save(tmp_path / "x.npy", points)
-  (tmp_path / "out").mkdir()
-  handle = os.open(tmp_path / "out", os.O_RDONLY)
-  fcntl.flock(handle, fcntl.LOCK_EX)
-  assert start(tmp_path / "x.npy", tmp_path / "out") == 1
-  assert_said(capsys, "another process is writing there")
-  os.close(handle)
+  with Run(tmp_path / "out"):
+    (tmp_path / "out" / layout.FINGERPRINT).write_text("{}")
+    assert start(tmp_path / "x.npy", tmp_path / "out") == 1
+    assert_said(capsys, "out: another process is writing there")
 
 
 # What users are told
@@ -370,12 +370,16 @@ def test_outputs_and_inputs_that_are_something_else_are_named(finished, points, 
   assert start(tmp_path / "x.npy", tmp_path) == 1
   assert_said(capsys, "holds other files; name a new directory")
   half = shutil.copytree(finished[1], tmp_path / "half")
-  (half / "embeddings" / "whitening.npy").unlink()
+  (half / "embeddings" / layout.MANIFEST).unlink()
   assert start(half / "embeddings", tmp_path / "out") == 1
   assert_said(capsys, "embeddings is half made")
-  (half / "settings.json").write_text("{")
+  (half / layout.MANIFEST).write_text("{")
   assert start(finished[0], half, "--model=mini") == 1
-  assert_said(capsys, "settings.json is damaged")
+  assert_said(capsys, "manifest.json is damaged")
+  (half / layout.MANIFEST).unlink()
+  (half / layout.FINGERPRINT).write_text("{")
+  assert start(finished[0], half, "--model=mini") == 1
+  assert_said(capsys, "fingerprint.json is damaged")
 
 
 def test_a_run_is_no_base_model(tmp_path, capsys):
@@ -391,7 +395,9 @@ def test_a_run_is_no_base_model(tmp_path, capsys):
   [
     (["--input=a.jsonl"], "--input=a.jsonl holds prompts: give --model"),
     (["--input=a.npy", "--model=mini"], "--input=a.npy means vectors: leave --model out"),
-    (["--input=a.npy", "--k=0"], "--k: '0' is not a whole number of at least 1"),
+    (["--input=a.npy", "--k=0"], "--k is 0; it must be at least 1"),
+    (["--input=a.npy", "--k=many"], "--k is 'many'; it must be a whole number"),
+    (["--input=a.npy", "--method=two"], "--method is 'two'; it may be 'flat', 'two_level' (did you mean 'two_level'?)"),
     (["--input=a.npy", "--iteration=3"], "no flag '--iteration=3'"),
   ],
 )

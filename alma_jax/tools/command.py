@@ -286,12 +286,11 @@ def run_of(output: pathlib.Path, directory: pathlib.Path, options: Shared, mend:
       " --output"
     ) from None
   except ChangedError as error:
-    called = {"model": options.model, "input": options.input}
-    lines = [f"  {key}: {change}" + f" ({called[key]})" * (key in called) for key, change in error.changed.items()]
+    called = {"model": f" ({options.model})", "input": f" ({options.input})"}  # whose digests say little
+    lines = "\n".join(f"  {key}: {change}{called.get(key, '')}" for key, change in error.changed.items())
     raise RunError(
-      f"{output} was made with other values than this start asks for:\n"
-      + "\n".join(lines)
-      + f"\nPut the old value back, or {mend} to have it made again."
+      f"{output} was made with other values than this start asks for:\n{lines}\n"
+      f"Put the old value back, or {mend} to have it made again."
     ) from None
   except OSError as error:
     where = error.filename or output

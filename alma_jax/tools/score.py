@@ -111,7 +111,7 @@ def run(options: Options) -> None:
   if parts.total:
     mass = f", mean mass {counts['mass_sum'] / counts['masses']:.3f}" if counts["masses"] else ""
     rate = f"{seconds:.1f} s, {parts.total / max(seconds, 1e-3):,.0f} responses/s"
-    print(f"mean score {counts['score_sum'] / parts.total:.2f}{mass}; {rate}")
+    print(f"{parts.total:,} responses: mean score {counts['score_sum'] / parts.total:.2f}{mass}; {rate}")
 
 
 # The judge
