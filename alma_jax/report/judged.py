@@ -11,6 +11,7 @@ of a prompt; the n beside a number says how many these were. Sums in a manifest 
 import collections
 import dataclasses
 import hashlib
+import itertools
 import math
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -111,7 +112,7 @@ _COLUMNS = _Rows._fields[2:]
 class _Chosen(NamedTuple):
   """A trainset's columns; a group is a prompt."""
 
-  groups: dict[str, int]  # by prompt id
+  best: np.ndarray  # [prompts that were read] best score trained on, -inf where nothing is
   group: np.ndarray  # [n]
   score: np.ndarray  # [n]
   length: np.ndarray  # [n]
@@ -127,11 +128,15 @@ def read(run: pathlib.Path, round: int) -> Round | None:
   scale, damage = scale_of(manifest), []
   rows = chosen = judged = selected = None
   try:
-    chosen = _chosen(run, round)
     rows = _rows(run, round, manifest["rows"])
-    judged = _judged(rows, chosen, manifest["rows"]) if rows and len(rows.group) else None
-  except Exception as e:  # a lost file costs its round only
+  except Exception as e:  # a lost file costs what is read from it
     damage.append(f"{type(e).__name__}: {e}")
+  try:
+    chosen = _chosen(run, round, rows.prompts if rows else [])
+  except Exception as e:
+    damage.append(f"{type(e).__name__}: {e}")
+  if rows and len(rows.group):
+    judged = _judged(rows, chosen, manifest["rows"])
   if chosen:
     scores, lengths = (statistics.clustered(x, chosen.group) for x in (chosen.score, chosen.length))
     selected = Selected(len(chosen.group), scores, lengths, dict(chosen.sources), chosen.graded)
@@ -193,12 +198,7 @@ def _judged(rows: _Rows, chosen: _Chosen | None, total: int) -> Judged:
   group, score, length = rows.group, rows.score, rows.length
   sizes = np.bincount(group)
   mean_score, mean_length = np.bincount(group, score) / sizes, np.bincount(group, length) / sizes
-  gains = []
-  if chosen:
-    best = np.full(len(chosen.groups), -np.inf)
-    np.maximum.at(best, chosen.group, chosen.score)
-    at = [(i, chosen.groups[prompt]) for i, prompt in enumerate(rows.prompts) if prompt in chosen.groups]
-    gains = [best[theirs] - mean_score[ours] for ours, theirs in at]
+  gains = chosen.best - mean_score if chosen else np.zeros(0)
   scores, lengths = statistics.clustered(score, group), statistics.clustered(length, group)
   assert scores and lengths
   margin = _margins(group, score)
@@ -209,7 +209,7 @@ def _judged(rows: _Rows, chosen: _Chosen | None, total: int) -> Judged:
     total=total,
     prompts=len(rows.prompts),
     scores=scores,
-    gain=statistics.mean(gains),
+    gain=statistics.mean(gains[np.isfinite(gains)]),
     length=lengths,
     mass=statistics.clustered(rows.mass[known], group[known]),
     entropy=statistics.clustered(rows.entropy[told], group[told]),
@@ -322,25 +322,31 @@ def _entropy(probs: pa.Array) -> tuple[np.ndarray, int]:
   return np.where(sizes > 0, bits, np.nan), int(sizes.max(initial=0))
 
 
-def _chosen(run: pathlib.Path, round: int) -> _Chosen | None:
+def _chosen(run: pathlib.Path, round: int, prompts: Sequence[str]) -> _Chosen | None:
+  """The round's trainset, None until it is finished; `prompts` are those whose best score is wanted."""
   parts = layout.parts_of(run / layout.stage_name(round, layout.TRAINSET))
   if parts is None:
     return None
-  groups: dict[str, int] = {}
-  columns: tuple[list[np.ndarray], ...] = ([], [], [])
-  sources, graded = collections.Counter(), False
+  places, best = {prompt: i for i, prompt in enumerate(prompts)}, np.full(len(prompts), -np.inf)
+  columns = {name: [np.zeros(0)] for name in ("group", "score", "length")}
+  sources, graded, last, groups = collections.Counter(), False, "", 0
   for path in parts:
     score, text, present = _trainset_columns(path)
     graded = graded or "advantage" in present
     for batch in batches([path], ["prompt_id", score, text, *(["source"] if "source" in present else [])]):
-      lengths = characters(batch.column(text))
-      values = (_codes(batch.column("prompt_id"), groups), floats(batch.column(score)), lengths)
-      for column, value in zip(columns, values, strict=True):
-        column.append(value)
+      scores, ids = floats(batch.column(score)), batch.column("prompt_id").to_pylist()
+      # The rows of a prompt follow each other: a group begins where the id changes.
+      group = groups + np.cumsum([new != old for old, new in itertools.pairwise([last, *ids])])
+      last, groups = [last, *ids][-1], int([groups, *group][-1])
+      at = np.array([places.get(prompt, -1) for prompt in ids], np.int64)
+      np.maximum.at(best, at[at >= 0], scores[at >= 0])
+      columns["group"].append(group)
+      columns["score"].append(scores)
+      columns["length"].append(characters(batch.column(text)))
       if "source" in present:
         sources.update(source for source in batch.column("source").to_pylist() if source)
-  group, scores, lengths = (np.concatenate(column or [np.zeros(0)]) for column in columns)
-  return _Chosen(groups, group.astype(np.int64), scores, lengths, sources, graded)
+  arrays = {name: np.concatenate(column) for name, column in columns.items()}
+  return _Chosen(best=best, sources=sources, graded=graded, **arrays)
 
 
 def _trainset_columns(path: pathlib.Path) -> tuple[str, str, list[str]]:
