@@ -85,8 +85,9 @@ def test_the_judge_of_the_guide_keeps_the_contract(guide):
 
 
 def test_the_chat_format_of_the_guide_can_be_written(guide):
-  from alma_jax.text import chat
   import text_tokenizers
+
+  from alma_jax.text import chat
 
   fmt = guide("docs/your_own_chat_format.md", names.CHAT_FORMATS, "my_formats:CHATML")
   tok, added = chat.prepare(text_tokenizers.byte_bpe(), fmt)
