@@ -288,7 +288,7 @@ def test_a_users_own_judge_evaluator_and_chat_format_need_no_fork(data, tmp_path
   # Another text of the user's file is another judge.
   (tmp_path / "mine" / "things.py").write_text(OWN.replace("min(16,", "min(8,"))
   changed = started()
-  assert changed.returncode == 1 and "judgments" in changed.stdout and "words" in changed.stdout
+  assert changed.returncode == 1 and "judge:" in changed.stdout and "words " in changed.stdout
 
 
 def test_a_rounds_override_applies_to_that_round_only(run, data, tmp_path):

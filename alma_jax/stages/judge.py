@@ -21,7 +21,7 @@ from alma_jax.judges.own import OwnJudge
 from alma_jax.keys import key_of
 from alma_jax.options import Checked, fingerprint, option
 from alma_jax.runtime import sampling, training
-from alma_jax.runtime.batches import Examples
+from alma_jax.runtime.batches import Examples, compact
 from alma_jax.runtime.host import Checkpoint
 from alma_jax.runtime.session import Session
 from alma_jax.store import layout
@@ -198,7 +198,7 @@ def _examples(
     if len(ids) > options.row_length:
       dropped += 1
     else:
-      kept.append((ids, np.asarray(mask, np.float32) * row.weight))
+      kept.append(compact(ids, np.asarray(mask, np.float32) * row.weight))
       row_names.append(row.name)
   if not kept:
     raise RunError(f"no judge example fits into {options.row_length} tokens (row_length)")

@@ -9,7 +9,7 @@ import numpy as np
 from alma_jax.errors import RunError
 from alma_jax.options import fingerprint
 from alma_jax.runtime import training
-from alma_jax.runtime.batches import Examples, Graded, Pairs
+from alma_jax.runtime.batches import Examples, Graded, Pairs, compact
 from alma_jax.runtime.host import Checkpoint
 from alma_jax.runtime.session import Session
 from alma_jax.store import layout, records, shards
@@ -49,7 +49,7 @@ def sft(s: Session[Any], job: Job, data: Data, trainsets: Sequence[Trainset] = (
     return training.trained(stage)
   examples = [(f"demonstration {i}", row.messages, row.response or "") for i, row in enumerate(data.sft, start=1)]
   examples += [(x.prompt_id, x.messages, x.response) for trainset in trainsets for x in trainset.in_order(Example)]
-  sequences = [chat.encode_example(s.host.tokenizer, s.host.chat, m, r) for _, m, r in examples]
+  sequences = [compact(*chat.encode_example(s.host.tokenizer, s.host.chat, m, r)) for _, m, r in examples]
   kept, sequences, counts = _clipped(sequences, job.options.row_length)
   chosen = Examples(sequences, [examples[i][0] for i in kept], job.options.average)
   _, facts = training.train(s, stage, job.init, chosen, job.options, job.seed)
@@ -95,7 +95,7 @@ def grpo(s: Session[Any], job: Job[training.GrpoOptions], reference: Checkpoint,
   for row in rows:
     ids, mask = chat.encode_example(s.host.tokenizer, s.host.chat, row.messages, row.response, last_only=True)
     cut = len(ids) if row.finished else len(ids) - 1  # a response that was cut off did not choose the stop token
-    sequences.append((ids[:cut], mask[:cut]))
+    sequences.append(compact(ids[:cut], mask[:cut]))
   kept, sequences, counts = _clipped(sequences, job.options.row_length)
   old = training.token_logprobs(s, job.init, sequences, job.options)
   same = reference.content == job.init.content
@@ -137,7 +137,7 @@ def _pairs(s: Session[Any], trainset: Trainset, options: training.PreferenceOpti
   if count == 3:
     texts = [(*of, other) for of, other in zip(texts, _mismatched(pairs), strict=True)]
   sequences = [
-    chat.encode_example(s.host.tokenizer, s.host.chat, pair.messages, text, last_only=True)
+    compact(*chat.encode_example(s.host.tokenizer, s.host.chat, pair.messages, text, last_only=True))
     for pair, of in zip(pairs, texts, strict=True)
     for text in of
   ]
