@@ -471,17 +471,19 @@ def test_a_judge_in_a_users_file_scores_without_a_model(mine, tmp_path, capsys):
 def test_a_judge_in_a_users_file_may_ask_for_the_model(mine, tmp_path, capsys):
   rows = [{"prompt": "a", "response": "paris france ."}]
   assert judged(tmp_path, rows, f"--judge={mine}:Tokens") == 1
-  assert_said(capsys, "--judge names a judge that asks for a model .its tokenizer.: give --model, too")
+  assert "error: --judge names a judge that asks for a model (its tokenizer): give --model" in capsys.readouterr().err
   assert judged(tmp_path, rows, f"--judge={mine}:Tokens", "--model=mini") == 0
   assert read_rows(tmp_path / "out.jsonl")[0]["score"] == 3
   assert judged(tmp_path, rows, f"--judge={mine}:Short", "--mode=argmax", output="argmax") == 1
-  assert_said(capsys, "--mode=argmax needs probabilities, and the judge 'short .*' gives none")
+  assert re.search("error: --mode=argmax needs probabilities, and the judge 'short .*' none", capsys.readouterr().err)
 
 
 def test_an_evaluator_of_the_package_scores_without_a_model(tmp_path):
   rows = [{"prompt": "country : lyon", "response": r} for r in ("answer: lyon france .", "norway")]
   assert judged(tmp_path, rows, "--judge=mini") == 0
-  assert [x["score"] for x in read_rows(tmp_path / "out.jsonl")] == [float(world.score(**row)) for row in rows]
+  assert [x["score"] for x in read_rows(tmp_path / "out.jsonl")] == [
+    float(world.score(**row, finished=True)) for row in rows
+  ]
 
 
 def test_chat_formats_and_templates_of_a_users_file(mine, tmp_path):
@@ -593,6 +595,7 @@ def test_a_checkpoint_in_the_layout_of_0_1_is_exported(tmp_path, capsys):
   for mine, base in zip(jax.tree.leaves(exported), jax.tree.leaves(weights.load(CHECKPOINT)), strict=True):
     np.testing.assert_array_equal(mine, 2 * base)
   made(sample, tmp_path, [{"prompt": PROMPTS[0]}], *SMALL, model=tmp_path / "model")
+  capsys.readouterr()
   assert export.main([f"--stage={stage}", "--step=7", f"--output={tmp_path / 'model'}"]) == 1
   assert_said(capsys, "--output: .*model is not empty")
 

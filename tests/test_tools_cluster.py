@@ -103,7 +103,7 @@ def test_spherical_clusters_compare_angles(points, tmp_path):
 def test_shards_in_a_directory_or_of_a_pattern_are_one_array(points, tmp_path):
   np.save(tmp_path / "x.npy", points)
   (tmp_path / "shards").mkdir()
-  for name, part in zip("abc", np.split(points, [100, 101])):
+  for name, part in zip("abc", np.split(points, [100, 101]), strict=True):
     np.save(tmp_path / "shards" / f"part-{name}.npy", part)
   found = []
   for i, source in enumerate(("x.npy", "shards", "shards/part-*")):
@@ -179,7 +179,7 @@ def test_the_report_shows_the_most_central_prompts_of_the_largest_and_other_clus
 
 def test_the_embeddings_of_an_output_are_an_input(finished, tmp_path):
   assert start(finished[1] / "embeddings", tmp_path / "again", k=4) == 0
-  for one, two in zip(written(finished[1])[:2], written(tmp_path / "again")[:2]):
+  for one, two in zip(written(finished[1])[:2], written(tmp_path / "again")[:2], strict=True):
     if isinstance(one, dict):
       assert {k: v for k, v in one.items() if k != "id"} == two
     else:

@@ -58,7 +58,7 @@ def fitted(
       stage.beat()
       last = time.monotonic()
 
-  with display.bar("k-means", settings.steps, "iterations", done=saved[0] if saved else 0) as bar:
+  with display.bar("k-means", settings.iterations, "iterations", done=saved[0] if saved else 0) as bar:
     hooks = kmeans.FitHooks(bar.update, save, lambda: saved)
     return kmeans.fit(points, settings, key, mesh, hooks=hooks)
 

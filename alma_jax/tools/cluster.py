@@ -88,9 +88,10 @@ def run(options: Options) -> None:
   _check_output(output)
   job = Vectors(options) if options.vectors else Prompts(options)
   rows = None if (output / layout.FINGERPRINT).exists() else job.survey()  # all mistakes before anything is written
+  fields = job.decides() | {"seed": options.seed} | fingerprint(options.settings)
   kept = f" (--input={output / 'embeddings'} has the same vectors)" if (output / "embeddings").exists() else ""
   with command.run_of(output, output, options, f"give another --output{kept}, or delete {output}") as held:
-    stage = held.stage(".", job.decides())
+    stage = held.stage(".", fields)
     there = stage.done
     if not there:
       _make(options, stage, job, job.survey() if rows is None else rows)
@@ -112,8 +113,11 @@ def _make(options: Options, stage: Stage, job: "Vectors | Prompts", facts: dict[
   examples = [] if options.vectors else _examples(options, found.labels, distances)
   _write_assignments(options, stage, found.labels, distances, examples)
   shards.save_array(stage.dir / CENTROIDS, found.centroids)
-  report = {**facts, "dimensions": points.shape[1], "k": k, "sizes": _sizes(found.labels, k)}
-  shards.write_json(stage.dir / layout.REPORT, report | {"k-means": found.report, "examples": examples})
+  sizes = np.bincount(found.labels, minlength=k)
+  counts = {"smallest": int(sizes.min()), "median": float(np.median(sizes))}
+  counts |= {name: found.report[name] for name in ("largest", "singletons", "empty")}
+  report = {**facts, "dimensions": points.shape[1], "k": k, "sizes": counts, "k-means": found.report}
+  shards.write_json(stage.dir / layout.REPORT, report | {"examples": examples})
   (stage.dir / clustering.ITERATION).unlink(missing_ok=True)
   stage.finish(files=[ASSIGNMENTS, CENTROIDS, layout.REPORT])
 
@@ -142,49 +146,43 @@ class Vectors:
   """The points of --input where it names .npy files."""
 
   def __init__(self, options: Options) -> None:
+    """A DataError names the file that holds no vectors or does not fit the others."""
     self.options, self.display, self.files = options, Display(), _files(options.input)
+    self.arrays, first = {path: _array(path) for path in self.files}, self.files[0]
+    width = self.arrays[first].shape[1]
+    for path, array in self.arrays.items():
+      if array.shape[1] != width:
+        raise DataError(f"{path}: rows of {array.shape[1]} numbers; those of {first} have {width}")
+    beside = [path for path in self.files if path.name == WHITENING and len(self.files) > 1]
+    whitening = [np.array(self.arrays.pop(path)) for path in beside]
+    if len(whitening) > 1:
+      raise DataError(f"--input: {options.input} means the embeddings of several outputs, which are not scaled alike")
+    if not sum(map(len, self.arrays.values())):
+      raise DataError(f"--input: {options.input}: there are no rows")
+    unit = bool(whitening) or options.settings.spherical
+    self.rows = embed.Rows(tuple(self.arrays.values()), *whitening, unit=unit)
 
   def decides(self) -> dict[str, Any]:
-    """What decides the output."""
+    """What decides the points."""
     digests = [(path.name, shards.digest(path)) for path in self.files]
-    fields = {"tool": "cluster", "input": command.short_digest(digests), "seed": self.options.seed}
-    return fields | fingerprint(self.options.settings)
+    return {"tool": "cluster", "input": command.short_digest(digests)}
 
   def survey(self) -> dict[str, int]:
     """How many rows there are."""
-    rows = len(self._rows())
-    _check_k(self.options, self.display, rows)
-    return {"rows": rows}
+    _check_k(self.options, self.display, len(self.rows))
+    return {"rows": len(self.rows)}
 
   def points(self, stage: Stage, rows: int) -> embed.Rows:
     """All rows, which are finite."""
     del stage
     with self.display.bar("reading", rows, "rows") as bar:
-      for path, array in self._arrays().items():
-        for block in clustering.blocks(*array.shape) if path.name != WHITENING or len(self.files) == 1 else ():
+      for path, array in self.arrays.items():
+        for block in clustering.blocks(*array.shape):
           fine = np.isfinite(array[block]).all(axis=1)
           if not fine.all():
-            row = block.start + int(fine.argmin())
-            raise DataError(f"{path}, row {row} (from 0): a value that is not finite")
+            raise DataError(f"{path}, row {block.start + int(fine.argmin())} (from 0): a value that is not finite")
           bar.update(block.stop - block.start)
-    return self._rows()
-
-  def _arrays(self) -> dict[pathlib.Path, np.ndarray]:
-    return {path: _array(path) for path in self.files}
-
-  def _rows(self) -> embed.Rows:
-    """A DataError names the file that holds no vectors or does not fit the others."""
-    arrays, first = self._arrays(), self.files[0]
-    for path, array in arrays.items():
-      if array.shape[1] != arrays[first].shape[1]:
-        raise DataError(f"{path}: rows of {array.shape[1]} numbers; those of {first} have {arrays[first].shape[1]}")
-    whitening = [np.array(arrays.pop(path)) for path in self.files if path.name == WHITENING and len(self.files) > 1]
-    if len(whitening) > 1:
-      raise DataError(f"--input: {self.options.input} means the embeddings of several outputs, not scaled alike")
-    if not sum(map(len, arrays.values())):
-      raise DataError(f"--input: {self.options.input}: there are no rows")
-    unit = bool(whitening) or self.options.settings.spherical
-    return embed.Rows(tuple(arrays.values()), *whitening, unit=unit)
+    return self.rows
 
 
 def _files(name: str) -> list[pathlib.Path]:
@@ -225,11 +223,8 @@ class Prompts:
     self.longest = min(options.max_tokens, self.host.config.max_positions)
 
   def decides(self) -> dict[str, Any]:
-    """What decides the output."""
-    fields = self._embedding() | {"seed": self.options.seed}
-    return fields | fingerprint(self.options.settings)
-
-  def _embedding(self) -> dict[str, Any]:
+    """What decides the points."""
+    next(jsonl.read(self.options.input), None)  # the clearest error first
     return command.decides("cluster", self.options, self.opened) | {"max_tokens": self.options.max_tokens}
 
   def survey(self) -> dict[str, int]:
@@ -244,7 +239,7 @@ class Prompts:
 
   def points(self, stage: Stage, rows: int) -> embed.Rows:
     """The embeddings, which are on disk part by part, whitened when they are read."""
-    host, made = self.host, stage.run.stage("embeddings", self._embedding())
+    host, made = self.host, stage.run.stage("embeddings", self.decides())
     files = [f"rows-{part:05d}.npy" for part in range(-(-rows // PART))]
     missing = {part for part, name in enumerate(files) if not (made.dir / name).exists()}
     if missing:
@@ -285,17 +280,6 @@ def _base_of(run: pathlib.Path) -> pathlib.Path:
 
 
 # Results
-
-
-def _sizes(labels: np.ndarray, k: int) -> dict[str, int | float]:
-  sizes = np.bincount(labels, minlength=k)
-  return {
-    "smallest": int(sizes.min()),
-    "median": float(np.median(sizes)),
-    "largest": int(sizes.max()),
-    "singletons": int((sizes == 1).sum()),
-    "empty": int((sizes == 0).sum()),
-  }
 
 
 def _examples(options: Options, labels: np.ndarray, distances: np.ndarray) -> list[dict[str, Any]]:

@@ -56,7 +56,6 @@ HELP = {  # of fields of the engine and of stages
   "k": "clusters",
   "iterations": "at most; fewer where nothing changes any more",
   "spherical": "vectors and centroids of length 1",
-  "method": "flat, or two_level: cheaper and coarser",
   "per_centroid": "train on so many rows for each cluster; 0: on all",
 }
 METAVARS: dict[Any, str] = {"model": "DIR", "stage": "DIR", "input": "FILE", "output": "PATH", int: "N", float: "X"}

@@ -1,14 +1,12 @@
 """JSONL in and out for commands that take hours: rows are read one at a time, and the output survives a kill.
 
-  for line, item in read("prompts.jsonl"): ...          # (line number, object); errors name file and line
-  for row in prompts("prompts.jsonl", host): ...        # Asked: ids of tokens
-
-  with stage_of(output, options, fields) as stage:      # resumed, locked, or refused if a value has changed
+  for line, item in read("prompts.jsonl"): ...           # the number of a line and its object
+  for row in prompts("prompts.jsonl", host): ...         # Asked: a prompt as token ids
+  with stage_of(output, options, fields) as stage:       # resumed, locked, or refused if a value has changed
     parts = Parts(stage, sizes, together=8)
     for numbers, rows in parts.missing(chunks(prompts(...), PART)):
-      ...
-      parts.write(number, lines, counts)                # JSON objects, a line each
-    finish(stage, output)                               # OUTPUT appears, whole
+      parts.write(number, lines, counts)                 # JSON objects, a line each
+    finish(stage, output)                                # OUTPUT appears, whole
 
 `OUTPUT.parts` beside the output is a run directory (store/runs.py) with one stage, whose parts are the output's lines.
 """
@@ -182,9 +180,10 @@ class Parts:
   def _missing(self) -> frozenset[int]:
     return frozenset(self.stage.missing(len(self.sizes)))
 
-  def _group(self, part: int) -> range:
-    begin = part - part % self.together
-    return range(begin, min(begin + self.together, len(self.sizes)))
+  @functools.cached_property
+  def _groups(self) -> list[range]:
+    n = len(self.sizes)
+    return [range(at, min(at + self.together, n)) for at in range(0, n, self.together)]
 
   @property
   def total(self) -> int:
@@ -192,14 +191,12 @@ class Parts:
 
   @property
   def done(self) -> int:
-    """The samples or responses that are not computed (again) by this start."""
-    groups = {self._group(part) for part in self._missing}
-    return self.total - sum(self.sizes[part] for group in groups for part in group)
+    """The samples or responses that this start does not compute."""
+    return sum(self.sizes[part] for group in self._groups if not self._missing & set(group) for part in group)
 
   def missing(self, parts: Iterable[list[R]]) -> Iterator[tuple[range, list[list[R]]]]:
     """Of all `parts`, given as their rows, the groups in which one is missing, with the numbers of their parts."""
-    for at, rows in enumerate(chunks(parts, self.together)):
-      group = self._group(at * self.together)
+    for group, rows in zip(self._groups, chunks(parts, self.together), strict=True):
       if self._missing & set(group):
         yield group, rows
 

@@ -89,7 +89,9 @@ def run(options: Options) -> None:
   sizes = _survey(options, judge)
   together = max(1, FILLINGS * options.engine.rows * host.local_ways // max(1, sizes[0]))
   scored, masses, warned = 0, 0.0, False
-  with jsonl.stage_of(output, options, _decides(options, opened, judge)) as stage:
+  fields = command.decides("score", options, opened) | {"judge": judge.identity, "mode": options.mode}
+  fields["seed"] = options.seed if options.mode == "sampled" else None
+  with jsonl.stage_of(output, options, fields) as stage:
     there, parts = stage.done, jsonl.Parts(stage, sizes, together)
     host.display.say(f"{judge.identity}: {options.mode} score of {parts.total:,} responses")
     with host.display.bar("scoring", parts.total, "responses", done=parts.done) as bar:
@@ -138,15 +140,6 @@ def _judge(options: Options, opened: command.Opened | None, host: Host) -> Judge
   template = names.resolve(names.JUDGE_TEMPLATES, word, "--template")
   judge = OwnJudge(opened.host, opened.checkpoint, template, "expected")
   return judge  # pyright: ignore[reportReturnType]  # a cached_property is a property
-
-
-def _decides(options: Options, opened: command.Opened | None, judge: Judge) -> dict[str, Any]:
-  fields = command.decides("score", options, opened)
-  fields |= {"mode": options.mode, "seed": options.seed if options.mode == "sampled" else None}
-  if not isinstance(judge, OwnJudge):
-    return fields | {"judge": judge.identity}
-  text = command.short_digest(dataclasses.asdict(judge.template))
-  return fields | {"template": judge.template.name, "template text": text}
 
 
 def _warning(template: str, mass: float) -> str:
@@ -238,7 +231,7 @@ def _check_length(options: Options, judge: OwnJudge, row: Row) -> None:
 
 def _line(options: Options, judge: Judge, row: Row, answer: Answer, verdict: Verdict) -> dict[str, Any]:
   if options.mode != "expected" and verdict.probs is None:
-    raise ConfigError(f"--mode={options.mode} needs probabilities, and the judge {judge.identity!r} gives none")
+    raise ConfigError(f"--mode={options.mode} needs probabilities, and the judge {judge.identity!r} none")
   score = _score(options.mode, verdict, (options.seed, "score", row.id, answer.sample, answer.text))
   known = {"id": row.id} if answer.sample is None else {"id": row.id, "sample_id": answer.sample}
   details = {} if verdict.details is None else {"details": verdict.details}
