@@ -17,7 +17,7 @@ KINDS = {"best_of_n": Example, "dpo": Pair, "grpo": Graded}
 
 def overlapping(prompts, short, equal, overlapping, met, *examples):
   names = ("prompts", "short", "equal", "overlapping", "prompts_met", "examples")
-  return dict(zip(names, (prompts, short, equal, overlapping, met, examples)))
+  return dict(zip(names, (prompts, short, equal, overlapping, met, examples), strict=True))
 
 
 LIKE = {"removed": f"{NASTY} in a pool", "near": "eval_prompt", "kept": f"{NASTY} in the pool", "similarity": 0.8125}
@@ -147,8 +147,13 @@ def responses_of(prompts, r, random, mass, method):
     else:
       chosen.append(Example(prompt.id, prompt.messages, high[1], r, high[2], high[0]))
   scored = [judgments[share] + judgments[3 + share] for share in range(3)]
-  rounded = lambda rows: collections.Counter(f"{int(j.score + 0.5):02d}" for j in rows)
-  sums = lambda rows: {"judged": len(rows), "score_sum": sum(j.score for j in rows), "histogram": dict(rounded(rows))}
+
+  def rounded(rows):
+    return collections.Counter(f"{int(j.score + 0.5):02d}" for j in rows)
+
+  def sums(rows):
+    return {"judged": len(rows), "score_sum": sum(j.score for j in rows), "histogram": dict(rounded(rows))}
+
   return [(responses[i], {}) for i in range(6)], [(rows, sums(rows)) for rows in scored], chosen, skipped
 
 

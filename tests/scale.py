@@ -1,6 +1,6 @@
 """A round of many synthetic responses: its trainset, evaluation and report, and the memory that they took.
 
-  python tests/scale.py DIRECTORY PROMPTS SAMPLES     prints one JSON object
+python tests/scale.py DIRECTORY PROMPTS SAMPLES     prints one JSON object
 """
 
 import json
@@ -60,7 +60,10 @@ def made(s, prompts, samples):
     ids = np.repeat([p.id for p in mine], samples)
     sample = np.tile(np.arange(samples), len(mine))
     tokens = random.integers(0, 30_000, n * TOKENS).astype(np.int32)
-    lists = lambda values, size, n=n: pa.ListArray.from_arrays(np.arange(0, n * size + 1, size, np.int32), values)
+
+    def lists(values, size, n=n):
+      return pa.ListArray.from_arrays(np.arange(0, n * size + 1, size, np.int32), values)
+
     responses = {
       "prompt_id": ids, "sample_id": sample, "checkpoint": np.repeat("sft_1", n), "finished": random.random(n) < 0.95,
       "text": [f"response {a} of {b}" for a, b in zip(sample.tolist(), ids.tolist(), strict=True)],

@@ -198,7 +198,10 @@ def test_preferences_then_policy_gradients_and_a_checkpoint_on_the_way(run, data
     for directory in (tmp_path / "exported", workdir / "round_02" / "policy" / "model")
   )
   before = safetensors.numpy.load_file(workdir / "sft_1" / "model" / "model.safetensors")
-  far = lambda a, b: sum(float(np.abs(a[name] - b[name]).sum()) for name in a)
+
+  def far(a, b):
+    return sum(float(np.abs(a[name] - b[name]).sum()) for name in a)
+
   assert 0 < far(before, on_the_way) < far(before, last)
   names = {path.name for path in (workdir / "round_02" / "policy" / "model").iterdir()}
   assert {path.name for path in (tmp_path / "exported").iterdir()} == names
@@ -350,7 +353,10 @@ def until(reached, processes, seconds=120):
 
 def test_a_signal_to_one_host_stops_both_and_one_process_goes_on(data, tmp_path):
   values = (*data, "sft.epochs=60.0", "sft.checkpoint_every=1000")
-  logged = lambda name: (tmp_path / name / "sft_1" / "metrics.jsonl").read_text().splitlines()
+
+  def logged(name):
+    return (tmp_path / name / "sft_1" / "metrics.jsonl").read_text().splitlines()
+
   processes = two_hosts(tmp_path / "moved", values)
   until(lambda: (tmp_path / "moved/sft_1/metrics.jsonl").exists() and len(logged("moved")) > 20, processes)
   processes[1].send_signal(signal.SIGTERM)

@@ -258,7 +258,10 @@ def test_a_small_pool_is_rehearsed_and_what_is_wrong_is_noticed(own_environment,
   fails("a spelling was not recognised", pool, "prompt_id", lambda messages: pool_id(messages[0]["content"]))
   fails("the recall is", pool.duplicates, "find_pairs", no_pairs(pool.duplicates))
   assign = pool.kmeans.fit
-  turned = lambda *what, **more: dataclasses.replace(found := assign(*what, **more), labels=found.labels[::-1])
+
+  def turned(*what, **more):
+    return dataclasses.replace(found := assign(*what, **more), labels=found.labels[::-1])
+
   fails("not in the nearest cluster", pool.kmeans, "fit", turned)
   first = pool.drawing.draw
   fails("drawn twice|not spread", pool.drawing, "draw", lambda index, used, *rest: first(index, used[:0], *rest))
@@ -287,7 +290,7 @@ def test_training_beside_transformers(small):
   training.check("x", theirs, theirs, start, 1e-4)
   with pytest.raises(AssertionError, match=r"differs by 2\.0e-03"):
     training.check("x", dataclasses.replace(theirs, losses=[y * 1.002 for y in theirs.losses]), theirs, start, 1e-3)
-  longer = [y + 0.02 * (y - x) for x, y in zip(start, theirs.weights)]
+  longer = [y + 0.02 * (y - x) for x, y in zip(start, theirs.weights, strict=True)]
   with pytest.raises(AssertionError, match=r"apart by 2\.0e-02"):
     training.check("x", dataclasses.replace(theirs, weights=longer), theirs, start, 1e-4)
 

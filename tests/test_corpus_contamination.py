@@ -16,9 +16,12 @@ PROSE = st.lists(st.sampled_from(["a", "b", "cc", "漢字"]), max_size=9).map(" 
 
 def brute_force(sets, n, ids, texts):
   """{(id, set): (prompts that are equal, others that share a run, first shared run)}"""
-  runs = lambda text: [tuple(words.split(text)[i : i + n]) for i in range(len(words.split(text)) - n + 1)]
+
+  def runs(text):
+    return [tuple(words.split(text)[i : i + n]) for i in range(len(words.split(text)) - n + 1)]
+
   found = {}
-  for id, text in zip(ids, texts):
+  for id, text in zip(ids, texts, strict=True):
     for name, prompts in sets.items():
       equal = tuple(i for i, prompt in enumerate(prompts) if prompt == text)
       sharing = tuple(i for i, p in enumerate(prompts) if i not in equal and set(runs(p)) & set(runs(text)))
@@ -40,7 +43,10 @@ def test_all_overlaps_and_no_other(first, second, texts, n):
 
 def test_runs_of_one_hash_are_still_compared(monkeypatch):
   draw = random.Random(0)
-  prose = lambda n: [" ".join(draw.choices("abc", k=draw.randint(0, 12))) for _ in range(n)]
+
+  def prose(n):
+    return [" ".join(draw.choices("abc", k=draw.randint(0, 12))) for _ in range(n)]
+
   sets, texts = {"eval": prose(20)}, prose(60)
   right = shared(Index(sets, 5), texts, texts)
   hashes = words.hashes

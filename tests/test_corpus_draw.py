@@ -29,7 +29,10 @@ def h(seed, stream, a):
 
 def id_with(seed, value):
   """The id whose hash among a cluster's members is this one."""
-  unshift = lambda x, s: x ^ x >> s ^ x >> 2 * s
+
+  def unshift(x, s):
+    return x ^ x >> s ^ x >> 2 * s
+
   x = unshift(value, 31) * pow(0x94D049BB133111EB, -1, 2**64) & MASK
   x = unshift(x, 27) * pow(0xBF58476D1CE4E5B9, -1, 2**64) & MASK
   x = unshift(x, 30)
@@ -191,7 +194,7 @@ def test_prompts_added_to_clusters_change_only_what_these_give(labels, way, adde
   assert not set(after) & set(used)
   grown = labels + added
   assert [grown[row] for row in after] == [labels[row] for row in before]  # the same clusters
-  assert all(a == b or (grown[a] in added and a >= len(labels)) for a, b in zip(after, before))
+  assert all(a == b or (grown[a] in added and a >= len(labels)) for a, b in zip(after, before, strict=True))
 
 
 # What chance gives

@@ -45,7 +45,7 @@ def all_pairs(texts, threshold=0.7):
   codes = {}
   coded = ["".join(chr(0x4000 + codes.setdefault(word, len(codes))) for word in text.split()) for text in texts]
   similar = process.cdist(coded, coded, scorer=Indel.normalized_similarity, dtype=np.float64) >= threshold - 1e-12
-  return set(zip(*(side.tolist() for side in np.nonzero(np.triu(similar, 1)))))
+  return set(zip(*(side.tolist() for side in np.nonzero(np.triu(similar, 1))), strict=True))
 
 
 def lcs(a, b):
@@ -70,7 +70,10 @@ def survivors(ranks, edges):
 
 def run(pool, parts, hosts=1, order=1):
   """All steps, with the units divided over hosts and done in this order; [Removal] of the newest generation."""
-  divided = lambda units: itertools.chain(*(list(units)[host::hosts][::order] for host in range(hosts)))
+
+  def divided(units):
+    return itertools.chain(*(list(units)[host::hosts][::order] for host in range(hosts)))
+
   for part in divided(range(len(parts))):
     duplicates.sign(pool, part, [ident(text) for text in parts[part]], parts[part])
   for unit in divided(duplicates.pair_units(pool)):
@@ -123,7 +126,7 @@ def test_planted_pairs_are_found_and_nothing_else_is_removed(texts, whole):
   assert len(true) >= 590
   (path,) = pathlib.Path(pool.directory).glob("generation-1-*/edges-*.npy")
   edges = np.load(path)
-  found = {tuple(sorted(pair)) for pair in zip(edges["later"].tolist(), edges["earlier"].tolist())}
+  found = {tuple(sorted(pair)) for pair in zip(edges["later"].tolist(), edges["earlier"].tolist(), strict=True)}
   assert found <= true and len(found) >= 0.98 * len(true)
   removed = {x.row for x in removals}
   for x in removals:
@@ -163,7 +166,7 @@ def test_short_texts_are_found_by_what_they_share(tmp_path, monkeypatch):
 
   pool, removals = found("whole")
   (path,) = pool.directory.glob("generation-1-*/edges-*.npy")
-  edges = set(zip(*(np.sort([np.load(path)[side] for side in ("later", "earlier")], axis=0).tolist())))
+  edges = set(zip(*(np.sort([np.load(path)[side] for side in ("later", "earlier")], axis=0).tolist()), strict=True))
   assert edges <= true and len(edges) > 0.99 * len(true)
   assert {x.row for x in removals} == set(range(len(texts))) - survivors(dict(enumerate(ids)), edges)
   monkeypatch.setattr(duplicates, "_SLICE", 10_000)
@@ -219,7 +222,7 @@ def test_chains_remove_nobody_without_a_kept_partner(order, kept):
   assert similar.tolist() == [0.8, 0.8, 0.6]
   ids = [f"{order.index(name):016x}" for name in text]
   keep, removals = near_duplicates(list(text.values()), ids)
-  assert "".join(name for name, stays in zip(text, keep) if stays) == kept
+  assert "".join(name for name, stays in zip(text, keep, strict=True) if stays) == kept
   assert all(keep[x.kept_row] for x in removals)
 
 
@@ -232,11 +235,17 @@ def test_long_chains_and_dense_groups_end_as_a_plain_loop_says(tmp_path):
   pool = Search(tmp_path, (1,))
   removed = {x.row for x in run(pool, parts)}
   (path,) = tmp_path.glob("generation-1-*/edges-*.npy")
-  edges = set(zip(*(np.load(path)[name].tolist() for name in ("later", "earlier"))))
+  edges = set(zip(*(np.load(path)[name].tolist() for name in ("later", "earlier")), strict=True))
   assert len(edges) > 1000
   ranks = {i: ident(text) for i, text in enumerate(parts[0])}
   assert set(ranks) - removed == survivors(ranks, edges)
-  similar = dict(zip(((x, y) for x, y in edges), rouge_l(*([parts[0][i] for i in side] for side in zip(*edges)))))
+  similar = dict(
+    zip(
+      ((x, y) for x, y in edges),
+      rouge_l(*([parts[0][i] for i in side] for side in zip(*edges, strict=True))),
+      strict=True,
+    )
+  )
   for x in run(pool, parts):
     kept = [(-similar[e], ranks[e[1]]) for e in edges if e[0] == x.row and e[1] not in removed]
     assert (-x.similarity, x.kept_id) == min(kept)
@@ -358,8 +367,11 @@ def test_signatures_estimate_the_jaccard_similarity_of_bigrams():
   draw = random.Random(0)
   left = [" ".join(f"w{draw.randrange(5000)}" for _ in range(draw.randint(8, 24))) for _ in range(2000)]
   right = [edited(text, draw.randint(0, 4), draw) for text in left]
-  bigrams = lambda text: set(itertools.pairwise(text.split()))
-  sides = [(bigrams(a), bigrams(b)) for a, b in zip(left, right)]
+
+  def bigrams(text):
+    return set(itertools.pairwise(text.split()))
+
+  sides = [(bigrams(a), bigrams(b)) for a, b in zip(left, right, strict=True)]
   true = np.array([len(a & b) / len(a | b) for a, b in sides])
   for seed in (0, 1):
     a, b = (minhash.signatures(*words.hashes(side), seed) for side in (left, right))

@@ -19,7 +19,7 @@ def test_equal_hashes_are_equal_words(texts, codes):
     found, offsets = words.hashes(texts)
   expected = [words.split(text) for text in texts]
   assert offsets.tolist() == [0, *itertools.accumulate(map(len, expected))]
-  pairs = list(zip(itertools.chain(*expected), found.tolist()))
+  pairs = list(zip(itertools.chain(*expected), found.tolist(), strict=True))
   assert len(set(pairs)) == len({word for word, _ in pairs}) == len({value for _, value in pairs})
 
 

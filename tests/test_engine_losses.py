@@ -55,7 +55,9 @@ def sft_and_gradient(model, batch):
 
 @jax.jit
 def dpo_and_gradient(model, batch):
-  loss = lambda model: losses.preference(model, batch, Preference())
+  def loss(model):
+    return losses.preference(model, batch, Preference())
+
   (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(model)
   return value, metrics, gradient
 
@@ -255,8 +257,13 @@ def test_large_logits_are_never_made_at_once(monkeypatch):
 def test_small_logits_are_made_at_once_and_tiles_follow_the_devices():
   model, _, targets, _ = core_case()
   assert crossentropy._tile(model, targets) == 0
-  large = lambda vocab: dataclasses.replace(model.c, vocab=vocab)
-  of = lambda vocab, shape: crossentropy._tile(type("Model", (), {"c": large(vocab)}), np.zeros(shape))
+
+  def large(vocab):
+    return dataclasses.replace(model.c, vocab=vocab)
+
+  def of(vocab, shape):
+    return crossentropy._tile(type("Model", (), {"c": large(vocab)}), np.zeros(shape))
+
   tile = crossentropy.TILE_BYTES["cpu"] // 4 // 2**17
   assert of(2**17, (64, 256)) == tile
   assert of(2**17, (1, 40)) == 40
@@ -376,7 +383,10 @@ def test_gradients_of_the_losses_are_slopes(name):
   p, x = KINDS[name][0], jnp.asarray(GOLDEN)
   gradient = np.asarray(jax.grad(lambda x: of_pairs(p, x)[0])(x), np.float64)
   with jax.enable_x64(True):
-    value = lambda x: float(of_pairs(p, jnp.asarray(x), LENGTHS.astype(float), jnp.asarray(REFERENCE))[0])
+
+    def value(x):
+      return float(of_pairs(p, jnp.asarray(x), LENGTHS.astype(float), jnp.asarray(REFERENCE))[0])
+
     for i in np.ndindex(GOLDEN.shape):
       step = np.zeros(GOLDEN.shape)
       step[i] = 1e-5
@@ -392,7 +402,10 @@ def test_losses_start_at_ln_2_where_the_reference_is_the_policy(name):
 @pytest.mark.parametrize("name", KINDS)
 def test_pairs_that_fill_the_batch_up_do_not_count(name):
   p = dataclasses.replace(KINDS[name][0], nll_weight=0.5)
-  filled = lambda x, value: np.concatenate([x, np.full((2, 2), value)])
+
+  def filled(x, value):
+    return np.concatenate([x, np.full((2, 2), value)])
+
   loss, metrics = of_pairs(
     p, filled(GOLDEN, 55.0), filled(LENGTHS, 0), filled(REFERENCE, 3), np.array([1.0, 1, 1, 0, 0])
   )
@@ -488,7 +501,9 @@ def make_pairs(shapes, seed=4):
   for text, *ends in shapes:
     start = rng.integers(1, CONFIG.vocab, text).tolist()
     masks = [np.arange(text + n) >= text for n in ends]
-    pairs.append(tuple((start + rng.integers(1, CONFIG.vocab, n).tolist(), m) for n, m in zip(ends, masks)))
+    pairs.append(
+      tuple((start + rng.integers(1, CONFIG.vocab, n).tolist(), m) for n, m in zip(ends, masks, strict=True))
+    )
   return pairs
 
 
@@ -543,7 +558,7 @@ def test_grpo_of_known_log_probs():
   logprobs, old, reference = np.array([-1.0, -2.0, -0.5, -3.0]), np.array([-1.0, -2.5, -0.1, -3.3]), np.full(4, -1.5)
   advantage = np.array([1.0, 1.0, -2.0, -1.0])
   ratio = np.exp(logprobs - old)
-  gain = [min(r * a, np.clip(r, 0.8, 1.2) * a) for r, a in zip(ratio, advantage)]
+  gain = [min(r * a, np.clip(r, 0.8, 1.2) * a) for r, a in zip(ratio, advantage, strict=True)]
   apart = reference - logprobs
   kl = np.exp(apart) - apart - 1
   loss, metrics = losses.grpo_of(g, logprobs, old, reference, advantage)

@@ -73,7 +73,10 @@ def assert_close(a, b, atol):
 def alone():
   """On one device: the weights, the metrics, and the weights after the first step."""
   first = []
-  keep = lambda step, state: first.append(by_name(state[0])) if step == 1 else None
+
+  def keep(step, state):
+    return first.append(by_name(state[0])) if step == 1 else None
+
   return *trained(one_device(), save=keep), *first
 
 
@@ -86,7 +89,7 @@ def test_the_number_of_devices_changes_neither_the_weights_nor_the_curve(sizes, 
   kept = {"save": lambda step, state: saved.append(by_name(state[0])) if step == 1 else None}
   weights, metrics = trained(sharding.make_mesh(*sizes), **kept)
   wanted, curve, first = alone
-  for found, expected in zip(metrics, curve):
+  for found, expected in zip(metrics, curve, strict=True):
     assert found == pytest.approx(expected, rel=1e-4)
   assert_close(weights, wanted, 1e-5)
   assert_close(saved[0], first, 1e-5)
@@ -108,7 +111,10 @@ def pairs(p):
 
   def batch(step):
     rng = np.random.default_rng(step)
-    side = lambda text, n: (text + rng.integers(1, CONFIG.vocab, n).tolist(), np.arange(len(text) + n) >= len(text))
+
+    def side(text, n):
+      return (text + rng.integers(1, CONFIG.vocab, n).tolist(), np.arange(len(text) + n) >= len(text))
+
     texts = [rng.integers(1, CONFIG.vocab, n).tolist() for n in rng.integers(2, 12, 5)]
     made = [(side(text, 5), side(text, 8)) for text in texts]
     packed = packing.pack([packing.forked_length(*pair) for pair in made], 2 * ROW)
@@ -187,7 +193,9 @@ def test_adam_moments_are_sharded_like_the_weights():
     model, moments = state
     adam = next(s for s in jax.tree.leaves(moments, is_leaf=is_adam) if is_adam(s))
     for moment in (adam.mu, adam.nu):
-      seen.append([x.sharding == w.sharding for x, w in zip(jax.tree.leaves(moment), jax.tree.leaves(model))])
+      seen.append(
+        [x.sharding == w.sharding for x, w in zip(jax.tree.leaves(moment), jax.tree.leaves(model), strict=True)]
+      )
     seen.append([model.blocks.q[...].sharding.spec == jax.P(None, "fsdp", "tensor", None)])
     seen.append([x.dtype == jnp.float32 for x in jax.tree.leaves((model, adam.mu, adam.nu))])
 
@@ -248,7 +256,9 @@ def test_updates_equal_those_of_optax_adamw(alone):
 
 
 def test_norms_are_not_decayed_and_everything_else_is():
-  nothing = lambda step: {name: x * (name != "weights") for name, x in batches(step).items()}
+  def nothing(step):
+    return {name: x * (name != "weights") for name, x in batches(step).items()}
+
   weights, _ = trained(one_device(), steps=1, make=nothing)
   rate = learning_rate(OPTIMIZER, 0, 1)
   for name, before in by_name(stacked()).items():
@@ -393,12 +403,17 @@ def test_who_asks_to_stop_gets_a_saved_state_that_goes_on_to_the_same_bits(alone
     asked.append(1)
     return len(asked) == 2  # when the second step has been made
 
-  save = lambda step, state: states.update({step: jax.tree.map(np.array, state)})
+  def save(step, state):
+    return states.update({step: jax.tree.map(np.array, state)})
+
   with pytest.raises(engine.Stopped):
     trained(one_device(), save=save, every=100, stop=stop)
   (step,) = states
   assert step == 2
-  again = lambda state: (jax.tree.map(lambda host, old: jax.device_put(host, old.sharding), states[2], state), 2)
+
+  def again(state):
+    return (jax.tree.map(lambda host, old: jax.device_put(host, old.sharding), states[2], state), 2)
+
   weights, _ = trained(one_device(), restore=again)
   for name, x in weights.items():
     np.testing.assert_array_equal(x, alone[0][name], err_msg=name)
@@ -432,14 +447,19 @@ def test_the_plan_is_the_quickest_that_fits_and_says_what_would_help():
 
 
 def test_residual_dropout_rises_by_layer_keeps_the_mean_and_follows_the_key():
-  dropout = lambda key: llama.Dropout(0.3, jax.random.key(key))
+  def dropout(key):
+    return llama.Dropout(0.3, jax.random.key(key))
+
   x = jnp.ones((64, 32, 32))
   for depth, i, wanted in ((32, 0, 0.0), (32, 1, 0.3 / 31), (32, 15, 0.3 * 15 / 31), (32, 31, 0.3), (1, 0, 0.0)):
     out = np.asarray(llama._dropped(x, dropout(0), depth, i, 0))
     assert (out == 0).mean() == pytest.approx(wanted, abs=0.006)
     assert np.unique(out[out != 0]) == pytest.approx([1 / (1 - wanted)])
     assert out.mean() == pytest.approx(1, abs=0.01)
-  of = lambda key, i, site: np.asarray(llama._dropped(x, dropout(key), 3, i, site))
+
+  def of(key, i, site):
+    return np.asarray(llama._dropped(x, dropout(key), 3, i, site))
+
   assert np.array_equal(of(1, 2, 0), of(1, 2, 0))
   for other in ((2, 2, 0), (1, 1, 0), (1, 2, 1)):
     assert not np.array_equal(of(1, 2, 0) == 0, of(*other) == 0)
@@ -455,7 +475,10 @@ def test_dropout_in_training_follows_seed_and_step_and_is_the_same_on_all_device
   _, other = trained(one_device(), 1, objective=objective, seed=1)
   _, without = trained(one_device(), 1)
   assert len({curve[0]["loss"], other[0]["loss"], without[0]["loss"]}) == 3
-  same = lambda step: batches(0)
+
+  def same(step):
+    return batches(0)
+
   still = dataclasses.replace(OPTIMIZER, learning_rate=1e-12, final_learning_rate=0.0)
   _, metrics = trained(one_device(), 2, still, objective, same)
   assert metrics[0]["loss"] != pytest.approx(metrics[1]["loss"], rel=1e-4)  # a new mask at every step

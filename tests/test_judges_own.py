@@ -47,7 +47,7 @@ def test_verdicts_equal_full_forwards_in_the_order_of_the_pairs(host, shots):
     found = scores(judge, pairs, bar)
   likeliest = dataclasses.replace(judge, mode="integer").scores(pairs)
   assert len(found) == len(likeliest) == len(PAIRS)
-  for (messages, response), verdict, integer in zip(PAIRS, found, likeliest):
+  for (messages, response), verdict, integer in zip(PAIRS, found, likeliest, strict=True):
     if shots:
       ids = text.few_shot_prefix(tok, template, shots, messages) + text.few_shot_suffix(tok, template, response)
     else:
@@ -62,7 +62,10 @@ def test_verdicts_equal_full_forwards_in_the_order_of_the_pairs(host, shots):
 
 def test_worked_examples_are_what_all_prefixes_begin_with(host):
   tok, template = host.tokenizer, TEMPLATE
-  prefix_of = lambda messages: text.few_shot_prefix(tok, template, SHOTS, messages)
+
+  def prefix_of(messages):
+    return text.few_shot_prefix(tok, template, SHOTS, messages)
+
   opening = _opening(prefix_of)
   assert tok.decode(opening).endswith("rate prompt:")
   assert all(tuple(prefix_of(messages)[: len(opening)]) == opening for messages, _ in PAIRS)

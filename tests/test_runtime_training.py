@@ -228,7 +228,9 @@ def test_operations_are_those_of_the_matrix_products():
 
 
 def test_peaks_are_found_by_the_names_of_devices():
-  of = lambda kind: metrics_of.peak(types.SimpleNamespace(device_kind=kind))
+  def of(kind):
+    return metrics_of.peak(types.SimpleNamespace(device_kind=kind))
+
   assert of("NVIDIA H200") == of("NVIDIA H100 80GB HBM3") == 989e12
   assert (of("TPU v5 lite"), of("TPU v5p"), of("cpu")) == (197e12, 459e12, None)
 
@@ -490,7 +492,7 @@ def test_dpo_from_its_own_reference_starts_at_ln_2_and_pairs_stay_together(sessi
   sequences = make_examples(session, 10)  # five pairs in batches of two: the last one is filled up
   settings = options(training.PreferenceOptions, batch=2, epochs=1.0)
   reference = training.sequence_logprobs(session, session.base, sequences, settings).reshape(-1, 2)
-  pairs = Pairs(list(zip(sequences[::2], sequences[1::2])), list("abcde"), reference)
+  pairs = Pairs(list(zip(sequences[::2], sequences[1::2], strict=True)), list("abcde"), reference)
   stage = new_stage(session, "dpo")
   _, facts = training.train(session, stage, session.base, pairs, settings, 5)
   rows = metrics(stage)

@@ -63,7 +63,10 @@ def test_best_of_one_is_that_sample():
 def test_random_selection_ignores_the_scores():
   candidates = [(response(i, f"answer {i}"), float(i)) for i in range(8)]
   inverted = [(r, 7.0 - s) for r, s in candidates]
-  pick = lambda c, n: selected(n, c, "random")[0][0].response
+
+  def pick(c, n):
+    return selected(n, c, "random")[0][0].response
+
   assert [pick(candidates, n) for n in range(20)] == [pick(inverted, n) for n in range(20)]
   assert len({pick(candidates, n) for n in range(20)}) > 3
 

@@ -110,7 +110,7 @@ def test_policy_gradients_learn_to_prefer_what_scored_well(session):
   rows = []
   for n, prompt in enumerate(("country : lyon oslo", "country : oslo kobe", "country : lima lyon")):
     texts = ["answer: france .", "answer: norway norway .", "answer: italy"]
-    for i, (text, advantage) in enumerate(zip(texts, (1.0, -0.5, -0.5))):
+    for i, (text, advantage) in enumerate(zip(texts, (1.0, -0.5, -0.5), strict=True)):
       asked = ({"role": "user", "content": prompt},)
       rows.append(records.Graded(str(n), asked, i, text, i < 2, 5.0, advantage, 2, "sft_1"))
   stage = session.run.stage("graded", {"name": "graded"})
@@ -122,7 +122,10 @@ def test_policy_gradients_learn_to_prefer_what_scored_well(session):
   lines = [json.loads(line) for line in (checkpoint.directory.parent / "metrics.jsonl").read_text().splitlines()]
   assert len(lines) == 4 and abs(lines[0]["kl"]) < 1e-8 < lines[-1]["kl"]
   assert lines[-1]["loss"] < lines[0]["loss"] - 0.01
-  encode = lambda text: chat.encode_example(session.host.tokenizer, session.host.chat, rows[0].messages, text)
+
+  def encode(text):
+    return chat.encode_example(session.host.tokenizer, session.host.chat, rows[0].messages, text)
+
   texts = [encode(row.response) for row in rows[:2]]
   before, after = (training.sequence_logprobs(session, m, texts, settings) for m in (session.base, checkpoint))
   assert after[0] - before[0] > after[1] - before[1]

@@ -58,13 +58,16 @@ def world():
   """Human data, and what is written: {number of the draw: text, or None for one without an end}."""
   mini = load_tokenizer(CHECKPOINT)
   words = [word for i in range(mini.size) if (word := mini.decode([i])).isalpha()]
-  text = lambda n=12: " ".join(rng.choice(words, n))
+
+  def text(n=12):
+    return " ".join(rng.choice(words, n))
+
   human = {name: [text() for _ in range(6)] for name in HUMAN}
   fresh = [text() for _ in range(24)]
   first = [*fresh, "oslo", "paris lima", "Paris, LIMA!"]
   first += [respelled for i in range(5) for respelled in (fresh[i].upper(), f"“{fresh[i]}”.")]
   first += [edited(fresh[i], words) for i in range(5, 15)]
-  for name, equal in zip(HUMAN, (3, 2, 1)):
+  for name, equal in zip(HUMAN, (3, 2, 1), strict=True):
     first += [f"{original}?" for original in human[name][:equal]]
     first += [edited(original, words) for original in human[name][equal : equal + 2]]
   shared = human["eval_prompt"][4].split()[:9]
@@ -389,7 +392,7 @@ def test_added_prompts_go_to_the_nearest_old_cluster_and_draws_never_repeat(sess
   rows = [np.load(stage.dir / "rows.npy").tolist() for stage in drawn]
   assert sorted(itertools.chain(*rows)) == list(range(len(both)))  # the ledger: each once, and in the end all
   assert max(rows[0]) < len(clustered.prompts.read()) <= max(rows[1])
-  for stage, mine in zip(drawn, rows):
+  for stage, mine in zip(drawn, rows, strict=True):
     assert [(p.id, p.messages, p.cluster) for p in stage.read()] == [
       (both[row].id, both[row].messages, of[row]) for row in mine
     ]

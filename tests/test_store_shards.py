@@ -97,7 +97,7 @@ def test_rows_of_a_file_are_read_in_the_order_asked_from_the_groups_that_have_th
 def test_ids_of_prompts_are_read_as_numbers(tmp_path):
   ids = ["0000000000000001", "ffffffffffffffff", "8000000000000000", "00c0ffee00c0ffee"]
   paths = [tmp_path / f"{i}.parquet" for i in range(3)]
-  for path, mine in zip(paths, (ids[:1], [], ids[1:])):
+  for path, mine in zip(paths, (ids[:1], [], ids[1:]), strict=True):
     shards.write_records(path, [records.Prompt(id, (), "test") for id in mine], records.Prompt)
   found = shards.read_ids(paths)
   assert found.dtype == np.uint64 and found.tolist() == [int(id, 16) for id in ids]

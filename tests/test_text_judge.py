@@ -52,7 +52,7 @@ def test_example_continues_prefix_and_suffix(fmt, make, template, score):
   forced = judge.judge_prefix(tok, fmt, template, ASK) + judge.judge_suffix(tok, fmt, template, EVIL)
   ids, mask = judge.judge_example(tok, fmt, template, ASK, EVIL, score)
   assert ids[: len(forced)] == forced and len(ids) == len(mask)
-  supervised = [i for i, m in zip(ids, mask) if m]
+  supervised = [i for i, m in zip(ids, mask, strict=True) if m]
   assert tok.decode(supervised[:-1]).strip() == template.answer(score)
   assert ids[-1] == chat.stop_ids(tok, fmt)[0] and mask == sorted(mask)
   path = score_paths(tok, template).paths[score]
@@ -73,7 +73,13 @@ def test_mini_words():
   ids, mask = judge.judge_example(tok, formats.CHAT, formats.JUDGE, ask, "lyon france .", 7)
   words = "<bos> rate prompt: country : lyon response: lyon france . rating: [[ 7 ]] <eos>"
   assert [tok.exact.id_to_token(i) for i in ids] == words.split(" ")
-  assert [tok.exact.id_to_token(i) for i, m in zip(ids, mask) if m] == ["rating:", "[[", "7", "]]", "<eos>"]
+  assert [tok.exact.id_to_token(i) for i, m in zip(ids, mask, strict=True) if m] == [
+    "rating:",
+    "[[",
+    "7",
+    "]]",
+    "<eos>",
+  ]
 
 
 def test_conversations_are_written_out():

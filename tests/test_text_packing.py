@@ -37,7 +37,7 @@ def test_rows_hold_every_example_once(examples):
     assert batch["weights"][row, columns].tolist() == [float(m) for m in mask[1:]] + [0.0]
   pad = batch["segments"] == 0
   assert (batch["example"][pad] == -1).all() and not batch["weights"][pad].any() and not batch["tokens"][pad].any()
-  for row, members in zip(batch["segments"], packing):
+  for row, members in zip(batch["segments"], packing, strict=False):
     assert sorted(set(row[row > 0])) == list(range(1, len(members) + 1))
 
 

@@ -67,7 +67,7 @@ class Host:
     local_mesh: jax.sharding.Mesh,
     display: Display = Display(),
     raw: bool = False,
-  ):
+  ) -> None:
     """With `raw` there is no chat format: plain text alone is read and written."""
     if not options.path:
       raise ConfigError("config.model.path is empty: give the directory of a base model in Hugging Face format")
