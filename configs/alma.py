@@ -68,7 +68,6 @@ def llama_8b() -> Config:
   c.embeddings.sample = 131_072  # prompts to compute them from
   c.clusters = section(k=200_000, iterations=10)
   c.clusters.spherical = False
-  c.clusters.method = "flat"  # "two_level": cheaper and coarser
   c.clusters.per_centroid = 0  # prompts per cluster that k-means trains on; 0: all
   c.draw = section()
   c.draw.prompts = 50_000  # K

@@ -290,34 +290,16 @@ def test_the_mesh_spreads_centroids_only_if_it_must(monkeypatch):
     mesh_for(801, 64)
 
 
-# Two levels and samples
+# Samples
 
 
-def test_two_levels_lose_little(points):
-  flat = fit(points, Settings(20, 20), KEY).report["inertia_final"]
-  for more, least, most in (
-    (dict(method="two_level"), 1.0, 1.09),
-    (dict(method="two_level", flat_iterations=3), 0.98, 1.03),
-    (dict(per_centroid=25), 1.0, 1.05),
-  ):
-    found = fit(points, Settings(20, 20, **more), KEY)
-    assert least < found.report["inertia_final"] / flat < most, more
-    wanted = distances(points, found.centroids)
-    assert (wanted[np.arange(1500), found.labels] <= wanted.min(axis=1) + 1e-4).all()
-    assert found.report["trained_on"] == (500 if "per_centroid" in more else 1500)
-    if "method" in more:
-      assert found.report["coarse_clusters"] == 4 and found.report["iterations"] == more.get("flat_iterations", 0)
-      assert len(np.unique(found.centroids, axis=0)) == 20 and found.report["empty"] == 0
-
-
-def test_fine_clusters_are_shared_out_in_proportion():
-  rng = np.random.default_rng(0)
-  for k in (1, 7, 90, 500):
-    sizes = rng.integers(0, 60, 30) * rng.integers(0, 2, 30)
-    k = min(max(k, (sizes > 0).sum()), sizes.sum())
-    shares = kmeans._shares(k, sizes)
-    assert shares.sum() == k and (shares <= sizes).all() and (shares >= (sizes > 0)).all()
-  np.testing.assert_array_equal(kmeans._shares(100, np.array([300, 100, 0, 600])), [30, 10, 0, 60])
+def test_a_sample_loses_little(points):
+  whole = fit(points, Settings(20, 20), KEY).report
+  found = fit(points, Settings(20, 20, per_centroid=25), KEY)
+  assert 1.0 < found.report["inertia_final"] / whole["inertia_final"] < 1.05
+  wanted = distances(points, found.centroids)
+  assert (wanted[np.arange(1500), found.labels] <= wanted.min(axis=1) + 1e-4).all()
+  assert found.report["trained_on"] == 500 and whole["trained_on"] == 1500
 
 
 def test_a_sample_is_part_of_the_points(points):
@@ -339,21 +321,14 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize(
-  ("more", "steps"),
-  [
-    (dict(), 5),
-    (dict(chunk=512), 5),
-    (dict(method="two_level", flat_iterations=2), 12),
-    (dict(per_centroid=25, seeding="random"), 5),
-    (dict(spherical=True), 5),
-  ],
+  "more", [dict(), dict(chunk=512), dict(per_centroid=25, seeding="random"), dict(spherical=True)]
 )
-def test_killed_after_any_step_it_gives_the_same_bits(points, more, steps):
+def test_killed_after_any_step_it_gives_the_same_bits(points, more):
   more = dict(more)
   place = {"chunk": more.pop("chunk", None)}
   settings, ticks, saved = Settings(20, 5, tolerance=0.0, **more), [], []
   whole = fit(points, settings, KEY, **place, hooks=FitHooks(ticks.append, lambda *x: saved.append(x)))
-  assert sum(ticks) == settings.steps == steps and [step for step, _ in saved] == list(np.cumsum([0, *ticks]))
+  assert sum(ticks) == 5 and [step for step, _ in saved] == list(np.cumsum([0, *ticks]))
   assert {type(x) for _, arrays in saved for x in arrays.values()} == {np.ndarray}
   for step in np.cumsum([0, *ticks]):
     kept, left = [], []
@@ -368,7 +343,7 @@ def test_killed_after_any_step_it_gives_the_same_bits(points, more, steps):
     found = fit(points, settings, KEY, **place, hooks=FitHooks(left.append, restore=lambda: kept[-1]))
     np.testing.assert_array_equal(found.centroids, whole.centroids)
     np.testing.assert_array_equal(found.labels, whole.labels)
-    assert found.report == whole.report and sum(left) == steps - step
+    assert found.report == whole.report and sum(left) == 5 - step
 
 
 def test_a_settled_state_stays_settled(points):
@@ -405,17 +380,15 @@ def test_the_key_decides_everything(points):
   assert first.report == again.report and (other.labels != first.labels).any()
 
 
-@pytest.mark.parametrize("method", ["flat", "two_level"])
-def test_one_cluster_is_the_mean(points, method):
-  found = fit(points, Settings(1, 5, method=method), KEY)
+def test_one_cluster_is_the_mean(points):
+  found = fit(points, Settings(1, 5), KEY)
   assert not found.labels.any()
   np.testing.assert_allclose(found.centroids[0], points.astype(np.float64).mean(axis=0), atol=1e-5)
   assert found.report["inertia_final"] == pytest.approx(1500 * points.astype(np.float64).var(axis=0).sum(), rel=1e-5)
 
 
-@pytest.mark.parametrize("method", ["flat", "two_level"])
-def test_as_many_clusters_as_points_gives_each_its_own(points, method):
-  found = fit(points[:50], Settings(50, 5, method=method), KEY)
+def test_as_many_clusters_as_points_gives_each_its_own(points):
+  found = fit(points[:50], Settings(50, 5), KEY)
   assert sorted(found.labels) == list(range(50)) and found.report["singletons"] == 50
   assert found.report["inertia_final"] == pytest.approx(0, abs=1e-2)
   assert found.report["balance"] == pytest.approx(1)
@@ -431,12 +404,11 @@ def test_duplicates_share_a_cluster_and_nothing_breaks(k):
     assert found.report["inertia_final"] < 1e-5 * (points**2).sum()  # every distinct point has a centroid, but a hair
 
 
-@pytest.mark.parametrize("method", ["flat", "two_level"])
-def test_equal_points_only(method):
-  found = fit(np.ones((60, 6), np.float32), Settings(3, 5, method=method), KEY)
+def test_equal_points_only():
+  found = fit(np.ones((60, 6), np.float32), Settings(3, 5), KEY)
   assert np.isfinite(found.centroids).all() and len(set(found.labels.tolist())) == 1
   assert found.report["empty"] == 2
-  assert method != "flat" or found.report["iterations"] == 5  # while there is something to repair, it goes on
+  assert found.report["iterations"] == 5  # while there is something to repair, it goes on
 
 
 @pytest.mark.parametrize("more", [dict(), dict(chunk=512), dict(mesh=(8, 1))])
@@ -480,11 +452,9 @@ def test_points_that_cannot_be_clustered_are_refused(shape, k, said):
     (dict(k=2.5), "k=2.5"),
     (dict(iterations=-1), "iterations=-1"),
     (dict(seeding="k-means++"), "seeding='k-means\\+\\+', .* distance, random"),
-    (dict(method="both"), "method='both', .* flat, two_level"),
     (dict(per_centroid=-1), "per_centroid"),
     (dict(tolerance=1.0), "tolerance=1.0"),
     (dict(tolerance=float("nan")), "tolerance"),
-    (dict(flat_iterations=2), "flat_iterations follow"),
   ],
 )
 def test_settings_that_make_no_sense_are_refused(change, said):

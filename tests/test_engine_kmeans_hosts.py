@@ -19,7 +19,7 @@ N, D, K = 640, 6, 12
 CASES = {
   "chunks": ((4, 1), 256, Settings(K, 4, tolerance=0.0)),
   "k": ((1, 4), None, Settings(K, 4, tolerance=0.0)),
-  "two_level": ((4, 1), None, Settings(K, 2, method="two_level", flat_iterations=1, per_centroid=40, tolerance=0.0)),
+  "sample": ((4, 1), None, Settings(K, 4, per_centroid=40, tolerance=0.0)),
 }
 
 PROCESS = """

@@ -397,7 +397,7 @@ def test_a_run_is_no_base_model(tmp_path, capsys):
     (["--input=a.npy", "--model=mini"], "--input=a.npy means vectors: leave --model out"),
     (["--input=a.npy", "--k=0"], "--k is 0; it must be at least 1"),
     (["--input=a.npy", "--k=many"], "--k is 'many'; it must be a whole number"),
-    (["--input=a.npy", "--method=flat"], "no flag '--method=flat'"),
+    (["--input=a.npy", "--method=flat"], "there is no flag '--method'"),
     (["--input=a.npy", "--iteration=3"], "no flag '--iteration=3'"),
   ],
 )

@@ -16,7 +16,7 @@ precision is kept until it reaches a tile; everything is summed in fp32. What to
   other devices or meshes sums may differ in their last bits. So may they from run to run on a GPU, unless XLA_FLAGS has
   --xla_gpu_deterministic_ops=true.
 - An empty cluster takes half of the largest one, the next that of the second largest, and so on.
-- Labels are always those of the nearest centroid; `two_level` is cheap at training only.
+- Labels are always those of the nearest centroid, also of points that were not trained on.
 - Every process of a run calls `fit` with the same points, reads the rows of its own devices (and a share of the seeds),
   and gets the whole result.
 - Distances are |x|^2 - 2xc + |c|^2: centre points whose mean is far from zero, or fp32 has no digits left for them.
@@ -37,7 +37,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from alma_jax.engine.lloyd import Programs
-from alma_jax.engine.points import ClusteringError, Picked, Points, Source, fetched, mesh_for, mesh_of, power_of_two
+from alma_jax.engine.points import ClusteringError, Picked, Points, Source, fetched, mesh_for, mesh_of
 from alma_jax.keys import Key
 
 __all__ = ["Clustering", "ClusteringError", "FitHooks", "Settings", "fit", "mesh_for", "starting_at"]
@@ -54,30 +54,18 @@ class Settings:
   iterations: int = 10  # at most
   seeding: str = "distance"  # "distance": D-squared; "random": any rows
   spherical: bool = False
-  method: str = "flat"  # "two_level": about sqrt(k) coarse clusters, each split in proportion to its size
   per_centroid: int = 0  # train on this many rows per centroid, drawn by the key; 0: on all
   tolerance: float = 1e-5  # an iteration that lowers the inertia by no more than this share is the last
-  flat_iterations: int = 0  # after two_level
 
   def __post_init__(self) -> None:
-    for name, least in dict(k=1, iterations=0, per_centroid=0, flat_iterations=0).items():
+    for name, least in dict(k=1, iterations=0, per_centroid=0).items():
       value = getattr(self, name)
       if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
         raise ClusteringError(f"k-means: {name}={value!r}, but it must be a whole number, {least} or more")
-    for name, known in dict(seeding=("distance", "random"), method=("flat", "two_level")).items():
-      if getattr(self, name) not in known:
-        raise ClusteringError(f"k-means: {name}={getattr(self, name)!r}, but it must be one of {', '.join(known)}")
+    if self.seeding not in ("distance", "random"):
+      raise ClusteringError(f"k-means: seeding={self.seeding!r}, but it must be one of distance, random")
     if not 0 <= self.tolerance < 1:
       raise ClusteringError(f"k-means: tolerance={self.tolerance!r}, but it must be 0 or more, and less than 1")
-    if self.flat_iterations and self.method == "flat":
-      raise ClusteringError(
-        "k-means: flat_iterations follow method='two_level'; with method='flat' set iterations instead"
-      )
-
-  @property
-  def steps(self) -> int:
-    """How often `progress` is called, if no phase settles early."""
-    return self.iterations if self.method == "flat" else 2 * self.iterations + self.flat_iterations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,11 +83,12 @@ class FitHooks:
   save: Callable[[int, Arrays], object] | None = None  # save(step, arrays) after seeding and every iteration
   restore: Callable[[], tuple[int, Arrays] | None] | None = None  # the last (step, arrays) that was saved, or None
 
-  def after(self, step: int, arrays: Callable[[], Arrays], ticks: int = 1) -> None:
+  def after(self, step: int, arrays: Callable[[], Arrays]) -> None:
+    """Seeding is step 0; the iterations count from 1."""
     if self.save:
       self.save(step, arrays())
-    if self.progress and ticks:
-      self.progress(ticks)
+    if self.progress and step:
+      self.progress(1)
 
 
 NO_HOOKS = FitHooks()
@@ -122,11 +111,16 @@ def fit(
   if 0 < rows < n:
     train = Picked(points, _largest(-_noise(word, SAMPLE, n), rows))
   data = Points(train, mesh, chunk, settings.k, settings.spherical)
-  run = _flat if settings.method == "flat" else _two_level
-  centroids, report = run(data, settings, word, hooks)
+  restored = hooks.restore and hooks.restore()
+  if restored:
+    state = _restored(restored[1], settings.k, data.d)
+  else:
+    state = _State(_seeds(data, settings, word))
+    hooks.after(0, state.arrays)
+  _lloyd(data, state, settings, hooks)
   if train is not points:
     data = Points(points, mesh, chunk, settings.k, settings.spherical)
-  labels, distances = data.assigned(centroids)
+  labels, distances = data.assigned(state.centroids)
   sizes = np.bincount(labels, minlength=settings.k)
   facts = {
     "inertia_final": float(distances.sum(dtype=np.float64)),
@@ -136,7 +130,7 @@ def fit(
     "empty": int((sizes == 0).sum()),
     "balance": float(settings.k * (sizes.astype(np.float64) ** 2).sum() / n**2),
   }
-  return Clustering(labels, centroids, report | facts)
+  return Clustering(labels, state.centroids, state.facts() | facts)
 
 
 def starting_at(centroids: np.ndarray) -> FitHooks:
@@ -192,15 +186,16 @@ def _largest(scores: np.ndarray, count: int) -> np.ndarray:
   return np.sort(np.concatenate([above, equal[: count - len(above)]]))
 
 
-def _seeds(data: Points, k: int, settings: Settings, key: int, stream: int = 0) -> np.ndarray:
+def _seeds(data: Points, settings: Settings, key: int) -> np.ndarray:
   """k different points [k, d]: in each round so many with p ~ squared distance to those of the rounds before."""
+  k = settings.k
   rounds = min(ROUNDS, k) if settings.seeding == "distance" else 1
   distance, chosen = np.full(data.n, np.inf, np.float32), []
   for r in range(rounds):
     size = (k - sum(map(len, chosen))) // (rounds - r)
     # The largest distance / noise are a draw without replacement. Copies of seeds, at distance 0, come last, but still
     # before what was drawn already.
-    rows = _largest((distance if r else 1) / _noise(key, stream + r, data.n), size)
+    rows = _largest((distance if r else 1) / _noise(key, r, data.n), size)
     chosen.append(data.chosen(rows))
     distance[rows] = -1
     if r + 1 < rounds:
@@ -248,13 +243,11 @@ def _restored(arrays: Arrays, k: int, d: int) -> _State:
   )
 
 
-def _lloyd(
-  data: Points, state: _State, iterations: int, tolerance: float, after: Callable[[Callable[[], Arrays]], object]
-) -> _State:
-  """Iterates until the state settles. after(arrays) follows each iteration; arrays() gives the state's."""
-  k = len(state.centroids)
+def _lloyd(data: Points, state: _State, settings: Settings, hooks: FitHooks) -> None:
+  """Iterate until the state settles, or for as many iterations as the settings allow."""
+  k = settings.k
   c, programs = data.placed(state.centroids)
-  while not state.settled and len(state.inertia) < iterations:
+  while not state.settled and len(state.inertia) < settings.iterations:
     # Every point joins the sum of its nearest centroid, which then moves to the mean.
     sums = data.zeros(c)
 
@@ -269,10 +262,9 @@ def _lloyd(
     gain = state.inertia[-1] - inertia if state.inertia else math.inf
     state.inertia.append(inertia)
     state.repaired += repaired
-    state.settled = not repaired and gain <= tolerance * inertia
-    after(lambda: dataclasses.replace(state, centroids=fetched(c, k, programs)).arrays())
+    state.settled = not repaired and gain <= settings.tolerance * inertia
+    hooks.after(len(state.inertia), lambda: dataclasses.replace(state, centroids=fetched(c, k, programs)).arrays())
   state.centroids = fetched(c, k, programs)
-  return state
 
 
 def _repaired(c: Array, counts: np.ndarray, programs: Programs) -> tuple[Array, int]:
@@ -285,92 +277,7 @@ def _repaired(c: Array, counts: np.ndarray, programs: Programs) -> tuple[Array, 
     return c, 0
 
   def padded(at: np.ndarray) -> np.ndarray:  # few shapes; what is past the last centroid is dropped
-    return np.pad(at, (0, power_of_two(len(donors)) - len(donors)), constant_values=len(c)).astype(np.int32)
+    most = 1 << (len(donors) - 1).bit_length()
+    return np.pad(at, (0, most - len(donors)), constant_values=len(c)).astype(np.int32)
 
   return programs.repair(c, padded(empty[: len(donors)]), padded(donors)), len(donors)
-
-
-# The methods
-
-
-def _flat(data: Points, settings: Settings, key: int, hooks: FitHooks) -> tuple[np.ndarray, dict[str, Any]]:
-  """Centroids [k, d] and what the report says of the iterations."""
-  restored = hooks.restore and hooks.restore()
-  if restored:
-    state = _restored(restored[1], settings.k, data.d)
-  else:
-    state = _State(_seeds(data, settings.k, settings, key))
-    hooks.after(0, state.arrays, 0)
-  state = _iterated(data, state, settings, settings.iterations, hooks)
-  return state.centroids, state.facts()
-
-
-def _iterated(
-  data: Points, state: _State, settings: Settings, iterations: int, hooks: FitHooks, before: int = 0,
-  more: Arrays | None = None,
-) -> _State:  # fmt: skip
-  """Lloyd's iterations as the steps after `before`; `more` arrays are saved with each."""
-
-  def after(arrays: Callable[[], Arrays]) -> None:
-    hooks.after(before + len(state.inertia), lambda: arrays() | (more or {}))
-
-  return _lloyd(data, state, iterations, settings.tolerance, after)
-
-
-def _two_level(data: Points, settings: Settings, key: int, hooks: FitHooks) -> tuple[np.ndarray, dict[str, Any]]:
-  """`_flat` by parts. Steps: the coarse iterations, as many for parts of the fine clusters, and the flat iterations.
-
-  k = 1000   32 coarse clusters of all points -> each is split on its own -> a few iterations of all 1000 on all points
-  """
-  k, steps = round(math.sqrt(settings.k)), settings.iterations
-  step, arrays = (hooks.restore and hooks.restore()) or (-1, {})
-  if step <= steps:
-    if step >= 0:
-      coarse = _restored(arrays, k, data.d)
-    else:
-      coarse = _State(_seeds(data, k, settings, key))
-      hooks.after(0, coarse.arrays, 0)
-    coarse = _iterated(data, coarse, settings, steps, hooks)
-    arrays = coarse.arrays() | {"coarse": coarse.centroids, "coarse_inertia": np.array(coarse.inertia)}
-    arrays |= {"centroids": np.zeros((0, data.d), np.float32), "done": np.array(0)}
-  if step <= 2 * steps:
-    arrays = _fine(data, settings, key, hooks, arrays)
-  more = {"coarse_inertia": np.asarray(arrays["coarse_inertia"])}
-  state = _restored(arrays, settings.k, data.d)
-  state = _iterated(data, state, settings, settings.flat_iterations, hooks, 2 * steps, more)
-  return state.centroids, state.facts() | {"coarse_clusters": k, "coarse_inertia": more["coarse_inertia"].tolist()}
-
-
-def _fine(data: Points, settings: Settings, key: int, hooks: FitHooks, arrays: Arrays) -> Arrays:
-  """What is saved when every coarse cluster has its centroids."""
-  labels, _ = data.assigned(arrays["coarse"])
-  data.held = None  # room for the parts
-  parts, repaired = len(arrays["coarse"]), int(arrays["repaired"])
-  sizes = np.bincount(labels, minlength=parts)
-  shares, order, ends = _shares(settings.k, sizes), np.argsort(labels, kind="stable"), np.cumsum(sizes)
-  found = [arrays["centroids"]]
-  for i in range(int(arrays["done"]), parts):
-    if sizes[i]:
-      # The rows of coarse cluster i, as a small k-means of their own.
-      mine = Picked(data.source, order[ends[i] - sizes[i] : ends[i]])
-      part = Points(mine, data.mesh, data.chunk, int(shares[i]), data.spherical, rounded=True)
-      state = _State(_seeds(part, int(shares[i]), settings, key, 256 * (i + 1)))
-      state = _lloyd(part, state, settings.iterations, settings.tolerance, lambda _: None)
-      found.append(state.centroids)
-      repaired += state.repaired
-    ticks = settings.iterations * (i + 1) // parts - settings.iterations * i // parts
-    if ticks:
-      now = {"done": np.array(i + 1), "repaired": np.array(repaired)}
-      step = settings.iterations + settings.iterations * (i + 1) // parts
-      hooks.after(step, lambda: arrays | now | {"centroids": np.concatenate(found)}, ticks)
-  return arrays | _State(np.concatenate(found), repaired=repaired).arrays()
-
-
-def _shares(k: int, sizes: np.ndarray) -> np.ndarray:
-  """k in proportion to the sizes; at most the size, and at least 1 where that is not 0."""
-  wanted = k * sizes / sizes.sum()
-  shares = np.clip(np.floor(wanted), sizes > 0, sizes).astype(np.int64)
-  while (missing := k - shares.sum()) != 0:
-    gap = np.where(shares < sizes, wanted - shares, -np.inf) if missing > 0 else shares - wanted
-    shares[np.argmax(gap)] += np.sign(missing)
-  return shares

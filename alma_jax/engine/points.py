@@ -100,11 +100,6 @@ def _up(n: int, step: int) -> int:
   return -(-n // step) * step
 
 
-def power_of_two(n: int) -> int:
-  """The least one that is at least n."""
-  return 1 << (n - 1).bit_length()
-
-
 class Loaded(NamedTuple):
   """A chunk on the devices."""
 
@@ -116,11 +111,9 @@ class Loaded(NamedTuple):
 class Points:
   """Points that pass over the devices chunk by chunk, or stay there if they are one chunk."""
 
-  def __init__(
-    self, source: Source, mesh: Mesh, chunk: int | None, k: int, spherical: bool, rounded: bool = False
-  ) -> None:
-    """k: the most centroids there will be. rounded: few shapes for many sizes, so that few programs are compiled."""
-    self.source, self.mesh, self.chunk, self.spherical, self.rounded = source, mesh, chunk, spherical, rounded
+  def __init__(self, source: Source, mesh: Mesh, chunk: int | None, k: int, spherical: bool) -> None:
+    """k: the most centroids there will be."""
+    self.source, self.mesh, self.spherical = source, mesh, spherical
     self.n, self.d = source.shape
     self.dtype = np.dtype(source.dtype)
     if self.dtype.itemsize != 2 or self.dtype.kind in "iu":
@@ -128,7 +121,6 @@ class Points:
     self.held: Loaded | None = None  # the only chunk, once it is read
     # L, the rows of a device, are a whole number of tiles; a chunk has L rows for each device along "data".
     each = -(-min(self.n, chunk or self._fitting(k), 1 << 30) // mesh.shape["data"])
-    each = power_of_two(each) if rounded else each
     self._tiles = CPU_TILE if on_cpu(mesh) else TILE
     self.tile = min(_up(each, 16), self._tiles[0])
     self.rows = _up(each, self.tile) * mesh.shape["data"]
@@ -174,7 +166,7 @@ class Points:
   def _ended(self, at: int, wrong: Array, result: Any) -> Any:
     if int(wrong) < self.rows:
       source, row = self.source, at + int(wrong)
-      while isinstance(source, Picked):  # its number in the caller's points
+      if isinstance(source, Picked):  # its number in the caller's points
         source, row = source.source, int(source.rows[row])
       raise ClusteringError(f"k-means: point {row} has a value that is not finite, or too large for its square in fp32")
     return jax.device_get(result)
@@ -182,7 +174,7 @@ class Points:
   def placed(self, centroids: np.ndarray) -> tuple[Array, Programs]:
     """Centroids of the host on the devices, and the programs for so many."""
     k, ways = len(centroids), self.mesh.shape["k"]
-    each = -(-(power_of_two(k) if self.rounded else k) // ways)
+    each = -(-k // ways)
     tiles = -(-each // self._tiles[1])
     tile = _up(-(-each // tiles), 64)
     padded = np.zeros((tile * tiles * ways, self.d), np.float32)

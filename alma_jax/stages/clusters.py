@@ -38,7 +38,6 @@ class Options(Checked):
   k: int = option(least=1)  # at most the number of prompts in the pool
   iterations: int = option(10, least=0)
   spherical: bool = False
-  method: Literal["flat", "two_level"] = "flat"  # "two_level": cheaper and coarser
   per_centroid: int = option(0, least=0)  # train on so many prompts for each cluster; 0: on all
 
 
