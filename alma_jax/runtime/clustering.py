@@ -4,8 +4,7 @@
   found = fitted(stage, points, settings, key_of(seed, "k-means"), mesh, display)
   apart = distances(points, found)
 
-`fitted` keeps its last iteration in a file of the stage, which the caller removes together with its reason to be there:
-when the result is written.
+`fitted` saves its iterations in the stage's file ITERATION, which the caller removes after writing the result.
 """
 
 import time

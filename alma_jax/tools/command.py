@@ -2,8 +2,8 @@
 
   FLAGS = Flags("sample", __doc__, Options, hidden=("rows",), temperature=0.8)   # a default of this command's own
   options = FLAGS.values(arguments)                         # an Options; a mistake is one line, and exit status 2
-  opened = open_model(options, layout.newest_policy)        # the model, chat format and template of a run, say
-  with run_of(output, parts, called, mend) as run:          # resumed, locked, or refused if a value has changed
+  opened = open_model(options, layout.newest_policy)        # the model, and its chat format and template
+  with run_of(output, directory, options, mend) as run:     # resumed, locked, or refused if a value has changed
 
 In a Hugging Face directory the chat format is recognised by its chat template, if it is one that this package writes.
 """
@@ -285,7 +285,7 @@ def run_of(output: pathlib.Path, directory: pathlib.Path, options: Shared, mend:
       " --output"
     ) from None
   except ChangedError as error:
-    called = {"model": f" ({options.model})", "input": f" ({options.input})"}  # whose digests say little
+    called = {"model": f" ({options.model})", "input": f" ({options.input})"}  # their values are digests
     lines = "\n".join(f"  {key}: {change}{called.get(key, '')}" for key, change in error.changed.items())
     raise RunError(
       f"{output} was made with other values than this start asks for:\n{lines}\n"
@@ -293,7 +293,7 @@ def run_of(output: pathlib.Path, directory: pathlib.Path, options: Shared, mend:
     ) from None
   except OSError as error:
     where = error.filename or output
-    raise RunError(f"cannot write {where}: {error.strerror}; the same command goes on from here") from None
+    raise RunError(f"cannot write {where}: {error.strerror or error}; the same command goes on from here") from None
 
 
 def check_place(output: pathlib.Path) -> None:

@@ -168,8 +168,10 @@ def stage_of(output: pathlib.Path, options: command.Shared, fields: Mapping[str,
 class Parts:
   """The parts of an output. `together` successive ones are computed in one go, which keeps the devices busy.
 
-  parts    0 1 2 | 3 4 5 | 6 7       together=3; 4 is on disk, the others of its group are not
-  missing          3   5 | 6 7       computed are 3, 4, 5 (so that the bytes are the same as ever); written 3 and 5
+  parts      0 1 2 | 3 4 5 | 6 7     together=3
+  on disk    0 1 2 |   4   |         of a killed start
+  computed         | 3 4 5 | 6 7     the same groups as ever, which gives the same bytes
+  written          | 3   5 | 6 7
   """
 
   stage: Stage

@@ -13,9 +13,9 @@ together before `probs` were made to sum to 1: far below 1, the judge was not tr
 `score` is: the mean of the scores under `probs`, the likeliest one, or one drawn from them, which depends on seed, id,
 sample_id and the response alone.
 
-With --judge=my_judges:NAME a judge of yours scores (docs/your_own_judge.md); it is called with the model, if --model
-names one, and these flags. Its scores are in its own unit; `probs` and `mass` are null where it has none, and `details`
-are there where it gives some.
+--judge=my_judges:NAME names a judge of your own (docs/your_own_judge.md). It is called with the model, if --model names
+one, and with these flags. Its scores are in its own unit; `probs` and `mass` are null where it has none, and a line has
+its `details` where it gives some.
 
 FILE appears when it is whole; until then its parts are in FILE.parts, and the same command goes on where a killed one
 stopped. The file then has the bytes of one that was never killed (on the same devices and with the same --rows, else
@@ -53,7 +53,7 @@ MASS = 0.9  # a judge that knows its template gives nearly all probability to th
 class Options(command.Shared):
   model: str = option("", doc="as for alma_jax.tools.sample; of a run it is the judge")
   judge: str | None = option(
-    None, names=names.EVALUATORS, doc="a judge of yours as package.module:NAME, instead of the model as a judge"
+    None, names=names.EVALUATORS, doc="a judge of your own as package.module:NAME, instead of the model as a judge"
   )
   mode: Literal["expected", "argmax", "sampled"] = option("expected", doc="expected, argmax or sampled")
   template: str | None = option(
@@ -62,12 +62,12 @@ class Options(command.Shared):
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    if not self.model and not self.judges_itself:
+    if not self.model and not self.has_judge:
       raise ConfigError("model is missing: give the model that judges, or --judge")
 
   @property
-  def judges_itself(self) -> bool:
-    """True if --judge names one."""
+  def has_judge(self) -> bool:
+    """True if --judge names the judge, False if the model is the judge."""
     return self.judge not in (None, "none")
 
 
@@ -132,7 +132,7 @@ class WithoutModel(Host):
 
 
 def _judge(options: Options, opened: command.Opened | None, host: Host) -> Judge:
-  if options.judges_itself:
+  if options.has_judge:
     return contract.by_name(names.EVALUATORS, str(options.judge), host, options, "--judge")
   if opened is None:
     raise RuntimeError("neither a model nor a judge")
