@@ -162,8 +162,6 @@ def build(kind: type[T], values: Mapping[str, Any] | ConfigDict, where: str) -> 
       given[field.name] = tuple(value) if isinstance(value, list) else value
   try:
     return kind(**given)
-  except ConfigError as error:
-    raise ConfigError(f"{where}.{error}") from None
   except (ValueError, UserError) as error:
     raise ConfigError(f"{where}.{error}") from None
 

@@ -15,7 +15,6 @@ from rapidfuzz.distance import Indel
 
 from alma_jax.corpus import duplicates, minhash, rouge, search, words
 from alma_jax.corpus.duplicates import Search, near_duplicates
-from alma_jax.corpus.rouge import rouge_l
 
 
 def ident(text):
@@ -46,6 +45,13 @@ def all_pairs(texts, threshold=0.7):
   coded = ["".join(chr(0x4000 + codes.setdefault(word, len(codes))) for word in text.split()) for text in texts]
   similar = process.cdist(coded, coded, scorer=Indel.normalized_similarity, dtype=np.float64) >= threshold - 1e-12
   return set(zip(*(side.tolist() for side in np.nonzero(np.triu(similar, 1))), strict=True))
+
+
+def rouge_l(left, right):
+  """ROUGE-L F1 of the texts of two lists, pair by pair."""
+  hashes, offsets = words.hashes([*left, *right])
+  rows = np.arange(2 * len(left))
+  return rouge.of_pairs(lambda rows: words.taken(hashes, offsets, rows), rows[: len(left)], rows[len(left) :])
 
 
 def lcs(a, b):

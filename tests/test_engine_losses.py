@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from engine_models import CONFIG, logprobs, on_mesh, stacked
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from alma_jax.engine import crossentropy, losses
 from alma_jax.engine.losses import Preference, ScoredPairs, preference_of
@@ -203,7 +205,7 @@ def test_the_number_of_devices_does_not_matter(sizes, monkeypatch):
   model, *case = core_case(rows=8)
   tiles_of(monkeypatch, 5)
   mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
-  rows = sharding.batch_sharding(mesh)
+  rows = NamedSharding(mesh, P(sharding.BATCH))
   for loss in (per_token, summed):
     wanted = with_gradients(loss, model, *case)
     with jax.set_mesh(mesh):
@@ -226,7 +228,7 @@ def test_every_device_takes_its_own_rows_and_its_own_part_of_the_vocabulary(loss
   model, *case = core_case(rows=8, time=40)
   tiles_of(monkeypatch, 5)
   mesh = sharding.make_mesh(data=4, tensor=2)
-  rows = sharding.batch_sharding(mesh)
+  rows = NamedSharding(mesh, P(sharding.BATCH))
   with jax.set_mesh(mesh):
     f = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
     text = f.lower(on_mesh(model, mesh), *(jax.device_put(x, rows) for x in case)).compile().as_text()

@@ -8,11 +8,12 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from alma_jax.llama import model as llama
 from alma_jax.llama.config import read_config
-from alma_jax.llama.sharding import DECODE, TRAIN, MeshError, batch_sharding, make_mesh, shardings
+from alma_jax.llama.sharding import BATCH, DECODE, TRAIN, MeshError, make_mesh, shardings
 from alma_jax.llama.weights import load
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "llama"
@@ -42,7 +43,7 @@ def test_logits_and_gradients_on_eight_devices_equal_those_on_one(sizes, alone, 
   mesh = make_mesh(*sizes)
   model = load(FIXTURES / "llama3", mesh)
   with jax.set_mesh(mesh):
-    out, grads = logits_and_grads(model, jax.device_put(TOKENS, batch_sharding(mesh)))
+    out, grads = logits_and_grads(model, jax.device_put(TOKENS, NamedSharding(mesh, P(BATCH))))
   assert len(out.sharding.device_set) == 8
   np.testing.assert_allclose(out, alone[0], atol=2e-5)
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), jax.device_get(grads), alone[1])
@@ -57,7 +58,7 @@ def test_decoding_under_decode_rules_equals_the_full_forward_on_one_device(alone
   T = 10
   with jax.set_mesh(mesh):
     fast = jax.jit(llama.unrolled)(model)
-    rows = batch_sharding(mesh)
+    rows = NamedSharding(mesh, P(BATCH))
     hidden, kept = jax.jit(llama.prefill)(fast, jax.device_put(TOKENS[:, :T], rows), np.full(8, T))
     np.testing.assert_allclose(llama.logits(model, hidden), alone[0][:, :T], atol=2e-5)
     prefix, cache, step = llama.Prefix(kept, np.full(8, T)), llama.new_cache(fast, 8, 6), jax.jit(llama.decode)
@@ -83,7 +84,7 @@ def test_adam_moments_are_sharded_like_the_weights_and_updated_alike(alone):
   assert state[0].count.sharding.spec == P()
 
   with jax.set_mesh(mesh):
-    grads = logits_and_grads(model, jax.device_put(TOKENS, batch_sharding(mesh)))[1]
+    grads = logits_and_grads(model, jax.device_put(TOKENS, NamedSharding(mesh, P(BATCH))))[1]
     _, state = jax.jit(optimizer.update, out_shardings=(places[0].mu, places))(grads, state)
   assert leaf_shardings(state[0].mu) == wanted
   single = optimizer.update(alone[1], optimizer.init(alone[1]))[1]

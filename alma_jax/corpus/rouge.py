@@ -1,32 +1,23 @@
 """ROUGE-L F1: the share of words that two texts have in common, in the same order.
 
-rouge_l(["a b c d"], ["a x c d"])            # [0.75]: 2 * 3 / (4 + 4)
-of_pairs(read, rows, others)                 # the same for rows of a pool; read(rows) gives their words' hashes
+of_pairs(read, rows, others)   # "a b c d" and "a x c d" give 0.75: 2 * 3 / (4 + 4); read(rows) gives words' hashes
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 from rapidfuzz import process
 from rapidfuzz.distance import LCSseq
 
-from alma_jax.corpus import words
-
 WORDS = 1 << 20  # words that are compared together; every distinct one needs a code point of its own
-
-
-def rouge_l(left: Sequence[str], right: Sequence[str]) -> np.ndarray:
-  """float64 [n]: ROUGE-L F1 of the texts of two lists, pair by pair; 0 where neither has words."""
-  hashes, offsets = words.hashes([*left, *right])
-  rows = np.arange(2 * len(left))
-  return of_pairs(lambda rows: words.taken(hashes, offsets, rows), rows[: len(left)], rows[len(left) :])
 
 
 def of_pairs(
   read: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], left: np.ndarray, right: np.ndarray
 ) -> np.ndarray:
-  """float64 [n]: ROUGE-L F1 of pairs of rows. `read` gives the words' hashes and the offsets of rows that ascend."""
+  """float64 [n]: ROUGE-L F1 of pairs of rows, 0 where neither has words. `read` gives the words' hashes and the offsets
+  of rows that ascend."""
   rows, at = np.unique(np.concatenate([left, right]), return_inverse=True)
   hashes, offsets = read(rows)
   if len(hashes) > WORDS and len(left) > 1:

@@ -24,8 +24,6 @@ from alma_jax.llama import model as llama
 from alma_jax.llama.model import Llama
 from alma_jax.llama.sharding import REPLICA, WHOLE, per_replica, replicas
 
-POOLING = ("mean", "last")
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +39,7 @@ class Embedding:
   """How a row becomes a vector."""
 
   layers: int | None = None  # the states after so many; None: after all
-  pooling: str = "mean"  # one of POOLING
+  pooling: str = "mean"  # "last": the last token's state
   projection: Projection | None = None
 
 
@@ -105,12 +103,16 @@ def layout() -> str:
   return "unrolled" if jax.default_backend() == "cpu" else "stacked"
 
 
+def floored(deviation: np.ndarray) -> np.ndarray:
+  """Deviations with a floor, so that dead dimensions stay small where they are divided by theirs."""
+  return np.maximum(deviation, 1e-3 * np.median(deviation) + 1e-12)
+
+
 def projection(x: np.ndarray, dims: int) -> tuple[Projection, float]:
-  """The Projection that fits these states [n, D], and the share of the scaled variance that it keeps. Deviations have
-  a floor, so that dead dimensions stay small."""
+  """The Projection that fits these states [n, D], and the share of the scaled variance that it keeps."""
   x = np.asarray(x, np.float64)
   mean, deviation = x.mean(axis=0), x.std(axis=0)
-  scale = 1 / np.maximum(deviation, 1e-3 * np.median(deviation) + 1e-12)
+  scale = 1 / floored(deviation)
   matrix, kept = np.diag(scale), 1.0
   if dims < x.shape[1]:
     x = (x - mean) * scale

@@ -85,11 +85,6 @@ def shardings(abstract: Any, mesh: Mesh, rules: Mapping[str, str]) -> Any:
   return jax.tree.map(one, abstract, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Rows are spread over data and fsdp, other axes stay whole."""
-  return NamedSharding(mesh, P(BATCH))
-
-
 def replicas(mesh: Mesh | None) -> int:
   """The number of copies of the model: one for each group of `tensor` devices."""
   return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]

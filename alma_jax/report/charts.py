@@ -179,11 +179,11 @@ def curve(
   return _svg(width, height, label, out)
 
 
-def ticks(low: float, high: float, about: int = 7) -> list[float]:
-  """Round numbers that enclose low .. high."""
+def ticks(low: float, high: float) -> list[float]:
+  """About seven round numbers that enclose low .. high."""
   if high - low < 1e-9:
     low, high = low - 0.5, high + 0.5
-  raw = (high - low) / about
+  raw = (high - low) / 7
   unit = 10.0 ** math.floor(math.log10(raw))
   step = next(m * unit for m in (1, 2, 2.5, 5, 10) if m * unit >= raw - 1e-12)
   first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)

@@ -69,8 +69,7 @@ def blocks(n: int, width: int) -> Iterator[slice]:
 
 
 def whitening(points: embed.Rows) -> np.ndarray:
-  """fp32 [2, dimensions]: the mean and the deviation of every dimension, the latter with the floor that
-  `embed.projection` has."""
+  """fp32 [2, dimensions]: the mean and the floored deviation of every dimension."""
   total, squares = np.zeros((2, points.shape[1]))
   for rows in blocks(*points.shape):
     total += points[rows].sum(axis=0, dtype=np.float64)
@@ -78,7 +77,7 @@ def whitening(points: embed.Rows) -> np.ndarray:
   for rows in blocks(*points.shape):
     squares += ((points[rows] - mean) ** 2).sum(axis=0)
   deviation = np.sqrt(squares / len(points))
-  return np.stack([mean, np.maximum(deviation, 1e-3 * np.median(deviation) + 1e-12)]).astype(np.float32)
+  return np.stack([mean, embed.floored(deviation)]).astype(np.float32)
 
 
 def distances(points: embed.Rows, found: kmeans.Clustering) -> np.ndarray:
