@@ -153,7 +153,10 @@ def test_greedy_answers_and_logprobs_equal_transformers(tmp_path):
 
 def test_a_sample_depends_on_seed_id_and_sample_id_alone(tmp_path):
   rows = [{"prompt": prompt, "id": i} for i, prompt in enumerate(PROMPTS)]
-  told = lambda lines: {(x["id"], r["sample_id"]): r["text"] for x in lines for r in x["responses"]}
+
+  def told(lines):
+    return {(x["id"], r["sample_id"]): r["text"] for x in lines for r in x["responses"]}
+
   whole = told(made(sample, tmp_path, rows, *SMALL, output="whole"))
   other = told(made(sample, tmp_path, [{"prompt": "sport"}, *rows[::-2]], *SMALL, "--n=3", "--slots=4", output="other"))
   common = whole.keys() & other.keys()
@@ -220,14 +223,20 @@ def test_output_cut_anywhere_is_continued_to_the_same_bytes(tool, tmp_path, monk
   computed = []
   module, inner = (sample, "_sampled") if tool is sample else (contract, "scores")
   function = getattr(module, inner)
-  counted = lambda *args: computed.append(next(len(x) for x in args if isinstance(x, list))) or function(*args)
+
+  def counted(*args):
+    return computed.append(next(len(x) for x in args if isinstance(x, list))) or function(*args)
+
   monkeypatch.setattr(module, inner, counted)
   made(tool, tmp_path, rows, *flags)
   assert computed == [4, 4, 2]
   out, parts = tmp_path / "out.jsonl", parts_dir(tmp_path)
   data, whole = out.read_bytes(), content(parts)
   assert data == b"".join(text for name, text in whole.items() if name.endswith(".jsonl")) and len(whole) == 7
-  name = lambda i: parts / f"part-{i:05d}-of-00003.jsonl"
+
+  def name(i):
+    return parts / f"part-{i:05d}-of-00003.jsonl"
+
   manifest = parts / "manifest.json"
   for gone, left in (  # what a kill left unwritten, and the rows that are then computed
     ([], []),
@@ -260,15 +269,21 @@ def test_output_cut_anywhere_is_continued_to_the_same_bytes(tool, tmp_path, monk
 def test_killed_and_stopped_processes_leave_what_the_same_command_completes(tmp_path):
   rows = [{"prompt": f"{a} {b} {c}"} for a in PROMPTS for b in CITIES for c in CITIES[:3]]
   source = write_rows(tmp_path / "in.jsonl", rows)
-  start = lambda output: subprocess.Popen(
-    [
-      sys.executable, "-m", "alma_jax.tools.sample", "--model=mini", f"--input={source}", f"--output={output}",
-      "--n=64", "--max_new_tokens=16", "--slots=64",
-    ],
-    cwd=small_run.ROOT, env=small_run.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-  )  # fmt: skip
+
+  def start(output):
+    return subprocess.Popen(
+      [
+        sys.executable, "-m", "alma_jax.tools.sample", "--model=mini", f"--input={source}", f"--output={output}",
+        "--n=64", "--max_new_tokens=16", "--slots=64",
+      ],
+      cwd=small_run.ROOT, env=small_run.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
   whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
-  written = lambda path: len(list(parts_dir(tmp_path, path.name).glob("part-*.json")))
+
+  def written(path):
+    return len(list(parts_dir(tmp_path, path.name).glob("part-*.json")))
+
   process = start(whole)
   said = process.communicate(timeout=240)[1]
   assert process.returncode == 0 and written(whole) == 8, said
@@ -301,7 +316,10 @@ def test_a_start_with_another_value_is_refused_by_the_name_of_the_value(change, 
   out, [(name, value)] = tmp_path / "out.jsonl", change.items()
   flags = {"input": write_rows(tmp_path / "in.jsonl", rows), "model": "mini", "output": out}
   flags |= dict(flag[2:].split("=") for flag in SMALL)
-  written = lambda flags: [f"--{k}" if v is None else f"--{k}={v}" for k, v in flags.items()]
+
+  def written(flags):
+    return [f"--{k}" if v is None else f"--{k}={v}" for k, v in flags.items()]
+
   parsed = sample.FLAGS.values(written(flags))
   with jsonl.stage_of(out, parsed, sample.decides(parsed, command.open_model(parsed, None))) as stage:
     jsonl.Parts(stage, [20], 1).write(0, [{"id": 1}], {})
