@@ -373,29 +373,24 @@ def _forum(rng: random.Random) -> list[str]:
   return words[:-1]
 
 
+# How sites write ratings: what stands before and behind the prompt, before an answer, and before its mark.
+_SITES = (
+  (["ask:"], [], "reply:", "stars:"),
+  (["review:"], [], ">", "vote:"),
+  (["[["], ["]]"], ">", "stars:"),
+  (["prompt:"], [], "response:", "score:"),
+)
+
+
 def _rated(rng: random.Random) -> list[str]:
-  form, words = int(rng.random() * 4), []
+  (opening, closing, reply, rating), words = _SITES[int(rng.random() * 4)], []
   for _ in range(1 + int(rng.random() * 3)):
     prompt, task = make_prompt(rng, flat=rng.random() < 0.5)
-    said = prompt.split()
     answers = [rated_answer(rng, task) for _ in range(1 + int(rng.random() * 3))]
     marks = [SCORES[noisy(rng, score(prompt, " ".join(a), True, PUBLIC), 0.15, 0.02)] for a in answers]
-    if form == 0:
-      words += ["ask:", *said, "\n"]
-      for answer, mark in zip(answers, marks, strict=True):
-        words += ["reply:", *answer, "\n", "stars:", mark, "\n"]
-    elif form == 1:
-      words += ["review:", *said, "\n"]
-      for answer, mark in zip(answers, marks, strict=True):
-        words += [">", *answer, "\n", "vote:", mark, "\n"]
-    elif form == 2:
-      words += ["[[", *said, "]]", "\n"]
-      for answer, mark in zip(answers, marks, strict=True):
-        words += [">", *answer, "\n", "stars:", mark, "\n"]
-    else:
-      words += ["prompt:", *said, "\n"]
-      for answer, mark in zip(answers, marks, strict=True):
-        words += ["response:", *answer, "\n", "score:", mark, "\n"]
+    words += [*opening, *prompt.split(), *closing, "\n"]
+    for answer, mark in zip(answers, marks, strict=True):
+      words += [reply, *answer, "\n", rating, mark, "\n"]
   return words[:-1]
 
 

@@ -304,9 +304,7 @@ def judge(facts: Facts) -> Judge | None:
 def training(facts: Facts) -> list[Figure]:
   """A figure of every training's loss; the stages made once come first."""
   found = [(s, curve) for s in facts.stages if (curve := numbers.losses(s))]
-  found = [x for x in found if layout.round_of(x[0].name) is None] + [
-    x for x in found if layout.round_of(x[0].name) is not None
-  ]
+  found.sort(key=lambda x: layout.round_of(x[0].name) is not None)
   tops = collections.defaultdict(float)
   for stage, curve in found:
     kind = layout.kind_of(stage.name)
