@@ -35,7 +35,7 @@ from alma_jax.runtime.sampling import Options as SamplingOptions
 from alma_jax.runtime.session import Session
 from alma_jax.store.runs import Run
 
-Recipe = Any  # a module of alma_jax/recipes: Options, check(options by round), run(session)
+Recipe = Any  # a module of alma_jax/recipes: Options, check, checks, models, plan and run
 
 
 def run(config: ConfigDict, workdir: str) -> int:
@@ -157,6 +157,8 @@ def open_session(config: ConfigDict, workdir: str | pathlib.Path) -> Iterator[Se
   mesh = sharding.make_mesh(**dataclasses.asdict(options.mesh))
   host = host_of(options)
   check_lengths(by_round, host.config.max_positions)
+  for step in recipe_of(config).checks(host, by_round):
+    step()
   with Run(workdir, jax.process_index(), jax.process_count(), barrier, made_with()) as run_directory:
     run_directory.save_config(json.loads(json.dumps(config.to_dict(), default=str)))
     run_directory.log(

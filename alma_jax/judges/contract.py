@@ -61,8 +61,9 @@ class ShowsProgress(Protocol):
 
 def scores(judge: Judge, pairs: Sequence[Answered], bar: Bar | None = None) -> list[Verdict]:
   """One Verdict for each pair; the judge's answer is checked against its own scale."""
-  if bar is not None and isinstance(judge, ShowsProgress):
-    found = judge.shown_scores(pairs, bar)
+  asked = judge.judge if isinstance(judge, FromUser) else judge
+  if bar is not None and isinstance(asked, ShowsProgress):
+    found = asked.shown_scores(pairs, bar)
   else:
     found = judge.scores(pairs)
     if bar is not None:
