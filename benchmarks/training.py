@@ -161,7 +161,7 @@ def ours(directory: str, batches: Callable[[int], Any], steps: int, objective: A
 
   optimizer = train.Optimizer(RATE, RATE, 0.0, *BETAS, EPS, DECAY, CLIP, schedule="constant")
   start, mesh = time.process_time(), one_device()
-  task = train.Task(optimizer, objective, mesh, steps)
+  task = train.TrainingTask(optimizer, objective, mesh, steps)
   plan = train.planned(weights.load(directory).c, task, batches(0))
   compiling = time.process_time() - start
 

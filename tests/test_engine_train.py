@@ -15,7 +15,7 @@ from alma_jax.engine import crossentropy, losses
 from alma_jax.engine import train as engine
 from alma_jax.engine.losses import Preference
 from alma_jax.engine.optimizer import SCHEDULES, Optimizer, learning_rate
-from alma_jax.engine.train import Hooks, Objective, Task, TrainingError, fit
+from alma_jax.engine.train import Hooks, Objective, TrainingError, TrainingTask, fit
 from alma_jax.llama import model as llama
 from alma_jax.llama import sharding
 from alma_jax.options import ConfigError
@@ -48,7 +48,7 @@ def one_device():
 
 
 def task_on(mesh, steps=STEPS, optimizer=OPTIMIZER, objective=SFT, seed=0):
-  return Task(optimizer, objective, mesh, steps, seed)
+  return TrainingTask(optimizer, objective, mesh, steps, seed)
 
 
 def trained(mesh, steps=STEPS, optimizer=OPTIMIZER, objective=SFT, make=batches, seed=0, plan=None, **hooks):

@@ -28,7 +28,7 @@ ARROWS = """
   names     -> errors
   corpus    -> keys errors
   text      -> errors
-  store     -> corpus errors
+  store     -> errors
   evals     -> errors
   keys      ->
   errors    ->

@@ -27,7 +27,7 @@ from alma_jax.options import ConfigError
 from alma_jax.runtime import checkpoints as checkpoints_of
 from alma_jax.runtime import metrics as metrics_of
 from alma_jax.runtime import training
-from alma_jax.runtime.batches import Batches, Examples, Graded, Pairs, compact
+from alma_jax.runtime.batches import Batches, Examples, GradedResponses, Pairs, compact
 from alma_jax.runtime.display import Display
 from alma_jax.runtime.host import EngineOptions, Host, ModelOptions
 from alma_jax.runtime.metrics import StepLog
@@ -520,7 +520,7 @@ def test_graded_responses_carry_their_own_log_probs(session):
   np.testing.assert_allclose([x.sum() for x in per_token], sums, rtol=1e-5)
   assert [len(x) for x in per_token] == [len(ids) - 1 for ids, _ in sequences]
   advantages = np.arange(COUNT) - 5.0
-  graded = Graded(sequences, list(map(str, range(COUNT))), advantages, per_token, [2 * x for x in per_token])
+  graded = GradedResponses(sequences, list(map(str, range(COUNT))), advantages, per_token, [2 * x for x in per_token])
   batches = Batches(graded, settings, 5, 1)
   for step in range(3):
     batch = batches(step)
@@ -532,7 +532,12 @@ def test_graded_responses_carry_their_own_log_probs(session):
     assert not any(batch[name][batch["example"] < 0].any() for name in ("advantage", "old", "reference"))
   stage = new_stage(session, "grpo")
   training.train(
-    session, stage, session.base, Graded(sequences, graded.names, advantages, per_token, per_token), settings, 5
+    session,
+    stage,
+    session.base,
+    GradedResponses(sequences, graded.names, advantages, per_token, per_token),
+    settings,
+    5,
   )
   first = metrics(stage)[0]
   assert abs(first["kl"]) < 1e-8 and first["clipped"] == 0  # at first it is its own reference

@@ -1,6 +1,6 @@
 """Training: one sharded AdamW loop for SFT, preferences and policy gradients.
 
-  task = Task(Optimizer(2e-5, 2e-6), Objective(), mesh, steps=180, seed=1)
+  task = TrainingTask(Optimizer(2e-5, 2e-6), Objective(), mesh, steps=180, seed=1)
   plan = planned(c, task, batches(0), passes=2, memory=80e9)      the compiled step, and what it needs on every device
   model = fit(model, batches, task, plan, Hooks(report=print))    the trained fp32 model
 
@@ -76,7 +76,7 @@ class Objective(Checked):
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class TrainingTask:
   """A training but for its data: how weights are updated, towards what, and on which devices."""
 
   optimizer: Optimizer
@@ -211,7 +211,7 @@ class Plan:
     return self.state + self.working
 
 
-def planned(c: LlamaConfig, task: Task, batch: Batch, passes: int = 1, memory: float | None = None) -> Plan:
+def planned(c: LlamaConfig, task: TrainingTask, batch: Batch, passes: int = 1, memory: float | None = None) -> Plan:
   """The Plan for batches like this one.
 
   With remat "auto" it is the quickest that fits into `memory` bytes a device (None: the quickest). If none fits, the
@@ -228,7 +228,7 @@ def planned(c: LlamaConfig, task: Task, batch: Batch, passes: int = 1, memory: f
   raise TrainingError(_too_large(min(tried, key=lambda plan: plan.bytes), memory or 0, task, batch["tokens"].shape))
 
 
-def _too_large(plan: Plan, memory: float, task: Task, shape: tuple[int, int]) -> str:
+def _too_large(plan: Plan, memory: float, task: TrainingTask, shape: tuple[int, int]) -> str:
   def gb(size: float) -> str:
     return f"{size / 1e9:.1f} GB"
 
@@ -304,7 +304,11 @@ def _in_passes(batch: Batch, passes: int) -> dict[str, Any]:
 
 
 def fit(
-  model: llama.Llama, batches: Callable[[int], Batch], task: Task, plan: Plan | None = None, hooks: Hooks = Hooks()
+  model: llama.Llama,
+  batches: Callable[[int], Batch],
+  task: TrainingTask,
+  plan: Plan | None = None,
+  hooks: Hooks = Hooks(),
 ) -> llama.Llama:
   """The trained fp32 model; the given one is used up.
 

@@ -35,7 +35,7 @@ class Shares(NamedTuple):
   remark: str
 
 
-class Bar(NamedTuple):
+class ChartBar(NamedTuple):
   label: str
   value: float
   remark: str
@@ -147,7 +147,7 @@ def stacked(rows: Sequence[Shares], names: Sequence[str]) -> Markup:
   return _svg(width, height, "shares", out)
 
 
-def bars(rows: Sequence[Bar], colour: int = 0) -> Markup:
+def bars(rows: Sequence[ChartBar], colour: int = 0) -> Markup:
   """Horizontal bars."""
   width, left, right, line = 780, 210, 210, 22
   most, out = max((value for _, value, _ in rows), default=0) or 1, []

@@ -9,7 +9,7 @@ import numpy as np
 from markupsafe import Markup
 
 from alma_jax.report import charts, numbers, wording
-from alma_jax.report.charts import Bar, Figure
+from alma_jax.report.charts import ChartBar, Figure
 from alma_jax.report.numbers import Facts
 from alma_jax.report.wording import Table
 from alma_jax.store import layout
@@ -40,7 +40,7 @@ class Clusters:
 
 
 @dataclasses.dataclass(frozen=True)
-class Pool:
+class PoolSection:
   chart: Markup
   added: Table | None
   near_duplicates: Table | None
@@ -49,7 +49,7 @@ class Pool:
   used: Table | None
 
 
-def pool(facts: Facts) -> Pool | None:
+def pool(facts: Facts) -> PoolSection | None:
   pools = layout.pools(facts.run)
   drafts, entered = (
     {r: m for r in pools if (m := facts.manifest(layout.pool_stage(r, artefact)))}
@@ -76,8 +76,8 @@ def pool(facts: Facts) -> Pool | None:
     ]
     added = Table(["", "drawn", "new in the pool", "share"], rows)
   reports = {r: numbers.stage_report(facts.run, layout.pool_stage(r, layout.PROMPTS)) or {} for r in entered}
-  return Pool(
-    charts.bars([Bar(step, n, f"{n:,} ({n / most:.1%})") for step, n in steps.items()]),
+  return PoolSection(
+    charts.bars([ChartBar(step, n, f"{n:,} ({n / most:.1%})") for step, n in steps.items()]),
     added,
     _near_duplicates(reports),
     _contamination(reports, facts.config.get("prompts", {}).get("ngram", 8)),
@@ -141,14 +141,14 @@ def _clusters(facts: Facts) -> Clusters | None:
   )
 
 
-def _size_bars(sizes: np.ndarray) -> list[Bar]:
+def _size_bars(sizes: np.ndarray) -> list[ChartBar]:
   """How many clusters have 1, 2, 3 to 4, 5 to 8, ... prompts."""
   rows, high = [], 1
   while not rows or high // 2 < sizes.max():
     low = high // 2 + 1
     count = int(((sizes >= low) & (sizes <= high)).sum())
     name = f"{high}" if high <= 2 else f"{low:,} to {high:,}"
-    rows.append(Bar(f"{name} prompt{'s' * (high > 1)}", count, wording.plural(count, "cluster")))
+    rows.append(ChartBar(f"{name} prompt{'s' * (high > 1)}", count, wording.plural(count, "cluster")))
     high *= 2
   return rows
 

@@ -12,7 +12,7 @@ from typing import Any
 from markupsafe import Markup
 
 from alma_jax.report import charts, judged, numbers, wording
-from alma_jax.report.charts import Bar, Figure, Line, Point, Shares
+from alma_jax.report.charts import ChartBar, Figure, Line, Point, Shares
 from alma_jax.report.numbers import Facts
 from alma_jax.report.wording import Alarm, Table
 from alma_jax.store import layout, statistics
@@ -34,7 +34,7 @@ STATES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Head:
+class HeadSection:
   title: str
   word: str  # the state's CSS class
   state: str
@@ -44,7 +44,7 @@ class Head:
   doing: list[str]
 
 
-def head(facts: Facts) -> Head:
+def head(facts: Facts) -> HeadSection:
   state, start = facts.state, facts.state.start
   reached = "" if state.round is None else f"round {state.round}" + (f" of {state.rounds}" if state.rounds else "")
   model = facts.config.get("model", {}).get("path", "")
@@ -55,7 +55,7 @@ def head(facts: Facts) -> Head:
   where += [f"jax {start['jax']}"] if "jax" in start else []
   where += [f"as of {state.at.replace('T', ' ').replace('+00:00', ' UTC')}"] if state.at else []
   doing = [f"{s.name} ({numbers.done_so_far(s)})" for s in facts.stages if s.manifest is None]
-  return Head(" · ".join(named), state.word, STATES[state.word], reached, where, state.error, doing)
+  return HeadSection(" · ".join(named), state.word, STATES[state.word], reached, where, state.error, doing)
 
 
 def recipe(facts: Facts) -> str:
@@ -168,14 +168,14 @@ def rounds(facts: Facts) -> Rounds | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Selection:
+class SelectionSection:
   figures: list[Figure]
   table: Table
   graded: bool  # all responses of a prompt are trained on
   sources: Markup | None
 
 
-def selection(facts: Facts) -> Selection | None:
+def selection(facts: Facts) -> SelectionSection | None:
   manifests, sets = facts.manifests(layout.JUDGMENTS), facts.manifests(layout.TRAINSET)
   if not manifests:
     return None
@@ -208,7 +208,7 @@ def selection(facts: Facts) -> Selection | None:
     cells.append(wording.mean(j.margin if j else None, digits=digits))
     rows.append([*cells, "" if j is None or j.tied is None else wording.share(j.tied)])
   graded = any(x.selected.graded for x in facts.rounds.values() if x.selected)
-  return Selection(figures, Table(head, rows), graded, _sources(facts))
+  return SelectionSection(figures, Table(head, rows), graded, _sources(facts))
 
 
 def _sources(facts: Facts) -> Markup | None:
@@ -281,24 +281,25 @@ class Distilled:
 
 
 @dataclasses.dataclass(frozen=True)
-class Judge:
+class JudgeSection:
   tuned: Mapping[str, int] | None  # the counts of its training
   distilled: Distilled | None
   few_shot: bool
 
 
-def judge(facts: Facts) -> Judge | None:
+def judge(facts: Facts) -> JudgeSection | None:
   tuned, distilled = facts.manifest(layout.JUDGE), facts.manifest(layout.DISTILLED)
   held = (distilled or {}).get("held_out")
   told = None
   if distilled and held:
     rows = [
-      Bar(name, held[when], f"{held[when]:.3f}") for name, when in (("fine-tuned", "before"), ("distilled", "after"))
+      ChartBar(name, held[when], f"{held[when]:.3f}")
+      for name, when in (("fine-tuned", "before"), ("distilled", "after"))
     ]
     examples, accepted = distilled["counts"]["examples"], distilled["accepted"]
     told = Distilled(charts.bars(rows, 1), examples, accepted, held["after"] - held["before"], held["rows"])
   few_shot = told is None and facts.config.get("judge", {}).get("kind") == "few_shot"
-  return Judge(tuned["counts"] if tuned else None, told, few_shot) if tuned or told or few_shot else None
+  return JudgeSection(tuned["counts"] if tuned else None, told, few_shot) if tuned or told or few_shot else None
 
 
 def training(facts: Facts) -> list[Figure]:
@@ -338,29 +339,29 @@ def time(facts: Facts) -> Time | None:
   total, rows = sum(map(sum, spent.values())), []
   for name, seconds in spent.items():
     said = f"{wording.duration(sum(seconds))} ({sum(seconds) / max(total, 1e-9):.0%})"
-    rows.append(Bar(name, sum(seconds), said + (f", {len(seconds)} times" if len(seconds) > 1 else "")))
+    rows.append(ChartBar(name, sum(seconds), said + (f", {len(seconds)} times" if len(seconds) > 1 else "")))
   return Time(charts.bars(rows, 3), total)
 
 
 @dataclasses.dataclass(frozen=True)
-class Example:
+class ShownExample:
   asked: str
   shown: judged.Shown
 
 
 @dataclasses.dataclass(frozen=True)
-class Examples:
+class ExamplesSection:
   round: int
   graded: bool
-  examples: list[Example]
+  examples: list[ShownExample]
 
 
-def examples(facts: Facts) -> list[Examples]:
+def examples(facts: Facts) -> list[ExamplesSection]:
   out = []
   for r, x in facts.rounds.items():
-    found = [Example(_asked(shown.messages), shown) for shown in judged.examples(facts.run, r)]
+    found = [ShownExample(_asked(shown.messages), shown) for shown in judged.examples(facts.run, r)]
     if found:
-      out.append(Examples(r, x.selected is not None and x.selected.graded, found))
+      out.append(ExamplesSection(r, x.selected is not None and x.selected.graded, found))
   return out
 
 
@@ -369,12 +370,12 @@ def _asked(messages: Sequence[Mapping[str, str]]) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Data:
+class DataSection:
   files: Table | None
   stages: Table | None
 
 
-def data(facts: Facts) -> Data | None:
+def data(facts: Facts) -> DataSection | None:
   counts = (facts.manifest(layout.SEEDS) or {}).get("counts", {})
   files = {name: found for name, found in counts.items() if isinstance(found, dict)}
   read = None
@@ -384,7 +385,7 @@ def data(facts: Facts) -> Data | None:
     read = Table(["file", *map(wording.words, names)], rows)
   finished = [_stage_row(s.name, s.manifest) for s in facts.stages if s.manifest]
   stages = Table(["stage", "records", "counts", "time"], finished) if finished else None
-  return Data(read, stages) if read or stages else None
+  return DataSection(read, stages) if read or stages else None
 
 
 def _stage_row(name: str, manifest: Mapping[str, Any]) -> list[str]:

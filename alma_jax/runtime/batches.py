@@ -21,7 +21,7 @@ import numpy as np
 
 from alma_jax.options import Checked, option
 from alma_jax.text import packing
-from alma_jax.text.packing import Example
+from alma_jax.text.packing import Encoded
 
 ROWS = 4  # the number of rows is rounded up to this, so that rounds of like size share a compilation
 
@@ -29,7 +29,7 @@ Arrays = dict[str, Any]  # arrays by name, and for KTO a dict of more of them un
 Packing = list[list[int]]  # for each row the items in it, as places in the step's members
 
 
-def compact(ids: Sequence[int], mask: Sequence[float] | np.ndarray) -> Example:
+def compact(ids: Sequence[int], mask: Sequence[float] | np.ndarray) -> Encoded:
   """The sequence as arrays of 4 bytes a token, and 1 for a mask without fractions (else 4)."""
   weights = np.asarray(mask)
   return np.asarray(ids, np.int32), weights.astype(np.float32 if weights.dtype.kind == "f" else bool)
@@ -38,7 +38,7 @@ def compact(ids: Sequence[int], mask: Sequence[float] | np.ndarray) -> Example:
 class _Sequences:
   """Items that are one sequence each."""
 
-  sequences: Sequence[Example]
+  sequences: Sequence[Encoded]
 
   def lengths(self, i: int) -> list[int]:
     return [len(self.sequences[i][0])]
@@ -54,7 +54,7 @@ class _Sequences:
 class Examples(_Sequences):
   """For SFT. `average`: "tokens" weighs every supervised token alike, "examples" every example."""
 
-  sequences: Sequence[Example]
+  sequences: Sequence[Encoded]
   names: Sequence[object]
   average: str = "tokens"
 
@@ -72,10 +72,10 @@ class Examples(_Sequences):
 class Pairs:
   """For preferences: rows of twice the length, packed as `packing.forked_rows` shows, [prompt][chosen][rejected]."""
 
-  sides: Sequence[tuple[Example, Example]]  # (chosen, rejected)
+  sides: Sequence[tuple[Encoded, Encoded]]  # (chosen, rejected)
   names: Sequence[object]
   reference: np.ndarray | None = None  # [pairs, 2 or 3] the reference's log-probs, if the loss has one
-  others: Sequence[Example] | None = None  # for KTO: for each pair a response to another prompt
+  others: Sequence[Encoded] | None = None  # for KTO: for each pair a response to another prompt
 
   def lengths(self, i: int) -> list[int]:
     return [len(ids) for ids, _ in self.sides[i]]
@@ -101,13 +101,13 @@ class Pairs:
 
 
 @dataclasses.dataclass(frozen=True)
-class Graded(_Sequences):
+class GradedResponses(_Sequences):
   """For policy gradients: responses with their advantages, and the log-prob of each token under two models.
 
   old[i][t] is that of token t + 1 of sequence i, so it is one shorter than the sequence.
   """
 
-  sequences: Sequence[Example]
+  sequences: Sequence[Encoded]
   names: Sequence[object]
   advantages: np.ndarray  # [sequences]
   old: Sequence[np.ndarray]  # under the model that wrote the responses
@@ -137,7 +137,7 @@ class Graded(_Sequences):
     return made
 
 
-Data = Examples | Pairs | Graded
+TrainingData = Examples | Pairs | GradedResponses
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,7 +152,7 @@ class Sizes(Checked):
 class Batches:
   """step -> the step's packed batch, a function of (data, options, seed, step) alone; no seed: in order, once."""
 
-  def __init__(self, data: Data, options: Sizes, seed: int | None, unit: int) -> None:
+  def __init__(self, data: TrainingData, options: Sizes, seed: int | None, unit: int) -> None:
     self.data, self.seed = data, seed
     self.batch, self.row_length = options.batch, options.row_length
     self.count = len(data.names)

@@ -26,11 +26,11 @@ from jax.sharding import Mesh
 from alma_jax.engine import losses
 from alma_jax.engine import train as engine_train
 from alma_jax.engine.optimizer import Optimizer
-from alma_jax.engine.train import Hooks, Objective, State, Stopped, Task, abstract_state, fit, planned
+from alma_jax.engine.train import Hooks, Objective, State, Stopped, TrainingTask, abstract_state, fit, planned
 from alma_jax.llama import model as llama
 from alma_jax.llama import sharding, weights
 from alma_jax.options import option, spread
-from alma_jax.runtime.batches import Batches, Data, Examples, Pairs, Sizes
+from alma_jax.runtime.batches import Batches, Examples, Pairs, Sizes, TrainingData
 from alma_jax.runtime.checkpoints import Checkpoints
 from alma_jax.runtime.host import Checkpoint, Host
 from alma_jax.runtime.metrics import StepLog
@@ -38,7 +38,7 @@ from alma_jax.runtime.session import Session
 from alma_jax.store import layout, shards
 from alma_jax.store.runs import Stage
 from alma_jax.text import chat
-from alma_jax.text.packing import Example
+from alma_jax.text.packing import Encoded
 
 FAILURE = "failure.json"
 
@@ -105,13 +105,13 @@ class GrpoOptions(Options):
 
 
 def train(
-  s: Session, stage: Stage, init: Checkpoint, data: Data, options: Options, seed: int
+  s: Session, stage: Stage, init: Checkpoint, data: TrainingData, options: Options, seed: int
 ) -> tuple[pathlib.Path, dict[str, int]]:
   """Train `init` on the data and write `stage.dir/model`; that directory, and facts for the manifest."""
   s.host.free()
   passes = min(options.passes, max(1, options.batch))
   batches = Batches(data, options, seed, sharding.replicas(s.mesh) * passes)
-  task = Task(options.optimizer, options.objective(s.host.dtype), s.mesh, batches.steps, seed)
+  task = TrainingTask(options.optimizer, options.objective(s.host.dtype), s.mesh, batches.steps, seed)
   # All hosts must compile the same program, so the host with the least memory decides.
   memory: float = s.host.training_bytes
   if jax.process_count() > 1:
@@ -187,7 +187,9 @@ def _asked_to_stop() -> Iterator[Callable[[], bool]]:
     signal.raise_signal(signal.SIGTERM)
 
 
-def _failure(s: Session, model: llama.Llama, data: Data, members: np.ndarray, options: Options) -> list[dict[str, Any]]:
+def _failure(
+  s: Session, model: llama.Llama, data: TrainingData, members: np.ndarray, options: Options
+) -> list[dict[str, Any]]:
   """The examples of a step whose loss was not finite, the likeliest culprits first."""
   sides = [data.sides[i] if isinstance(data, Pairs) else (data.sequences[i],) for i in members]
   logprobs = _sequence_logprobs(s, model, [sequence for pair in sides for sequence in pair], options)
@@ -240,13 +242,13 @@ def checkpoint_model(host: Host, directory: pathlib.Path, step: int, mesh: Mesh)
 # Log-probs under a checkpoint, e.g. as a reference, by the code that trains
 
 
-def sequence_logprobs(s: Session, checkpoint: Checkpoint, sequences: Sequence[Example], options: Options) -> np.ndarray:
+def sequence_logprobs(s: Session, checkpoint: Checkpoint, sequences: Sequence[Encoded], options: Options) -> np.ndarray:
   """fp32 [sequences]: summed log-probs of the supervised tokens."""
   model = s.host.load(checkpoint, s.mesh, sharding.TRAIN, "float32")
   return _sequence_logprobs(s, model, sequences, options)
 
 
-def _sequence_logprobs(s: Session, model: llama.Llama, sequences: Sequence[Example], options: Options) -> np.ndarray:
+def _sequence_logprobs(s: Session, model: llama.Llama, sequences: Sequence[Encoded], options: Options) -> np.ndarray:
   batches = _in_order(s, sequences, options)
   out = np.zeros(len(sequences), np.float32)
   made = map(batches, range(batches.steps))
@@ -258,7 +260,7 @@ def _sequence_logprobs(s: Session, model: llama.Llama, sequences: Sequence[Examp
 
 
 def token_logprobs(
-  s: Session, checkpoint: Checkpoint, sequences: Sequence[Example], options: Options
+  s: Session, checkpoint: Checkpoint, sequences: Sequence[Encoded], options: Options
 ) -> list[np.ndarray]:
   """fp32 log-probs of each sequence's supervised tokens, 0 for the others; that of token t + 1 stands at t."""
   model = s.host.load(checkpoint, s.mesh, sharding.TRAIN, "float32")
@@ -275,5 +277,5 @@ def token_logprobs(
   return out
 
 
-def _in_order(s: Session, sequences: Sequence[Example], options: Options) -> Batches:
+def _in_order(s: Session, sequences: Sequence[Encoded], options: Options) -> Batches:
   return Batches(Examples(sequences, range(len(sequences))), options, seed=None, unit=sharding.replicas(s.mesh))

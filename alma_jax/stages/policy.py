@@ -9,12 +9,12 @@ import numpy as np
 from alma_jax.errors import RunError
 from alma_jax.options import fingerprint
 from alma_jax.runtime import training
-from alma_jax.runtime.batches import Examples, Graded, Pairs, compact
+from alma_jax.runtime.batches import Examples, GradedResponses, Pairs, compact
 from alma_jax.runtime.host import Checkpoint
 from alma_jax.runtime.session import Session
-from alma_jax.store import layout, records, shards
+from alma_jax.store import layout, shards
 from alma_jax.store.handles import Data, Trainset
-from alma_jax.store.records import Example, Pair
+from alma_jax.store.records import Example, Graded, Pair
 from alma_jax.store.runs import Stage
 from alma_jax.text import chat, packing
 
@@ -90,7 +90,7 @@ def grpo(s: Session[Any], job: Job[training.GrpoOptions], reference: Checkpoint,
   stage = s.run.stage(job.name, fields, {trainset.name: trainset})
   if stage.done:
     return training.trained(stage)
-  rows = trainset.in_order(records.Graded)
+  rows = trainset.in_order(Graded)
   sequences = []
   for row in rows:
     ids, mask = chat.encode_example(s.host.tokenizer, s.host.chat, row.messages, row.response, last_only=True)
@@ -99,7 +99,7 @@ def grpo(s: Session[Any], job: Job[training.GrpoOptions], reference: Checkpoint,
   kept, sequences, counts = _clipped(sequences, job.options.row_length)
   old = training.token_logprobs(s, job.init, sequences, job.options)
   same = reference.content == job.init.content
-  graded = Graded(
+  graded = GradedResponses(
     sequences,
     [f"{rows[i].prompt_id}/{rows[i].sample_id}" for i in kept],
     np.array([rows[i].advantage for i in kept]),

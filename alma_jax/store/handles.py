@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TypeVar
 
-from alma_jax.corpus.normalise import prompt_id
 from alma_jax.errors import RunError
 from alma_jax.store import shards
 from alma_jax.store.data import SeedRow
@@ -22,9 +21,6 @@ class Data:
   judge: list[SeedRow]
   eval: list[SeedRow]
   digests: Mapping[str, str]
-
-  def ids(self, name: str) -> set[str]:
-    return {prompt_id(row.messages) for row in getattr(self, name)}
 
 
 @dataclasses.dataclass(frozen=True)

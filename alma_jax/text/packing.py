@@ -15,13 +15,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-Example = tuple[Sequence[int] | np.ndarray, Sequence[float] | np.ndarray]  # ids, and the weight of each as a target
+Encoded = tuple[Sequence[int] | np.ndarray, Sequence[float] | np.ndarray]  # ids, and the weight of each as a target
 Batch = dict[str, np.ndarray]
 
 
 def clip(
-  examples: Sequence[Example], row_length: int, group: int = 1
-) -> tuple[list[list[Example] | None], dict[str, int]]:
+  examples: Sequence[Encoded], row_length: int, group: int = 1
+) -> tuple[list[list[Encoded] | None], dict[str, int]]:
   """Groups of `group` consecutive examples, cut to the row's length, and counts of what was cut or dropped. A group is
   None if an example of it has no target left."""
   cut = [(ids[:row_length], mask[:row_length]) for ids, mask in examples]
@@ -65,7 +65,7 @@ def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
 
 
 def rows(
-  examples: Sequence[Example], packing: Sequence[Sequence[int]], row_length: int, n_rows: int, pad_id: int
+  examples: Sequence[Encoded], packing: Sequence[Sequence[int]], row_length: int, n_rows: int, pad_id: int
 ) -> Batch:
   """Arrays [n_rows, row_length] of the packed examples; rows beyond the packing are empty.
 
@@ -80,7 +80,7 @@ def rows(
   return batch
 
 
-def shared(first: Example, second: Example) -> int:
+def shared(first: Encoded, second: Encoded) -> int:
   """The number of places that two continuations of a text share: all before its last token, since that one's target
   differs between them."""
   (a, mask_a), (b, mask_b) = first, second
@@ -89,13 +89,13 @@ def shared(first: Example, second: Example) -> int:
   return max(0, int(apart.argmax() if apart.any() else n) - 1)
 
 
-def forked_length(first: Example, second: Example) -> int:
+def forked_length(first: Encoded, second: Encoded) -> int:
   """The number of places that a pair takes."""
   return len(first[0]) + len(second[0]) - shared(first, second)
 
 
 def forked_rows(
-  pairs: Sequence[tuple[Example, Example]], packing: Sequence[Sequence[int]], row_length: int, n_rows: int, pad_id: int
+  pairs: Sequence[tuple[Encoded, Encoded]], packing: Sequence[Sequence[int]], row_length: int, n_rows: int, pad_id: int
 ) -> Batch:
   """The arrays of `rows` for pairs packed as [prompt][chosen][rejected], and those of `llama.model.Forks`: second,
   order and order_segments. The rejected response attends to the prompt but not to the chosen response. The sides of
@@ -146,7 +146,7 @@ def _empty(packing: Sequence[Sequence[int]], row_length: int, n_rows: int, pad_i
   }
 
 
-def _put(batch: Batch, row: int, start: int, example: Example, skip: int, segment: int, index: int) -> int:
+def _put(batch: Batch, row: int, start: int, example: Encoded, skip: int, segment: int, index: int) -> int:
   """Places an example without its first `skip` tokens; returns where it ends."""
   ids, mask = example
   stop = start + len(ids) - skip
