@@ -82,12 +82,13 @@ def chosen(call: Call, platform: str, dtype: DTypeLike, q: Shape, k: Shape) -> s
 
 def _computed(call: Call, q: Array, k: Array, v: Array, seen: Array) -> Attended:
   """The call through the chosen back end if it can be used here, else in plain XLA; `seen`: segments or lengths."""
-  name = chosen(call, platform(), q.dtype, q.shape, k.shape)
+  target = platform()
+  name = chosen(call, target, q.dtype, q.shape, k.shape)
   if name:
     axes = _spread_axes(q.shape[0], k.shape[2])
     flaw = "arrays may be spread over devices without a mesh that says how" if axes is None else None
     if name != "cpu":
-      flaw = flaw or _flaw(name, call, jnp.dtype(q.dtype), q.shape[2] // k.shape[2], q.shape[3])
+      flaw = flaw or _flaw(name, target, call, jnp.dtype(q.dtype), q.shape[2] // k.shape[2], q.shape[3])
       _warn(name, call, flaw)
     if axes is not None and flaw is None:
       return _on_each_device(getattr(_back_end(name), call), axes)(q, k, v, seen)
@@ -102,20 +103,24 @@ def _back_end(name: str) -> Any:
 
 
 def _spread_axes(batch: int, kv_heads: int) -> tuple[str, ...] | None:
-  """The axes of the mesh in force that rows and heads are spread over: () if every array is whole on its device, None
-  if the spread is unknown or uneven."""
+  """The axes of the mesh in force that rows and heads may be spread over, those of size 1 included: () if every array
+  is whole on its device, None if the spread is unknown or uneven."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return () if jax.local_device_count() == 1 else None
-  axes = tuple(a for a in mesh.axis_names if mesh.shape[a] > 1 and a not in mesh.manual_axes)
+  axes = tuple(a for a in mesh.axis_names if a not in mesh.manual_axes)
   ways = math.prod(mesh.shape[a] for a in axes if a in BATCH)
   if set(axes) - {*BATCH, "tensor"} or batch % ways or ("tensor" in axes and kv_heads % mesh.shape["tensor"]):
     return None
-  return axes
+  return axes if mesh.size > 1 else ()
 
 
 def _on_each_device(attend: Attend, axes: tuple[str, ...]) -> Attend:
-  """`attend` for arrays whose rows and heads are spread over these mesh axes: each device works on its own part."""
+  """`attend` for arrays whose rows and heads are spread over these mesh axes: each device works on its own part.
+
+  TPU kernels are lowered only where every axis of the mesh is manual, so that axes of size 1 count too. The specs of q,
+  k and v name them all: the transpose of shard_map sums gradients over each manual axis that no spec names.
+  """
   if not axes:
     return attend
   rows, heads = tuple(a for a in BATCH if a in axes) or None, "tensor" if "tensor" in axes else None
@@ -128,11 +133,21 @@ def _on_each_device(attend: Attend, axes: tuple[str, ...]) -> Attend:
 
 
 @functools.cache
-def _flaw(name: str, call: Call, dtype: DTypeLike, G: int, H: int) -> str | None:
-  """Why a back end cannot be used on this device, None if it agrees with the reference."""
+def _flaw(name: str, target: str, call: Call, dtype: DTypeLike, G: int, H: int) -> str | None:
+  """Why a back end cannot be used on the devices of the platform `target`. None if it agrees with the reference, or if
+  no such device is here, because the program is then compiled for another machine."""
+  try:
+    device = jax.local_devices(backend=target)[0]
+  except RuntimeError:
+    return None
+
+  def checked() -> str | None:
+    with jax.default_device(device):
+      return disagreement(getattr(_back_end(name), call), call, dtype, G, H)
+
   with concurrent.futures.ThreadPoolExecutor(1) as elsewhere:  # the caller may be tracing; in a thread this runs now
     try:
-      return elsewhere.submit(disagreement, getattr(_back_end(name), call), call, dtype, G, H).result()
+      return elsewhere.submit(checked).result()
     except Exception as e:  # private APIs and drivers fail in their own ways; attention must go on
       return f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else 'no message'}"
 

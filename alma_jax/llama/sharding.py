@@ -42,8 +42,13 @@ Result = TypeVar("Result")
 
 
 def platform() -> str:
-  """The platform that programs are traced for, in JAX's words: "cpu", "gpu" or "tpu"."""
-  return jax.default_backend()
+  """The platform that a program is traced for, in JAX's words: "cpu", "gpu" or "tpu".
+
+  A mesh in force (jax.set_mesh, or inside jax.shard_map) gives that of its devices, so a program can be compiled for
+  devices that are elsewhere; without a mesh it is that of JAX's default devices.
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return jax.default_backend() if device is None else device.platform
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:

@@ -34,7 +34,7 @@ def embedded(
   progress: Callable[[int], object],
 ) -> np.ndarray:
   """fp32 [rows, dimensions]: the embeddings of rows of token ids."""
-  model = host.model(checkpoint, embed.layout())
+  model = host.model(checkpoint, embed.layout(host.local_mesh))
   return embed.embeddings(model, rows, host.engine.rows, host.local_mesh, progress, kind)
 
 

@@ -1,0 +1,156 @@
+"""Programs for accelerators on every kind of mesh, lowered on a CPU: the mesh alone says what they are for."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from alma_jax.engine import crossentropy, embed, sample, score, slots
+from alma_jax.engine.choose import Decoding
+from alma_jax.engine.losses import How, sft, totals
+from alma_jax.llama import attention, attention_nvidia, sharding
+from alma_jax.llama import model as llama
+from alma_jax.llama.config import LlamaConfig
+
+CONFIG = LlamaConfig(
+  vocab=256,
+  width=128,
+  depth=2,
+  heads=16,
+  kv_heads=8,
+  head_dim=64,
+  ffn=256,
+  norm_eps=1e-5,
+  rope_base=10000.0,
+  rope_scaling=None,
+  tied=False,
+  max_positions=512,
+)
+ROWS, T = 8, 256
+MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 1, 1)]
+KERNELS = {"tpu": r"splash_mha_\w+", "cuda": r"custom_call @__cudnn\$\w+"}
+
+
+def elsewhere(sizes, platform):
+  """A mesh of devices that are not here."""
+  device = AbstractDevice("elsewhere", None, platform)
+  return AbstractMesh(sizes, sharding.AXES, axis_types=(AxisType.Auto,) * 3, abstract_device=device)
+
+
+@pytest.fixture(params=["tpu", "cuda"])
+def platform(request):
+  """In the words of `lowering_platforms`."""
+  return request.param
+
+
+@pytest.fixture(params=MESHES, ids=str)
+def mesh(request, platform, monkeypatch):
+  """A mesh in force."""
+  if platform == "tpu":
+    mesh = elsewhere(request.param, "tpu")
+    with jax.sharding.use_abstract_mesh(mesh):
+      yield mesh
+    return
+  # cuDNN's calls are lowered for a mesh with devices only: those of the CPU, as if they were H100s with cuDNN 9.10.
+  for module in (attention, crossentropy, llama):
+    monkeypatch.setattr(module, "platform", lambda: "gpu")
+  monkeypatch.setattr(attention_nvidia.cudnn, "check_cudnn_version", lambda: 91000)
+  monkeypatch.setattr(attention_nvidia.cudnn, "check_compute_capability", lambda capability: True)
+  mesh = sharding.make_mesh(*request.param, devices=jax.devices()[: math.prod(request.param)])
+  with jax.set_mesh(mesh):
+    yield mesh
+
+
+def weights(mesh, rules, unrolled=False):
+  """Shapes and shardings of a bf16 model."""
+  tree = jax.eval_shape(lambda: llama.cast(llama.init(CONFIG, 0), jnp.bfloat16))
+  tree = jax.eval_shape(llama.unrolled, tree) if unrolled else tree
+  places = sharding.shardings(tree, mesh, rules)
+  return jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), tree, places)
+
+
+def array(mesh, *shape, dtype=jnp.int32, spec=sharding.REPLICA):
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, spec))
+
+
+def kernels(program, platform, *args, **options):
+  """The attention kernels in a jitted program, one for each place that calls them."""
+  text = program.trace(*args, **options).lower(lowering_platforms=(platform,)).as_text()
+  return len(re.findall(KERNELS[platform], text))
+
+
+def test_training_meets_its_kernels_on_every_mesh(mesh, platform):
+  @jax.jit
+  def gradient(model, batch):
+    return jax.grad(lambda model: sft(model, batch, How("full"), totals(batch))[0])(model)
+
+  batch = {name: array(mesh, ROWS, T) for name in ("tokens", "targets", "segments", "positions", "example")}
+  batch["weights"] = array(mesh, ROWS, T, dtype=jnp.float32)
+  # TPU: forward; forward, dq and dkv in the backward pass. cuDNN: forward; forward and backward.
+  assert kernels(gradient, platform, weights(mesh, sharding.TRAIN), batch) == {"tpu": 4, "cuda": 3}[platform]
+
+
+def test_sampling_meets_its_kernels_on_every_mesh(mesh, platform):
+  model, decoding = weights(mesh, sharding.DECODE, unrolled=True), Decoding(max_new_tokens=64, stop_ids=(2,))
+  shapes, ways = slots.shapes_for(16, T, 8), sharding.replicas(mesh)
+  state = jax.eval_shape(lambda model: sample._empty(model, shapes, decoding, mesh), model)
+  places = sample._placed(state, CONFIG, mesh)
+  state = jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), state, places)
+  tiles = llama.Tiles(
+    array(mesh, ways * shapes.tiles), array(mesh, ways * shapes.tiles, shapes.tile), array(mesh, ways * shapes.slots)
+  )
+  rows = array(mesh, ways * 2)
+  fill = functools.partial(kernels, sample._fill, platform, model, state, None, array(mesh, ways * 2, T), rows, rows)
+  assert fill(mesh=mesh) == {"tpu": 1, "cuda": 2}[platform]  # equal layers are one function on TPUs
+  # Decoding has one query for each row: plain XLA on TPUs; elsewhere the prefixes and the cache of each layer.
+  decode = kernels(sample._segment, platform, model, state, tiles, decoding=decoding, steps=4, mesh=mesh)
+  assert decode == {"tpu": 0, "cuda": 4}[platform]
+
+
+def test_judging_meets_its_kernels_on_every_mesh(mesh, platform):
+  rows = ROWS * sharding.replicas(mesh)
+  kv = array(mesh, 2, rows // 4, 128, 8, 64, dtype=jnp.bfloat16, spec=score.PREFIX.kv)
+  prefix, columns = llama.Prefix((kv, kv), array(mesh, rows // 4)), array(mesh, 11, spec=sharding.WHOLE)
+  args = weights(mesh, sharding.DECODE), prefix, array(mesh, rows, T), array(mesh, rows), columns
+  # The first layer: its rows and their prefixes. The last one reads one place, which TPUs do in plain XLA.
+  assert kernels(score._read, platform, *args, reads=1, mesh=mesh) == {"tpu": 2, "cuda": 4}[platform]
+
+
+def test_embedding_meets_its_kernels_on_every_mesh(mesh, platform):
+  rows = ROWS * sharding.replicas(mesh)
+  args = weights(mesh, sharding.DECODE), None, array(mesh, rows, T), array(mesh, rows)
+  assert kernels(embed._pooled, platform, *args, mesh=mesh, layers=None, pooling="mean") == 1
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_the_platform_is_that_of_the_mesh_in_force(platform):
+  mesh, seen = elsewhere((2, 2, 2), platform), []
+
+  def f(x):
+    seen.append(sharding.platform())
+    return x
+
+  inside = sharding.per_replica(f, mesh, (sharding.REPLICA,), sharding.REPLICA)
+  jax.jit(inside).trace(array(mesh, 8))  # as in sampling
+  with jax.sharding.use_abstract_mesh(mesh):
+    jax.jit(f).trace(array(mesh, 8))  # as in training
+  assert seen == [platform, platform] and sharding.platform() == "cpu"
+  with jax.set_mesh(sharding.make_mesh()):
+    assert sharding.platform() == "cpu"
+
+
+def test_only_devices_that_are_here_check_a_back_end(monkeypatch):
+  checked = []
+  monkeypatch.setattr(attention, "disagreement", lambda *a: checked.append(jax.config.jax_default_device))
+  attention._flaw.cache_clear()
+  try:
+    assert attention._flaw("tpu", "tpu", "causal", np.dtype(np.float32), 1, 64) is None and not checked
+    assert attention._flaw("cpu", "cpu", "causal", np.dtype(np.float32), 1, 64) is None
+    assert checked == jax.devices()[:1]
+  finally:
+    attention._flaw.cache_clear()
