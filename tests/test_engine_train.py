@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 import typing
 
 import jax
@@ -441,6 +442,70 @@ def test_the_plan_is_the_quickest_that_fits_and_says_what_would_help():
   assert planned("none", passes=2).working < plans[0].working
   lean = planned("none", optimizer=dataclasses.replace(OPTIMIZER, moments="bfloat16"))
   assert lean.state < plans[0].state - 0.9 * state / 3
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+  """The passes and remat of steps that are compiled, and which of them the compiler refuses."""
+  found = types.SimpleNamespace(remats=[], refused=(), error="RESOURCE_EXHAUSTED: Ran out of memory.\nMore follows")
+  plan, compile = engine._plan.__wrapped__, jax.stages.Lowered.compile
+
+  def noted(c, mesh, o, objective, shapes, passes):
+    found.remats.append(objective.remat)
+    return plan(c, mesh, o, objective, shapes, passes)
+
+  def refusing(self, *args, **options):
+    if found.remats[-1] in found.refused:
+      raise jax.errors.JaxRuntimeError(found.error)
+    return compile(self, *args, **options)
+
+  monkeypatch.setattr(engine, "_plan", noted)
+  monkeypatch.setattr(jax.stages.Lowered, "compile", refusing)
+  return found
+
+
+def planned_with(remat="auto", memory=None):
+  return engine.planned(CONFIG, task_on(one_device(), objective=Objective(remat=remat)), batches(0), memory=memory)
+
+
+def test_after_a_refusal_of_the_compiler_the_next_remat_is_tried(compiled):
+  compiled.refused = ("none", "products")
+  assert planned_with().remat == "full" and compiled.remats == ["none", "products", "full"]
+  compiled.refused = ("none", "products", "full")
+  with pytest.raises(
+    TrainingError, match=r"compiler: RESOURCE_EXHAUSTED: Ran out of memory\.\), with remat='full' .*passes=2.*bfloat16"
+  ):
+    planned_with(memory=1e9)
+  with pytest.raises(TrainingError, match=r"remat='none' .*helps: remat='full'"):
+    planned_with("none")
+  compiled.error = "INTERNAL: something else"
+  with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+    planned_with()
+
+
+def test_what_cannot_fit_is_not_compiled_and_nothing_else_is_left_out(compiled):
+  task, places = task_on(one_device()), batches(0)["tokens"].size
+  least = []
+  for remat in llama.REMAT:
+    how = CONFIG, task.mesh, engine._unscheduled(task.optimizer), Objective(remat=remat)
+    least.append(engine._least(*how, places))
+    assert 12 * CONFIG.parameters < least[-1] < planned_with(remat).bytes
+    spread = sharding.make_mesh(2, 2, 2)
+    assert least[-1] / 8 <= engine._least(CONFIG, spread, *how[2:], places) < least[-1]
+  assert least == sorted(least, reverse=True)
+  compiled.remats.clear()
+  with pytest.raises(TrainingError, match="remat='full'"):
+    planned_with(memory=1e3)
+  assert compiled.remats == ["full"]
+
+
+def test_a_plan_counts_the_peak_that_the_compilers_of_accelerators_give():
+  sizes = dict(argument_size_in_bytes=100, output_size_in_bytes=90, alias_size_in_bytes=80, temp_size_in_bytes=50)
+  found = types.SimpleNamespace(**sizes, peak_memory_in_bytes=130)
+  assert engine._state_and_working(found, "tpu") == (110, 20)
+  assert engine._state_and_working(found, "cpu") == (110, 50)
+  for without in (types.SimpleNamespace(**sizes, peak_memory_in_bytes=0), types.SimpleNamespace(**sizes)):
+    assert engine._state_and_working(without, "gpu") == (110, 50)
 
 
 # Dropout

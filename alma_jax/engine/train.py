@@ -211,41 +211,79 @@ class Plan:
     return self.state + self.working
 
 
+@dataclasses.dataclass(frozen=True)
+class _Refused:
+  """A step that the compiler of the devices refuses because it finds no room for it."""
+
+  remat: str
+  passes: int
+  says: str  # the compiler
+
+
 def planned(c: LlamaConfig, task: TrainingTask, batch: Batch, passes: int = 1, memory: float | None = None) -> Plan:
   """The Plan for batches like this one.
 
-  With remat "auto" it is the quickest that fits into `memory` bytes a device (None: the quickest). If none fits, the
-  TrainingError says what would help.
+  With remat "auto" it is the quickest that fits into `memory` bytes a device (None: the quickest that the compiler
+  takes). What cannot fit is not compiled, except for the leanest. If none fits, the TrainingError says what would help.
   """
   shapes = tuple(sorted((name, x.shape, x.dtype.str) for name, x in _flat(batch)))
+  ways = tuple(llama.REMAT) if task.objective.remat == "auto" else (task.objective.remat,)
   tried = []
-  for remat in llama.REMAT if task.objective.remat == "auto" else (task.objective.remat,):
+  for remat in ways:
     objective = dataclasses.replace(task.objective, remat=remat)
-    plan = _plan(c, task.mesh, _unscheduled(task.optimizer), objective, shapes, passes)
-    if memory is None or plan.bytes <= memory:
+    how = c, task.mesh, _unscheduled(task.optimizer), objective
+    if memory is not None and remat != ways[-1] and _least(*how, batch["tokens"].size // passes) > memory:
+      continue
+    plan = _plan(*how, shapes, passes)
+    if isinstance(plan, Plan) and (memory is None or plan.bytes <= memory):
       return plan
     tried.append(plan)
-  raise TrainingError(_too_large(min(tried, key=lambda plan: plan.bytes), memory or 0, task, batch["tokens"].shape))
+  # Of steps that the compiler refused, the last one is the leanest.
+  leanest = min(reversed(tried), key=lambda plan: plan.bytes if isinstance(plan, Plan) else math.inf)
+  raise TrainingError(_too_large(leanest, memory or 0, task, batch["tokens"].shape))
 
 
-def _too_large(plan: Plan, memory: float, task: TrainingTask, shape: tuple[int, int]) -> str:
+def _least(c: LlamaConfig, mesh: Mesh, o: Optimizer, objective: Objective, places: int) -> int:
+  """Bytes that a step over so many places takes on each device at the least: weights, moments, and the numbers of each
+  layer that are kept for the backward pass. XLA keeps more, in fp32, and needs room for gradients and logits.
+
+    full       the layer's input
+    products   that, q, k, v, gate, up, and the stream between attention and the feed-forward part
+    none       that, both norms' results, attention's out, and silu(gate) * up
+  """
+  state = 0
+  for x in jax.tree.leaves(_programs(c, mesh, o, objective).state):
+    state += math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+  D, Q, K, F = c.width, c.heads * c.head_dim, c.kv_heads * c.head_dim, c.ffn
+  kept = {"full": D, "products": 2 * D + Q + 2 * K + 2 * F, "none": 4 * D + 2 * Q + 2 * K + 3 * F}[objective.remat]
+  return state + c.depth * places * kept * jnp.dtype(objective.compute_dtype).itemsize // mesh.size
+
+
+def _too_large(plan: Plan | _Refused, memory: float, task: TrainingTask, shape: tuple[int, int]) -> str:
   def gb(size: float) -> str:
     return f"{size / 1e9:.1f} GB"
 
   mesh, helps = task.mesh, []
   if task.objective.remat not in ("auto", "full"):
     helps.append("remat='full' (or 'auto')")
-  if plan.working > 0.3 * plan.bytes and plan.passes < shape[0] // sharding.replicas(mesh):
+  large = isinstance(plan, _Refused) or plan.working > 0.3 * plan.bytes
+  if large and plan.passes < shape[0] // sharding.replicas(mesh):
     helps.append(f"more passes (passes={2 * plan.passes})")
   if task.optimizer.moments != "bfloat16":
     helps.append("moments='bfloat16'")
   if mesh.size < 2 or mesh.shape["data"] > 1:
     helps.append("more devices along config.mesh.fsdp")
+  if isinstance(plan, _Refused):
+    found = f"training does not fit on each device (the compiler: {plan.says})"
+  else:
+    found = (
+      f"training needs {gb(plan.bytes)} on each device and {gb(memory)} are there: {gb(plan.state)} for weights,"
+      f" moments and batch, {gb(plan.working)} for gradients, activations and copies"
+    )
   return (
-    f"training needs {gb(plan.bytes)} on each device and {gb(memory)} are there: {gb(plan.state)} for weights, moments"
-    f" and batch, {gb(plan.working)} for gradients, activations and copies, with remat={plan.remat!r} and"
-    f" {shape[0]} rows of {shape[1]} tokens in {plan.passes} pass{'es' * (plan.passes > 1)} over"
-    f" {sharding.replicas(mesh)} groups of devices. What helps: {'; '.join([*helps, 'a smaller batch or row_length'])}"
+    f"{found}, with remat={plan.remat!r} and {shape[0]} rows of {shape[1]} tokens in {plan.passes}"
+    f" pass{'es' * (plan.passes > 1)} over {sharding.replicas(mesh)} groups of devices. What helps:"
+    f" {'; '.join([*helps, 'a smaller batch or row_length'])}"
   )
 
 
@@ -267,7 +305,9 @@ _Shapes = tuple[tuple[str, tuple[int, ...], str], ...]  # (name, shape, dtype) o
 
 
 @functools.cache
-def _plan(c: LlamaConfig, mesh: Mesh, o: Optimizer, objective: Objective, shapes: _Shapes, passes: int) -> Plan:
+def _plan(
+  c: LlamaConfig, mesh: Mesh, o: Optimizer, objective: Objective, shapes: _Shapes, passes: int
+) -> Plan | _Refused:
   programs = _programs(c, mesh, o, objective)
   batch: dict[str, Any] = {}
   for name, shape, dtype in shapes:
@@ -282,10 +322,26 @@ def _plan(c: LlamaConfig, mesh: Mesh, o: Optimizer, objective: Objective, shapes
   if objective.dropout:
     batch["key"] = abstract(np.zeros(2, np.uint32))
   with jax.set_mesh(mesh):
-    compiled = programs.step.lower(programs.state, batch, abstract(np.float32(0))).compile()
-  found = compiled.memory_analysis()
-  kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-  return Plan(compiled, objective.remat, passes, kept, found.temp_size_in_bytes)
+    lowered = programs.step.lower(programs.state, batch, abstract(np.float32(0)))
+    try:
+      compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as e:
+      if "RESOURCE_EXHAUSTED" not in str(e):
+        raise
+      return _Refused(objective.remat, passes, str(e).strip().splitlines()[0][:300])
+  state, working = _state_and_working(compiled.memory_analysis(), mesh.devices.flat[0].platform)
+  return Plan(compiled, objective.remat, passes, state, working)
+
+
+def _state_and_working(found: Any, platform: str) -> tuple[int, int]:
+  """Bytes of a compiled step: its arguments and new results, and what it takes beside them.
+
+  The compilers of accelerators give their peak, which is less than the sum: donated state is reused late in the step.
+  On CPUs the peak leaves out arguments.
+  """
+  state = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+  peak = 0 if platform == "cpu" else getattr(found, "peak_memory_in_bytes", 0)
+  return state, max(0, peak - state) if peak else found.temp_size_in_bytes
 
 
 def _in_passes(batch: Batch, passes: int) -> dict[str, Any]:
