@@ -439,7 +439,7 @@ def test_a_signal_while_garbage_is_collected_is_not_lost():
     "def work():\n"
     "  gc.callbacks.append(collected)\n"
     "  gc.collect()\n"
-    "  print('collected', flush=True)\n"
+    "  os.write(1, b'collected\\n')\n"
     "  time.sleep(60)\n"
     "sys.exit(start.status(work, ''))\n"
   )
