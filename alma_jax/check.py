@@ -62,7 +62,9 @@ def run(config: ConfigDict, workdir: str | None) -> int:
         print(f"there     {found}")
   for problem in problems:
     print(f"error: {problem}", file=sys.stderr)
-  print(f"{len(problems)} problems" if problems else "nothing is wrong; start it without --check")
+  print(
+    f"{len(problems)} problem{'s' * (len(problems) > 1)}" if problems else "nothing is wrong; start it without --check"
+  )
   return 1 if problems else 0
 
 

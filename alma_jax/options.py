@@ -58,13 +58,8 @@ def option(
 
 def spread(kind: type[T]) -> T:
   """A field that holds another dataclass, whose fields stand in the same section of the config."""
-  # Every annotated class that is spread has a default for each field that a config may leave out.
+  # dataclasses.field is typed as the value of its field; without a default it is the Field itself.
   return dataclasses.field(metadata={"spread": kind})  # pyright: ignore[reportReturnType]
-
-
-def section(kind: type[T]) -> T:
-  """A field that holds another dataclass, with its defaults where the config has no such section."""
-  return dataclasses.field(default_factory=kind)
 
 
 class Checked:
@@ -100,7 +95,7 @@ def _check(field: dataclasses.Field, hint: Any, value: Any) -> None:
     refuse(name, value, f"must be above {above:g}")
   if most is not None and not value <= most:
     refuse(name, value, f"must be at most {most:g}")
-  if value is not None and (table := allowed.get("names")):
+  if table := allowed.get("names"):
     known_names.check(table, value, name)
 
 
