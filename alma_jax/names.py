@@ -2,6 +2,7 @@
 
   resolve(CHAT_FORMATS, "llama3", "model.chat")            # alma_jax.text.chat:LLAMA3
   resolve(JUDGES, "my_judges:Polite", "judge.kind")        # NAME of a module of the user's
+  resolve(JUDGES, "reward:models/armo", "judge.kind")      # the word "reward:DIR" with its argument
 
 A module is looked up in the config file's folder, then in the working directory, then among the installed ones.
 """
@@ -9,12 +10,13 @@ A module is looked up in the config file's folder, then in the working directory
 import contextlib
 import dataclasses
 import difflib
+import functools
 import hashlib
 import importlib
 import pathlib
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from alma_jax.errors import UserError
 
@@ -25,7 +27,12 @@ class NameUnknown(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-  """One kind of choice: what it is called, and its known words -> "package.module:NAME"."""
+  """One kind of choice: what it is called, and its known words -> "package.module:NAME".
+
+  A word with a colon takes an argument: the key "reward:DIR" stands for every text that begins with "reward:". NAME is
+  then called with one keyword more, `argument`, which is the text after that colon. Such a word hides a module of the
+  user's that has its name.
+  """
 
   what: str
   words: Mapping[str, str]
@@ -48,8 +55,9 @@ JUDGE_TEMPLATES = Names(
   "a judge template",
   {"a1": "alma_jax.text.judge:A1", "a2": "alma_jax.text.judge:A2", "mini": "alma_jax.mini.formats:JUDGE"},
 )
-JUDGES = Names("a judge", {"finetuned": "", "few_shot": ""})  # trained or shown by stages/judge.py
-EVALUATORS = Names("an evaluator", {"none": "", "mini": "alma_jax.mini.truth:Truth"})
+GRADERS: Mapping[str, str] = {}  # judges that work as a run's judge, as an evaluator and from the command line
+JUDGES = Names("a judge", {"finetuned": "", "few_shot": "", **GRADERS})  # the first two are made by stages/judge.py
+EVALUATORS = Names("an evaluator", {"none": "", "mini": "alma_jax.mini.truth:Truth", **GRADERS})
 MODELS = Names("a model", {"mini": "alma_jax.mini:CHECKPOINT"})  # -> a directory
 DATA = Names("data", {"mini": "alma_jax.mini.seeds:make"})  # called with (directory, seed)
 
@@ -63,23 +71,24 @@ def look_in(folder: str | pathlib.Path) -> None:
 
 
 def check(table: Names, name: object, field: str) -> None:
-  """Raise unless `name` is a known word or names something that can be imported."""
-  if name not in table.words:
+  """Raise unless `name` is a known word, with its argument, or names something that can be imported."""
+  if _known(table, name, field) is None:
     resolve(table, name, field)
 
 
 def resolve(table: Names, name: object, field: str) -> Any:
   """What a known word or "package.module:NAME" stands for; `field` is the config's or flag's name, for errors."""
-  path = table.words.get(str(name), str(name))
+  known = _known(table, name, field)
+  path = known.path if known else str(name)
   module, colon, attribute = path.partition(":")
   if not (colon and module and attribute):
     near = difflib.get_close_matches(str(name), list(table.words), n=1, cutoff=0.4)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
-    known = ", ".join(map(repr, table.words))
-    raise NameUnknown(f"{field} is {name!r}; it may be {known} or '{table.what} of yours as package.module:NAME'{hint}")
+    words = ", ".join(map(repr, table.words))
+    raise NameUnknown(f"{field} is {name!r}; it may be {words} or '{table.what} of yours as package.module:NAME'{hint}")
   try:
     with _found_first():
-      return getattr(importlib.import_module(module), attribute)
+      found = getattr(importlib.import_module(module), attribute)
   except ModuleNotFoundError as error:
     if error.name is None or not module.startswith(error.name):
       raise  # the module is there and imports another one that is not
@@ -89,11 +98,29 @@ def resolve(table: Names, name: object, field: str) -> Any:
     ) from None
   except AttributeError:
     raise NameUnknown(f"{field} is {name!r}: the module {module!r} has no {attribute!r}") from None
+  return functools.partial(found, argument=known.argument) if known and known.argument else found
+
+
+class _Known(NamedTuple):
+  path: str
+  argument: str  # "" for a word that takes none
+
+
+def _known(table: Names, name: object, field: str) -> _Known | None:
+  """What a known word stands for; None for another text."""
+  opening, colon, argument = str(name).partition(":")
+  for word, path in table.words.items():
+    if word.partition(":")[:2] != (opening, colon):
+      continue
+    if colon and not argument.strip():
+      raise NameUnknown(f"{field} is {name!r}; the text after the colon is missing: {word!r}")
+    return _Known(path, argument)
+  return None
 
 
 def source_of(table: Names, name: str) -> str | None:
   """The SHA-256 of the file that a user's NAME stands in, for fingerprints; None for a known word."""
-  if name in table.words:
+  if _known(table, name, table.what) is not None:
     return None
   with _found_first():
     file = importlib.import_module(name.partition(":")[0]).__file__

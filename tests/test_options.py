@@ -9,8 +9,8 @@ import sys
 import pytest
 from ml_collections import ConfigDict
 
+from alma_jax import names, start
 from alma_jax import options as configs
-from alma_jax import start
 from alma_jax.errors import UserError
 from configs import alma, common, forkme
 
@@ -141,6 +141,33 @@ def test_nearest_finds_a_name_with_two_letters_swapped(path):
   section, dot, leaf = path.rpartition(".")
   typo = f"{section}{dot}{leaf[:2]}{leaf[3]}{leaf[2]}{leaf[4:]}"
   assert typo == path or f"did you mean {path!r}?" in configs.nearest(alma.mini(), typo)
+
+
+# Known words
+
+
+def test_a_word_with_an_argument_hands_it_on(tmp_path, monkeypatch):
+  (tmp_path / "graders_of_mine.py").write_text("def make(host, options, argument): return (host, options, argument)\n")
+  monkeypatch.chdir(tmp_path)
+  table = names.Names("a judge", {"none": "", "reward:DIR": "graders_of_mine:make", "plain": "graders_of_mine:make"})
+  names.check(table, "reward:nowhere", "judge.kind")
+  assert names.resolve(table, "reward:a:b@http://c", "judge.kind")(1, 2) == (1, 2, "a:b@http://c")
+  assert names.source_of(table, "reward:x") is None and names.source_of(table, "graders_of_mine:make")
+  with pytest.raises(TypeError, match="argument"):
+    names.resolve(table, "plain", "judge.kind")(1, 2)
+
+
+@pytest.mark.parametrize(
+  "name, message",
+  [
+    ("reward:", "judge.kind is 'reward:'; the text after the colon is missing: 'reward:DIR'"),
+    ("reward", r"it may be 'reward:DIR' or .*did you mean 'reward:DIR'\?"),
+    ("rewards:DIR", "there is no module 'rewards'"),
+  ],
+)
+def test_a_word_without_its_argument_is_named(name, message):
+  with pytest.raises(UserError, match=message):
+    names.check(names.Names("a judge", {"reward:DIR": "alma_jax.nowhere:make"}), name, "judge.kind")
 
 
 # The command line

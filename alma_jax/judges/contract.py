@@ -2,6 +2,10 @@
 
 A judge is made by calling NAME(runtime, options), where NAME is a known word of `names.JUDGES` or `names.EVALUATORS` or
 a user's "package.module:NAME", `runtime` a `runtime.host.Host` and `options` the section of the config that names it.
+A word with an argument, such as "reward:DIR", makes its judge by NAME(runtime, options, argument=DIR).
+
+A judge whose answer cannot be read gives a Verdict without a score. No score is ever guessed: an evaluator and the
+command line count what is missing and fail above 2 %; the judge that selects must score every response.
 """
 
 import dataclasses
@@ -9,22 +13,35 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from alma_jax import names
+from alma_jax.errors import RunError
 from alma_jax.options import ConfigError
 from alma_jax.runtime.display import Bar
 from alma_jax.runtime.host import Host
 from alma_jax.text.chat import Messages
 
+MISSING = 0.02  # the share of responses that an evaluator may leave without a score
 Scale = tuple[float, float]
+
+
+class MissingScores(RunError):
+  """A judge's answers hold no score for too many responses."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
   """The score of one response, in the judge's own unit."""
 
-  score: float
+  score: float | None  # None: the judge answered, and its answer holds no score
   probs: tuple[float, ...] | None = None  # of the scores that the judge can give, where it has probabilities
   mass: float | None = None  # the raw probability of all these scores together
   details: Mapping[str, Any] | None = None
+
+  @property
+  def number(self) -> float:
+    """The score of a verdict that `scores` returned with `missing=False`."""
+    if self.score is None:
+      raise RuntimeError("a verdict without a score reached code that needs one")
+    return self.score
 
 
 class Answered(tuple):
@@ -59,8 +76,9 @@ class ShowsProgress(Protocol):
   def shown_scores(self, pairs: Sequence[Answered], bar: Bar) -> list[Verdict]: ...
 
 
-def scores(judge: Judge, pairs: Sequence[Answered], bar: Bar | None = None) -> list[Verdict]:
-  """One Verdict for each pair; the judge's answer is checked against its own scale."""
+def scores(judge: Judge, pairs: Sequence[Answered], bar: Bar | None = None, missing: bool = False) -> list[Verdict]:
+  """One Verdict for each pair; the judge's answer is checked against its own scale. Without `missing` each has a score;
+  with it the caller counts those that have none, and asks `check_missing` about the sum."""
   asked = judge.judge if isinstance(judge, FromUser) else judge
   if bar is not None and isinstance(asked, ShowsProgress):
     found = asked.shown_scores(pairs, bar)
@@ -71,10 +89,24 @@ def scores(judge: Judge, pairs: Sequence[Answered], bar: Bar | None = None) -> l
   if len(found) != len(pairs):
     raise ConfigError(f"the judge {judge.identity!r} gave {len(found)} verdicts for {len(pairs)} responses")
   low, high = judge.scale or (float("-inf"), float("inf"))
-  outside = next((v.score for v in found if not low <= v.score <= high), None)
+  outside = next((v.score for v in found if v.score is not None and not low <= v.score <= high), None)
   if outside is not None:
     raise ConfigError(f"the judge {judge.identity!r} gave the score {outside}, outside its scale {low:g} .. {high:g}")
+  if not missing and (lost := sum(v.score is None for v in found)):
+    raise MissingScores(f"{_lost(judge.identity, lost, len(found))}; the judge that selects must score every response")
   return found
+
+
+def check_missing(identity: str, missing: int, total: int) -> None:
+  """Raise if more than 2 % of the answers that this judge gave hold no score."""
+  if missing > MISSING * total:
+    raise MissingScores(
+      f"{_lost(identity, missing, total)}, more than {MISSING:.0%}; the answers that it gave are kept"
+    )
+
+
+def _lost(identity: str, missing: int, total: int) -> str:
+  return f"the judge {identity!r} gave {missing:,} of {total:,} responses no score that can be read"
 
 
 def by_name(table: names.Names, name: str, host: Host, options: Any, field: str) -> Judge:

@@ -88,7 +88,10 @@ def build(
     scorers = {"judge": judge.identity, "evaluator": evaluator and evaluator.identity}
     stage.finish(checkpoint=checkpoint.name, scorers=scorers)
     s.display.say(in_words(s.round, checkpoint.name, summarised(stage.manifest["counts"])))
-  summary = summarised(Artefact(stage, Evaluation).manifest["counts"])
+  counts = Artefact(stage, Evaluation).manifest["counts"]
+  if evaluator:
+    contract.check_missing(evaluator.identity, counts["n"] - counts["graded"], counts["n"])
+  summary = summarised(counts)
   s.run.progress({"round": s.round, "checkpoint": checkpoint.name, **summary})
   return summary
 
@@ -117,9 +120,9 @@ def _answers(asker: Asker, checkpoint: Checkpoint, rows: Sequence[SeedRow], opti
 def _graded(answers: Sequence[Answer], judge: Judge, evaluator: Judge | None) -> list[Evaluation]:
   pairs = [Answered(a.row.messages, a.text, a.finished) for a in answers]
   judged = contract.scores(judge, pairs)
-  scores = [v.score for v in contract.scores(evaluator, pairs)] if evaluator else [None] * len(pairs)
+  scores = [v.score for v in contract.scores(evaluator, pairs, missing=True)] if evaluator else [None] * len(pairs)
   return [
-    Evaluation(prompt_id(a.row.messages), a.row.messages, a.text, a.tokens, a.finished, verdict.score, score)
+    Evaluation(prompt_id(a.row.messages), a.row.messages, a.text, a.tokens, a.finished, verdict.number, score)
     for a, verdict, score in zip(answers, judged, scores, strict=True)
   ]
 

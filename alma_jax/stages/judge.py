@@ -165,7 +165,7 @@ def agreement(judge: OwnJudge, rows: Sequence[SeedRow]) -> tuple[float, float]:
   """The share of pairs of annotated rows that the judge orders as the annotator did, a tie counting half, and the mean
   absolute error of the judge's mean score."""
   pairs = [Answered(row.messages, row.response or "") for row in rows]
-  scores = np.array([v.score for v in real_valued(judge).scores(pairs)])
+  scores = np.array([v.number for v in real_valued(judge).scores(pairs)])
   labels = np.array([row.score for row in rows])
   return ordered_share(scores, labels), float(np.abs(scores - labels).mean())
 

@@ -28,7 +28,7 @@ def build(s: Session[Any], asked: Artefact[Prompt], answered: Artefact[Response]
       pairs = [Answered(messages[r.prompt_id], r.text, r.finished) for r in responses]
       found = contract.scores(judge, pairs, bar)
       records = [
-        Judgment(r.prompt_id, r.sample_id, v.score, v.probs, v.mass) for r, v in zip(responses, found, strict=True)
+        Judgment(r.prompt_id, r.sample_id, v.number, v.probs, v.mass) for r, v in zip(responses, found, strict=True)
       ]
       stage.write_part(share, shares, records, Judgment, _counts(found, judge.scale))
   stage.finish(judge={"identity": judge.identity, "scale": judge.scale})
@@ -41,13 +41,13 @@ def parts_of(share: int, answered: Artefact[Response], shares: int) -> range:
 
 
 def _counts(found: list[Verdict], scale: contract.Scale | None) -> dict[str, Any]:
-  counts: dict[str, Any] = {"judged": len(found), "score_sum": sum(v.score for v in found)}
+  counts: dict[str, Any] = {"judged": len(found), "score_sum": sum(v.number for v in found)}
   masses = [v.mass for v in found if v.mass is not None]
   if masses:
     counts["mass_sum"] = sum(masses)
   if scale:
     # The nearest of eleven evenly spaced marks from the lowest score to the highest.
     low, width = scale[0], (scale[1] - scale[0]) / (BINS - 1)
-    marks = [int((v.score - low) / width + 0.5) for v in found]
+    marks = [int((v.number - low) / width + 0.5) for v in found]
     counts["histogram"] = {f"{mark:02d}": marks.count(mark) for mark in range(BINS)}
   return counts

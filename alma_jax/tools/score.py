@@ -15,7 +15,8 @@ sample_id and the response alone.
 
 --judge=my_judges:NAME names a judge of your own (docs/your_own_judge.md). It is called with the model, if --model names
 one, and with these flags. Its scores are in its own unit; `probs` and `mass` are null where it has none, and a line has
-its `details` where it gives some.
+its `details` where it gives some. `score` is null where the judge's answer could not be read; the command fails if that
+is so for more than 2 % of the responses.
 
 FILE appears when it is whole; until then its parts are in FILE.parts, and the same command goes on where a killed one
 stopped. The file then has the bytes of one that was never killed (on the same devices and with the same --rows, else
@@ -97,11 +98,13 @@ def run(options: Options) -> None:
     with host.display.bar("scoring", parts.total, "responses", done=parts.done) as bar:
       for numbers, rows in parts.missing(_in_parts(options)):
         pairs = [Answered(row.messages, a.text, a.finished) for part in rows for row in part for a in row.answers]
-        found = iter(contract.scores(judge, pairs, bar))
+        found = iter(contract.scores(judge, pairs, bar, missing=True))
         for number, part in zip(numbers, rows, strict=True):
           lines = [_line(options, judge, row, a, next(found)) for row in part for a in row.answers]
           mass = [line["mass"] for line in lines if line["mass"] is not None]
-          counts = {"score_sum": sum(line["score"] for line in lines), "mass_sum": sum(mass), "masses": len(mass)}
+          known = [line["score"] for line in lines if line["score"] is not None]
+          counts = {"score_sum": sum(known), "mass_sum": sum(mass), "masses": len(mass)}
+          counts["missing"] = len(lines) - len(known)
           parts.write(number, lines, counts)
           scored, masses = scored + len(mass), masses + sum(mass)
           if masses < MASS * scored and not warned and isinstance(judge, OwnJudge):
@@ -110,10 +113,11 @@ def run(options: Options) -> None:
     manifest = jsonl.finish(stage, output, judge={"identity": judge.identity, "scale": judge.scale})
   counts, seconds = manifest["counts"], manifest["seconds"]
   print(f"{output}: {parts.total:,} responses" + (", all there before" if there else ""))
-  if parts.total:
+  if known := parts.total - counts["missing"]:
     mass = f", mean mass {counts['mass_sum'] / counts['masses']:.3f}" if counts["masses"] else ""
     rate = f"{seconds:.1f} s, {parts.total / max(seconds, 1e-3):,.0f} responses/s"
-    print(f"{parts.total:,} responses: mean score {counts['score_sum'] / parts.total:.2f}{mass}; {rate}")
+    print(f"{known:,} responses: mean score {counts['score_sum'] / known:.2f}{mass}; {rate}")
+  contract.check_missing(judge.identity, counts["missing"], parts.total)
 
 
 # The judge
@@ -238,7 +242,7 @@ def _line(options: Options, judge: Judge, row: Row, answer: Answer, verdict: Ver
   return {**known, "score": score, "probs": verdict.probs, "mass": verdict.mass, **details}
 
 
-def _score(mode: str, verdict: Verdict, words: Sequence[object]) -> float:
+def _score(mode: str, verdict: Verdict, words: Sequence[object]) -> float | None:
   """What --mode reads from a verdict; `words` decide what is drawn."""
   if mode == "expected" or verdict.probs is None:
     return verdict.score
