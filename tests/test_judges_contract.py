@@ -26,7 +26,7 @@ def test_a_missing_score_stays_missing_for_an_evaluator():
 
 
 def test_a_judge_that_selects_must_score_every_response():
-  with pytest.raises(contract.MissingScores, match="'reads' gave 1 of 3 responses no score .* must score every"):
+  with pytest.raises(contract.MissingScores, match=r"'reads' gave 1 of 3 responses no score .* must score every"):
     contract.scores(Reads(), PAIRS)
   assert [v.number for v in contract.scores(Reads(), PAIRS[::2])] == [4, 7]
 
