@@ -66,6 +66,8 @@ def status(work: Callable[[], None], memory: str, more: Callable[[UserError], st
   `memory` says what helps where a device has too little; `more(error)` may give a line to print after a UserError.
   """
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that what is written is whole and unlocked
+  if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background jobs ignore it: they stay so
+    signal.signal(signal.SIGINT, _interrupted)
   sys.unraisablehook = _not_dropped
   try:
     work()
@@ -85,11 +87,21 @@ def status(work: Callable[[], None], memory: str, more: Callable[[UserError], st
     return 1
 
 
+def _interrupted(*_: object) -> None:
+  """The first Ctrl-C unwinds; a second one ends the process at once, even where no Python code runs."""
+  signal.signal(signal.SIGINT, signal.SIG_DFL)  # whose exit status a shell calls 130, too
+  os.write(2, b"\nstopping; Ctrl-C again ends at once\n")
+  raise KeyboardInterrupt
+
+
 def _not_dropped(found: "sys.UnraisableHookArgs") -> None:
-  """Python discards exceptions raised inside callbacks such as GC hooks. If SIGTERM's SystemExit was discarded there,
-  send SIGTERM again."""
-  if found.exc_type is SystemExit:
-    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+  """Python discards exceptions raised inside callbacks such as GC hooks. If a signal's exception was discarded there,
+  send the signal again."""
+  if found.exc_type in (SystemExit, KeyboardInterrupt):
+    again = signal.SIGTERM if found.exc_type is SystemExit else signal.SIGINT
+    if again is signal.SIGINT:
+      signal.signal(signal.SIGINT, _interrupted)  # it has not unwound yet
+    threading.Timer(0.1, os.kill, (os.getpid(), again)).start()
   else:
     sys.__unraisablehook__(found)
 

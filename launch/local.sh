@@ -10,6 +10,7 @@
 # for a single machine `python -m alma_jax.main` without this script is the usual way.
 # Lines of process 1, 2, ... begin with [1], [2], ... When one process fails, the others are stopped and its status is
 # this script's. Starting it again goes on with the run. Change: nothing; PYTHON is the interpreter.
+# The flags of a run itself: python -m alma_jax.main --help
 set -euo pipefail
 
 processes=2 dry_run=
@@ -17,6 +18,7 @@ while [[ $# -gt 0 ]]; do
   case $1 in
     -n) processes=${2:?"-n needs a number"}; shift 2 ;;
     --dry-run) dry_run=1; shift ;;
+    -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) break ;;
   esac
 done

@@ -428,25 +428,40 @@ def test_interrupted_run_leaves_no_lock(data, tmp_path):
   assert not (tmp_path / "run" / ".lock").exists()
 
 
-def test_a_signal_while_garbage_is_collected_is_not_lost():
-  work = (
-    "import gc, os, signal, sys, time\n"
-    "from alma_jax import start\n"
-    "def collected(phase, info):\n"
-    "  gc.callbacks.remove(collected)\n"
-    "  os.kill(os.getpid(), signal.SIGTERM)\n"
-    "  for _ in range(1000): pass\n"
-    "def work():\n"
-    "  gc.callbacks.append(collected)\n"
-    "  gc.collect()\n"
-    "  os.write(1, b'collected\\n')\n"
-    "  time.sleep(60)\n"
-    "sys.exit(start.status(work, ''))\n"
-  )
-  done = subprocess.run(
-    [sys.executable, "-c", work], cwd=small_run.ROOT, env=small_run.environment(), timeout=50, capture_output=True
-  )
-  assert (done.returncode, done.stdout) == (143, b"collected\n"), done.stderr[-2000:]
+COLLECTED = """
+import gc, os, signal, sys, time
+from alma_jax import start
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sent = getattr(signal, sys.argv[1])
+def collected(phase, info):
+  gc.callbacks.remove(collected)
+  os.kill(os.getpid(), sent)
+  for _ in range(1000): pass
+def work():
+  gc.callbacks.append(collected)
+  gc.collect()
+  os.write(1, b"collected\\n")
+  try:
+    time.sleep(60)
+  finally:
+    if sent == signal.SIGINT:
+      os.write(1, b"unwinding\\n")
+      time.sleep(60)
+sys.exit(start.status(work, ""))
+"""
+
+
+@pytest.mark.parametrize("sent, lines", [("SIGTERM", ["collected"]), ("SIGINT", ["collected", "unwinding"])])
+def test_a_signal_while_garbage_is_collected_is_not_lost_and_a_second_interrupt_ends_at_once(sent, lines):
+  process = subprocess.Popen(
+    [sys.executable, "-c", COLLECTED, sent], cwd=small_run.ROOT, env=small_run.environment(), text=True,
+    stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+  )  # fmt: skip
+  assert [process.stdout.readline().strip() for _ in lines] == lines
+  if sent == "SIGINT":
+    process.send_signal(signal.SIGINT)  # in the middle of unwinding
+  assert process.wait(30) == (143 if sent == "SIGTERM" else -signal.SIGINT), process.stderr.read()[-2000:]
+  process.communicate()
 
 
 def test_arrays_and_shards_open_with_public_tools(run):

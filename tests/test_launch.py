@@ -106,6 +106,12 @@ def test_local_prints_what_it_would_run():
   ]
 
 
+def test_local_prints_its_own_help():
+  done = run("launch/local.sh", "--help", PYTHON="false")
+  assert done.returncode == 0 and done.stdout.startswith("One run over several processes of this machine")
+  assert "-n PROCESSES" in done.stdout and "set -" not in done.stdout
+
+
 def test_local_refuses_an_uneven_split():
   done = run("launch/local.sh", "-n", "3", "--dry-run", JAX_PLATFORMS="", CUDA_VISIBLE_DEVICES="0,1")
   assert done.returncode == 2 and "2 GPUs (0,1) cannot be split evenly between 3 processes" in done.stderr
