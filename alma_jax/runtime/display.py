@@ -61,7 +61,7 @@ class Lines(Bar):
     super().__init__(file=_Whole(), mininterval=SOON, miniters=1, delay=SOON, bar_format=LINE, **how)
 
   def display(self, *what: Any, **where: Any) -> bool | None:
-    self.mininterval = min(LATE, max(SOON, (self._time() - self.start_t) / 10))
+    self.mininterval = min(LATE, max(SOON, self.format_dict["elapsed"] / 10))
     return super().display(*what, **where)
 
   def close(self) -> None:
