@@ -11,3 +11,11 @@ class UserError(Exception):
 
 class RunError(UserError):
   """About a run directory or an artefact in it."""
+
+
+class NotFinite(UserError):
+  """A model or a judge gave NaN or infinity. `item` is the index of the first row that it gave one for."""
+
+  def __init__(self, item: int, message: str) -> None:
+    super().__init__(message)
+    self.item = item

@@ -1,11 +1,13 @@
 """Embeddings against means taken by hand and against transformers; projections against NumPy's SVD."""
 
+import jax
 import numpy as np
 import pytest
 from engine_models import CONFIG, hidden_states, on_mesh, stacked
 
 from alma_jax.engine import embed
 from alma_jax.engine.embed import Embedding, embeddings
+from alma_jax.errors import NotFinite
 from alma_jax.llama import sharding, weights
 
 BOS = 1
@@ -26,6 +28,15 @@ def test_an_embedding_is_the_mean_hidden_state_of_the_row_alone_without_bos(rows
   assert embedded.dtype == np.float32
   for row, found in zip(rows, embedded, strict=True):
     np.testing.assert_allclose(found, hidden_states(stacked(), row)[1:].mean(axis=0), atol=1e-5)
+
+
+def test_a_row_whose_embedding_is_not_finite_is_named(rows, embedded):
+  model = jax.tree.map(lambda x: x, stacked())
+  used = next(token for token in rows[3] if sum(token in row for row in rows) == 1)
+  model.embed = model.embed.replace(model.embed[...].at[used].set(np.nan))
+  with pytest.raises(NotFinite) as error:
+    embeddings(model, rows, batch=4)
+  assert error.value.item == 3
 
 
 def test_company_order_and_devices_change_nothing(rows, embedded):

@@ -1,6 +1,7 @@
 """Verdicts of the miniature judge, text in and scores out, against a full forward of every text on its own."""
 
 import dataclasses
+import types
 
 import jax
 import numpy as np
@@ -8,7 +9,8 @@ import pytest
 from engine_models import logprobs
 
 from alma_jax import names
-from alma_jax.judges.contract import Answered, scores
+from alma_jax.errors import NotFinite
+from alma_jax.judges.contract import Answered, Verdict, scores
 from alma_jax.judges.own import OwnJudge, _opening
 from alma_jax.llama import sharding, weights
 from alma_jax.runtime.display import Bar
@@ -58,6 +60,23 @@ def test_verdicts_equal_full_forwards_in_the_order_of_the_pairs(host, shots):
     np.testing.assert_allclose(verdict.probs, probs, atol=1e-5)
     assert integer.score == np.argmax(probs) and integer.probs == verdict.probs
   assert found[0] == found[3] and found[1] == found[-1]
+
+
+@pytest.mark.parametrize(
+  ("verdict", "said"),
+  [
+    (Verdict(float("nan")), "the score nan"),
+    (Verdict(float("inf")), "the score inf"),
+    (Verdict(1.0, mass=float("nan")), "the mass nan"),
+    (Verdict(1.0, (0.5, float("nan"))), r"the probabilities \(0.5, nan\)"),
+  ],
+)
+@pytest.mark.parametrize("scale", [None, (0.0, 10.0)])
+def test_a_verdict_that_is_not_finite_stops_whoever_judged_and_names_the_response(verdict, said, scale):
+  judge = types.SimpleNamespace(identity="words", scale=scale, scores=lambda pairs: [Verdict(3.0), verdict])
+  pairs = [Answered(asked("a"), "b", name=f"prompt {name}, sample 2") for name in ("f00", "f01")]
+  with pytest.raises(NotFinite, match=f"^prompt f01, sample 2: the judge 'words' gave {said}"):
+    scores(judge, pairs)
 
 
 def test_worked_examples_are_what_all_prefixes_begin_with(host):

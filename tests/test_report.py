@@ -3,6 +3,7 @@
 import collections
 import html
 import html.parser
+import json
 import os
 import re
 import shutil
@@ -151,6 +152,14 @@ def test_texts_are_escaped(finished):
   text = written(finished)
   assert escape(NASTY) in text
   assert "<script" not in text and "<m>" not in text and escape("<m>") in text
+
+
+def test_characters_that_html_forbids_are_shown(copy):
+  said = "tab\t \x00 \x1b[31m \r\n \x7f \x85 \ud800"
+  (copy / "config.json").write_text(json.dumps({"recipe": "alma", "model": {"path": said}}))
+  text = written(copy)
+  assert "tab\t \u2400 \u241b[31m \u240d\n \u2421 \\x85 \ufffd" in text
+  assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", text)
 
 
 def test_the_same_files_give_the_same_page(finished):

@@ -4,6 +4,7 @@ import ast
 import collections
 import dataclasses
 import re
+import types
 
 import numpy as np
 import pytest
@@ -13,11 +14,12 @@ from hypothesis import strategies as st
 
 from alma_jax.corpus import draw as corpus_draw
 from alma_jax.corpus.normalise import prompt_id
+from alma_jax.engine import losses
 from alma_jax.errors import RunError
 from alma_jax.stages import drafts, draw, judge, trainset
 from alma_jax.stages.evaluation import summarised
 from alma_jax.stages.responses import _samples
-from alma_jax.store.records import Prompt, Response
+from alma_jax.store.records import Judgment, Prompt, Response
 
 
 def prompt(n, cluster=0):
@@ -93,6 +95,23 @@ def test_pair_honours_the_least_margin():
   scored = [(a, 9.0), (b, 8.9), (c, 4.0)]
   assert selected(0, scored, "dpo", 1.0)[0][0].rejected == "c"
   assert selected(0, scored[:2], "dpo", 1.0) == ([], "no_different_response")
+
+
+def test_pairs_of_equal_scores_are_none():
+  tied = [(response(0, "a", (1,)), 9.0), (response(1, "b", (2,)), 9.0)]
+  assert selected(0, tied, "dpo") == ([], "no_different_response")
+  (pair,), _ = selected(0, [*tied, (response(2, "c", (3,)), 8.5)], "dpo")
+  assert (pair.chosen_score, pair.rejected, pair.rejected_score) == (9.0, "c", 8.5)
+
+
+def test_a_score_that_is_not_finite_orders_nothing(tmp_path):
+  judged = types.SimpleNamespace(
+    dir=tmp_path, read=lambda share: [Judgment("f01", i, score, None, None) for i, score in enumerate((1.0, np.nan))]
+  )
+  with pytest.raises(RunError, match=f"{tmp_path}: the score of prompt f01, sample 1, is nan"):
+    trainset._candidates(0, 1, types.SimpleNamespace(parts=0), judged)
+  with pytest.raises(ValueError, match="score 1 is not"):
+    losses.advantages([1.0, np.nan, 3.0])
 
 
 pools = st.lists(st.integers(0, 6), min_size=1, max_size=60)  # the cluster of every prompt

@@ -8,7 +8,7 @@ import pytest
 from sessions import session_in
 
 from alma_jax import start
-from alma_jax.errors import RunError
+from alma_jax.errors import NotFinite, RunError
 from alma_jax.options import ConfigError, build
 from alma_jax.runtime import training
 from alma_jax.stages import policy
@@ -104,6 +104,9 @@ def test_the_log_probs_of_a_reference_are_computed_once_for_all_rounds_and_check
   stage = types.SimpleNamespace(dir=stored.parent)
   with pytest.raises(RunError, match=r"not complete: it has the shape \(5, 2\) and 9 finite values"):
     policy._stored(stage, 5, 2)
+  monkeypatch.setattr(training, "_sequence_logprobs", lambda *_: found.ravel())
+  with pytest.raises(NotFinite, match=r"^a pair of prompt 3, model base: its log-prob is nan"):
+    dpo(session, "broken/policy", session.base, [trainset(session, "broken/trainset")], options())
 
 
 def test_policy_gradients_learn_to_prefer_what_scored_well(session):

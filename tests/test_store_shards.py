@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import os
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from alma_jax.errors import RunError
 from alma_jax.store import records, shards
 
 KINDS = [kind for kind in vars(records).values() if dataclasses.is_dataclass(kind)]
@@ -167,3 +169,12 @@ def test_arrays_come_back_as_memory_maps(shape, tmp_path):
   assert isinstance(back, np.memmap) or back.size == 0
   assert back.dtype == array.dtype
   np.testing.assert_array_equal(back, array)
+
+
+def test_json_is_strict_and_names_the_number_that_it_lacks(tmp_path):
+  value = {"a": np.float32(0.5), "place": tmp_path, "rows": [{"b": 1.0}, {"b": np.float64("nan"), "c": float("inf")}]}
+  with pytest.raises(RunError, match=r"^rows\[1\]\.b is nan, which cannot be written as JSON"):
+    shards.write_json(tmp_path / "x.json", value)
+  assert not list(tmp_path.iterdir())
+  value["rows"].pop()
+  assert json.loads(shards.json_lines([value, 1])[:-3]) == {"a": 0.5, "place": str(tmp_path), "rows": [{"b": 1.0}]}

@@ -736,6 +736,18 @@ def test_a_damaged_file_of_a_model_is_named(tmp_path, capsys):
     (model / name).write_text(whole)
 
 
+def test_a_model_that_gives_nan_stops_at_the_first_item(tmp_path, capsys):
+  model = save_mini(tmp_path / "model", scale=float("nan"))
+  capsys.readouterr()
+  rows = [{"id": 7, "prompt": PROMPTS[0], "response": "paris"}]
+  assert started(sample, tmp_path, rows, *SMALL, "--chat=mini", model=model) == 1
+  said = capsys.readouterr().err
+  assert re.search(f"error: .*in.jsonl, id 7, sample [01], model .*: the log-prob of token 1 .* is nan.*{model}", said)
+  assert started(score, tmp_path, rows, "--rows=8", "--chat=mini", "--template=mini", model=model, output="scores") == 1
+  assert re.search("error: .*in.jsonl, id 7, judged, model .*: a log-prob is nan", capsys.readouterr().err)
+  assert not (tmp_path / "out.jsonl").exists() and not (tmp_path / "scores").exists()
+
+
 def test_lines_are_counted_and_split_as_json_means_it(tmp_path):
   path = tmp_path / "in.jsonl"
   path.write_bytes(b'\xef\xbb\xbf{"prompt": "a\xe2\x80\xa8b"}\r\n\n  \n{"prompt": "c"}')

@@ -20,6 +20,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from alma_jax.engine import buckets
+from alma_jax.errors import NotFinite
 from alma_jax.llama import model as llama
 from alma_jax.llama.model import Llama
 from alma_jax.llama.sharding import REPLICA, WHOLE, per_replica, replicas
@@ -76,12 +77,16 @@ def embeddings(
   """fp32 [rows, D], or [rows, dims] with a projection, of rows of token ids that begin with BOS, in their order.
 
   They run in length buckets of `batch` rows for each replica of the model; `progress(rows)` hears of what is done.
+  NotFinite, with the row's index, if a number of an embedding is not finite.
   """
   width = model.c.width if kind.projection is None else kind.projection.matrix.shape[1]
   out = np.zeros((len(rows), width), np.float32)
 
   def put(indices: list[int], found: Array) -> None:
     out[indices] = np.asarray(found)[: len(indices)]
+    wrong = np.flatnonzero(~np.isfinite(out[indices]).all(axis=1))
+    if len(wrong):
+      raise NotFinite(indices[wrong[0]], "its embedding is not finite")
     if progress:
       progress(len(indices))
 

@@ -236,8 +236,10 @@ class Grpo(Checked):
 
 
 def advantages(scores: Sequence[float]) -> np.ndarray:
-  """The leads [N] of one prompt's N scores over their mean, in standard deviations; zeros if all are equal."""
+  """The leads [N] of one prompt's N finite scores over their mean, in standard deviations; zeros if all are equal."""
   of = np.asarray(scores, np.float64)
+  if not np.isfinite(of).all():
+    raise ValueError(f"scores must be finite; score {int(np.argmin(np.isfinite(of)))} is not")
   if len(of) < 2 or np.ptp(of) == 0:
     return np.zeros(len(of))
   return (of - of.mean()) / (of.std(ddof=1) + 1e-4)

@@ -33,6 +33,7 @@ from jax.sharding import PartitionSpec as P
 from alma_jax.engine import buckets, prefixes
 from alma_jax.engine.choose import Decoding, choose
 from alma_jax.engine.slots import PREFILL_ROWS, Shapes, shapes_for
+from alma_jax.errors import NotFinite
 from alma_jax.keys import Key
 from alma_jax.llama import model as llama
 from alma_jax.llama.config import LlamaConfig
@@ -49,6 +50,7 @@ Head = tuple[Any, Array] | None  # keys and values, lengths [replicas]
 class Request:
   prompt: tuple[int, ...]  # token ids
   key: Key  # tells the request from all others
+  name: str = ""  # for messages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,7 +234,10 @@ def sample(
   model: Llama, requests: Sequence[Request], decoding: Decoding, limits: Limits, mesh: Mesh | None = None,
   hooks: SamplingHooks = NO_HOOKS,
 ) -> list[Sampled]:  # fmt: skip
-  """The Sampled of each request, in their order. The model is in the unrolled layout, on the devices of `mesh`."""
+  """The Sampled of each request, in their order. The model is in the unrolled layout, on the devices of `mesh`.
+
+  NotFinite, with the request's index, if a token was drawn with a log-prob that is not finite.
+  """
   requests = list(requests)
   if not requests:
     return []
@@ -267,6 +272,9 @@ def sample(
         continue
       if end is not None:
         kept, finished, n = kept[:end], True, end
+      if not np.isfinite(logprobs[slot, :n]).all():  # as when a logit was not finite
+        token = int(np.flatnonzero(~np.isfinite(logprobs[slot, :n]))[0])
+        raise NotFinite(request, f"the log-prob of token {token + 1} of the answer is {logprobs[slot, token]}")
       results[request] = Sampled(kept, finished, tuple(logprobs[slot, :n].tolist()))
       sampler.holds[slot] = -1
       if hooks.progress:

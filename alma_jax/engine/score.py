@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from alma_jax.engine import buckets, crossentropy
+from alma_jax.errors import NotFinite
 from alma_jax.llama import model as llama
 from alma_jax.llama.model import Llama
 from alma_jax.llama.sharding import BATCH, REPLICA, WHOLE, per_replica, replicas
@@ -46,7 +47,7 @@ def next_logprobs(
   model: Llama, rows: Sequence[tuple[Ids, Ids]], columns: Sequence[int], reads: int, setup: Setup
 ) -> np.ndarray:
   """fp32 [rows, reads, columns]: log p(token) for the given token ids after each of the last `reads` tokens of every
-  suffix, which are at least as many."""
+  suffix, which are at least as many. NotFinite, with the row's index, if one is not finite."""
   short = next((i for i, (_, suffix) in enumerate(rows) if len(suffix) < reads), None)
   if short is not None:
     raise ValueError(f"row {short}: {reads} places are to be read of a suffix of {len(rows[short][1])}")
@@ -57,7 +58,7 @@ def next_logprobs(
     return _read(model, prefix, tokens, lengths, ids, reads=reads, mesh=mesh)
 
   for indices, found in _results(model, rows, program, reads, setup):
-    out[indices] = found
+    out[indices] = _finite(found, indices[0])
   return out
 
 
@@ -68,8 +69,14 @@ def token_logprobs(model: Llama, rows: Sequence[tuple[Ids, Ids]], setup: Setup) 
   out = [np.zeros(0, np.float32)] * len(rows)
   for indices, found in _results(model, rows, functools.partial(_score, model), 1, setup):
     for i in indices:
-      out[i] = found[: len(rows[i][1]) - 1]
+      out[i] = _finite(found[: len(rows[i][1]) - 1], i)
   return out
+
+
+def _finite(logprobs: np.ndarray, row: int) -> np.ndarray:
+  if not np.isfinite(logprobs).all():
+    raise NotFinite(row, f"a log-prob is {logprobs[~np.isfinite(logprobs)][0]}")
+  return logprobs
 
 
 def sequence_logprobs(model: Llama, rows: Sequence[tuple[Ids, Ids]], setup: Setup) -> np.ndarray:

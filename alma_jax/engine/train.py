@@ -376,11 +376,13 @@ def fit(
     """Look at the metrics of a step that has been made."""
     metrics = {name: float(x) for name, x in found.items()}
     metrics["learning_rate"] = rate
-    if not math.isfinite(metrics["loss"] + metrics["gradient_norm"]):
+    wrong = [name for name, x in metrics.items() if not math.isfinite(x)]
+    if wrong:
       more = hooks.failed(step, state[0]) if hooks.failed else ""
+      others = "".join(f", {name} {metrics[name]}" for name in wrong if name not in ("loss", "gradient_norm"))
       raise TrainingError(
         f"step {step + 1} of {task.steps}: the loss is {metrics['loss']} and the gradient norm"
-        f" {metrics['gradient_norm']}; lower the learning rate or look at the batch's data{more}"
+        f" {metrics['gradient_norm']}{others}; lower the learning rate or look at the batch's data{more}"
       )
     if hooks.report:
       hooks.report(step, metrics)

@@ -9,11 +9,12 @@ command line count what is missing and fail above 2 %; the judge that selects mu
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from alma_jax import names
-from alma_jax.errors import RunError
+from alma_jax.errors import NotFinite, RunError
 from alma_jax.options import ConfigError
 from alma_jax.runtime.display import Bar
 from alma_jax.runtime.host import Host
@@ -45,13 +46,15 @@ class Verdict:
 
 
 class Answered(tuple):
-  """A pair (messages, response). `finished` is False for a response that the length limit cut."""
+  """A pair (messages, response). `finished` is False for a response that the length limit cut; `name` is for
+  messages."""
 
   finished: bool
+  name: str
 
-  def __new__(cls, messages: Messages, response: str, finished: bool = True) -> "Answered":
+  def __new__(cls, messages: Messages, response: str, finished: bool = True, name: str = "") -> "Answered":
     pair = super().__new__(cls, (messages, response))
-    pair.finished = finished
+    pair.finished, pair.name = finished, name
     return pair
 
 
@@ -77,8 +80,8 @@ class ShowsProgress(Protocol):
 
 
 def scores(judge: Judge, pairs: Sequence[Answered], bar: Bar | None = None, missing: bool = False) -> list[Verdict]:
-  """One Verdict for each pair; the judge's answer is checked against its own scale. Without `missing` each has a score;
-  with it the caller counts those that have none, and asks `check_missing` about the sum."""
+  """One Verdict for each pair. All their numbers are finite, and the scores lie in the judge's own scale. Without
+  `missing` each has a score; with it the caller counts those that have none, and asks `check_missing` about the sum."""
   asked = judge.judge if isinstance(judge, FromUser) else judge
   if bar is not None and isinstance(asked, ShowsProgress):
     found = asked.shown_scores(pairs, bar)
@@ -88,10 +91,15 @@ def scores(judge: Judge, pairs: Sequence[Answered], bar: Bar | None = None, miss
       bar.update(len(pairs))
   if len(found) != len(pairs):
     raise ConfigError(f"the judge {judge.identity!r} gave {len(found)} verdicts for {len(pairs)} responses")
-  low, high = judge.scale or (float("-inf"), float("inf"))
-  outside = next((v.score for v in found if v.score is not None and not low <= v.score <= high), None)
-  if outside is not None:
-    raise ConfigError(f"the judge {judge.identity!r} gave the score {outside}, outside its scale {low:g} .. {high:g}")
+  low, high = judge.scale or (-math.inf, math.inf)
+  for i, verdict in enumerate(found):
+    if wrong := _not_finite(verdict):
+      raise NotFinite(i, f"{name_of(pairs, i)}: the judge {judge.identity!r} gave {wrong}; it must be finite")
+    if verdict.score is not None and not low <= verdict.score <= high:
+      raise ConfigError(
+        f"{name_of(pairs, i)}: the judge {judge.identity!r} gave the score {verdict.score}, outside its scale"
+        f" {low:g} .. {high:g}"
+      )
   if not missing and (lost := sum(v.score is None for v in found)):
     raise MissingScores(f"{_lost(judge.identity, lost, len(found))}; the judge that selects must score every response")
   return found
@@ -107,6 +115,22 @@ def check_missing(identity: str, missing: int, total: int) -> None:
 
 def _lost(identity: str, missing: int, total: int) -> str:
   return f"the judge {identity!r} gave {missing:,} of {total:,} responses no score that can be read"
+
+
+def name_of(pairs: Sequence[Answered], i: int) -> str:
+  """The name of a pair for messages; a list of plain tuples has none."""
+  return getattr(pairs[i], "name", "") or f"response {i + 1} of {len(pairs)}"
+
+
+def _not_finite(verdict: Verdict) -> str:
+  """The first number of a verdict that is not finite, in words, or ""."""
+  if verdict.score is not None and not math.isfinite(verdict.score):
+    return f"the score {verdict.score}"
+  if verdict.mass is not None and not math.isfinite(verdict.mass):
+    return f"the mass {verdict.mass}"
+  if verdict.probs is not None and not all(map(math.isfinite, verdict.probs)):
+    return f"the probabilities {verdict.probs}"
+  return ""
 
 
 def by_name(table: names.Names, name: str, host: Host, options: Any, field: str) -> Judge:

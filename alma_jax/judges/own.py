@@ -10,6 +10,8 @@ from typing import Any, Literal
 import numpy as np
 
 from alma_jax.engine import score
+from alma_jax.errors import NotFinite
+from alma_jax.judges import contract
 from alma_jax.judges.contract import Answered, Scale, Verdict
 from alma_jax.runtime.display import Bar
 from alma_jax.runtime.host import Checkpoint, Host
@@ -66,7 +68,10 @@ class OwnJudge:
     advance = None if bar is None else bar.advance
     setup = score.Setup(host.engine.rows, _opening(prefix_of), host.local_mesh, advance)
     model = host.model(self.checkpoint, "stacked")
-    logprobs = score.next_logprobs(model, rows, columns, len(trie.inner) + 1, setup)
+    try:
+      logprobs = score.next_logprobs(model, rows, columns, len(trie.inner) + 1, setup)
+    except NotFinite as error:
+      raise self.checkpoint.gave(error, f"{contract.name_of(pairs, error.item)}, judged") from None
     return [_verdict(narrow, x, self.mode) for x in logprobs]
 
   def _encoders(self) -> tuple[Callable[[Messages], Ids], Callable[[str], Ids]]:

@@ -362,7 +362,7 @@ def _write_file(f: IO[bytes], tensors: Sequence[_Tensor], dtype: np.dtype) -> No
   for tensor in tensors:
     begin, end = end, end + math.prod(tensor.shape) * dtype.itemsize
     header[tensor.name] = {"dtype": _CODES[dtype], "shape": tensor.shape, "data_offsets": [begin, end]}
-  text = json.dumps(header).encode()
+  text = json.dumps(header, allow_nan=False).encode()
   text += b" " * (-len(text) % 8)
   f.write(len(text).to_bytes(8, "little") + text)
   for tensor in tensors:
@@ -370,7 +370,7 @@ def _write_file(f: IO[bytes], tensors: Sequence[_Tensor], dtype: np.dtype) -> No
 
 
 def _write_json(path: pathlib.Path, value: Any) -> None:
-  path.write_text(json.dumps(value, indent=2) + "\n")
+  path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def _write_chat_template(directory: pathlib.Path, chat_template: str) -> None:

@@ -250,7 +250,7 @@ def write(model: llama.Llama, out: str | os.PathLike[str]) -> None:
     clean_up_tokenization_spaces=False,
     model_max_length=model.c.max_positions,
   )
-  (pathlib.Path(out) / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
+  (pathlib.Path(out) / "tokenizer_config.json").write_text(json.dumps(about, indent=2, allow_nan=False) + "\n")
 
 
 def main() -> None:

@@ -127,5 +127,5 @@ def make(directory: str | os.PathLike[str], seed: int) -> dict[str, pathlib.Path
   }
   paths = {name: directory / f"{name}.jsonl" for name in files}
   for name, rows in files.items():
-    paths[name].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    paths[name].write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
   return paths

@@ -86,7 +86,8 @@ def _page(directory: pathlib.Path, error: BaseException | None) -> str:
   facts = numbers.facts(directory, error)
   parts = [part for name in SECTIONS if (part := _section(name, facts))]
   title = f"{sections.recipe(facts)} · {directory.resolve().name}"
-  return _macros().page(title, sections.head(facts), parts, Markup((HERE / "page.css").read_text(encoding="utf-8")))
+  css = Markup((HERE / "page.css").read_text(encoding="utf-8"))
+  return wording.visible(_macros().page(title, sections.head(facts), parts, css))
 
 
 def _section(name: str, facts: numbers.Facts) -> Section | None:

@@ -12,6 +12,10 @@ from typing import Any
 from alma_jax.store.statistics import Mean
 
 SHOWN = 1500  # characters of a text in an example
+# HTML allows no control characters but tab and newline. Those of ASCII have pictures in Unicode; lone surrogates, which
+# no file can hold, and the other controls do not.
+_PICTURES = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"} | {0x7F: "\u2421"}
+_PICTURES |= {code: f"\\x{code:02x}" for code in range(0x80, 0xA0)} | {code: "\ufffd" for code in range(0xD800, 0xE000)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +86,11 @@ def duration(seconds: float) -> str:
     return f"{seconds:.1f} s"
   minutes = round(seconds / 60)
   return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def visible(page: str) -> str:
+  """The page with every character that HTML forbids replaced by one that shows it."""
+  return page.translate(_PICTURES)
 
 
 def cut(text: str) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from alma_jax.engine import embed, kmeans
+from alma_jax.errors import NotFinite
 from alma_jax.keys import Key
 from alma_jax.runtime.display import Display
 from alma_jax.runtime.host import Checkpoint, Host
@@ -59,7 +60,11 @@ def fitted(
 
   with display.bar("k-means", settings.iterations, "iterations", done=saved[0] if saved else 0) as bar:
     hooks = kmeans.FitHooks(bar.update, save, lambda: saved)
-    return kmeans.fit(points, settings, key, mesh, hooks=hooks)
+    found = kmeans.fit(points, settings, key, mesh, hooks=hooks)
+  wrong = np.flatnonzero(~np.isfinite(found.centroids).all(axis=1))
+  if len(wrong):
+    raise NotFinite(int(wrong[0]), f"{stage.name}: the centroid of cluster {wrong[0]} is not finite")
+  return found
 
 
 def blocks(n: int, width: int) -> Iterator[slice]:

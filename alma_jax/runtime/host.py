@@ -18,6 +18,7 @@ from typing import Literal
 import jax
 
 from alma_jax import names
+from alma_jax.errors import NotFinite
 from alma_jax.llama import config as llama_config
 from alma_jax.llama import model as llama
 from alma_jax.llama import sharding, weights
@@ -48,6 +49,15 @@ class Checkpoint:
   name: str
   directory: pathlib.Path
   content: str
+
+  def gave(self, error: NotFinite, name: str) -> NotFinite:
+    """The error of what this model gave for an item of this name."""
+    return NotFinite(
+      error.item,
+      f"{name}, model {self.name}: {error}. The weights in {self.directory} are not finite, or too large for the"
+      " computation's dtype. If a training wrote them, look at its loss (metrics.jsonl in the stage's directory); else"
+      " copy the model anew",
+    )
 
 
 def model_directory(path: str) -> pathlib.Path:

@@ -5,7 +5,6 @@ with StepLog(s, stage, batches) as log:
   rate = log.write(200, {"loss": 1.3})    # tokens per second of the step
 """
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
@@ -15,7 +14,7 @@ import numpy as np
 from alma_jax.llama.config import LlamaConfig
 from alma_jax.runtime.batches import Batches
 from alma_jax.runtime.session import Session
-from alma_jax.store import layout
+from alma_jax.store import layout, shards
 from alma_jax.store.runs import Stage
 
 SPEED, BOARD = "speed.jsonl", "tensorboard"
@@ -68,7 +67,7 @@ class StepLog:
     for path, values in ((self.path, metrics), (self.path.with_name(SPEED), speed)):
       rounded = {name: float(f"{value:.6g}") for name, value in values.items()}
       with open(path, "w" if self.first else "a") as file:
-        file.write(json.dumps({"step": step + 1} | rounded) + "\n")
+        file.write(shards.json_text({"step": step + 1} | rounded) + "\n")
       for name, value in values.items():
         self.board.add_scalar(name, value, step + 1)
     self.first = False

@@ -8,6 +8,7 @@ from alma_jax.engine import sample
 from alma_jax.engine.choose import Decoding
 from alma_jax.engine.sample import Limits, Request, SamplingHooks
 from alma_jax.engine.slots import Load, slots_that_fit
+from alma_jax.errors import NotFinite
 from alma_jax.options import Checked, option, spread
 from alma_jax.runtime.display import Bar
 from alma_jax.runtime.host import Checkpoint, Host
@@ -66,7 +67,10 @@ def drafts(
   slots = slots_that_fit(model, decoding, Load(longest, share), host.free_bytes, mesh, wanted=host.engine.slots)
   ends = functools.partial(_end, decode, stops.strings) if stops.strings else None
   hooks = SamplingHooks(bar.advance, ends)
-  sampled = sample.sample(model, requests, decoding, Limits(slots, longest), mesh, hooks)
+  try:
+    sampled = sample.sample(model, requests, decoding, Limits(slots, longest), mesh, hooks)
+  except NotFinite as error:
+    raise checkpoint.gave(error, requests[error.item].name or f"request {error.item + 1}") from None
   found = []
   for s in sampled:
     text = _before(decode(s.tokens), stops.strings)

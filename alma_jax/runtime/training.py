@@ -27,6 +27,7 @@ from alma_jax.engine import losses
 from alma_jax.engine import train as engine_train
 from alma_jax.engine.optimizer import Optimizer
 from alma_jax.engine.train import Hooks, Objective, State, Stopped, TrainingTask, abstract_state, fit, planned
+from alma_jax.errors import NotFinite
 from alma_jax.llama import model as llama
 from alma_jax.llama import sharding, weights
 from alma_jax.options import option, spread
@@ -147,9 +148,11 @@ def train(
 
   def failed(step: int, model: llama.Llama) -> str:
     rows = _failure(s, model, data, batches.members(step), options)
+    bad = [row["id"] for row in rows if not np.isfinite(row["logprobs"]).all()]
+    for row in rows:  # JSON has no NaN: the text "nan" stands for it
+      row["logprobs"] = [x if np.isfinite(x) else str(x) for x in row["logprobs"]]
     if s.run.process == 0:
       shards.write_json(stage.dir / FAILURE, {"step": step + 1, "examples": rows})
-    bad = [row["id"] for row in rows if not np.isfinite(row["logprobs"]).all()]
     which = f"; not finite for {', '.join(map(repr, bad[:3]))}{' ...' * (len(bad) > 3)}" if bad else ""
     return f"{which}. The step's examples are in {stage.dir / FAILURE}"
 
@@ -243,9 +246,13 @@ def checkpoint_model(host: Host, directory: pathlib.Path, step: int, mesh: Mesh)
 
 
 def sequence_logprobs(s: Session, checkpoint: Checkpoint, sequences: Sequence[Encoded], options: Options) -> np.ndarray:
-  """fp32 [sequences]: summed log-probs of the supervised tokens."""
+  """fp32 [sequences]: summed log-probs of the supervised tokens. NotFinite, with the index, if one is not."""
   model = s.host.load(checkpoint, s.mesh, sharding.TRAIN, "float32")
-  return _sequence_logprobs(s, model, sequences, options)
+  found = _sequence_logprobs(s, model, sequences, options)
+  wrong = np.flatnonzero(~np.isfinite(found))
+  if len(wrong):
+    raise NotFinite(int(wrong[0]), f"its log-prob is {found[wrong[0]]}")
+  return found
 
 
 def _sequence_logprobs(s: Session, model: llama.Llama, sequences: Sequence[Encoded], options: Options) -> np.ndarray:
@@ -262,7 +269,8 @@ def _sequence_logprobs(s: Session, model: llama.Llama, sequences: Sequence[Encod
 def token_logprobs(
   s: Session, checkpoint: Checkpoint, sequences: Sequence[Encoded], options: Options
 ) -> list[np.ndarray]:
-  """fp32 log-probs of each sequence's supervised tokens, 0 for the others; that of token t + 1 stands at t."""
+  """fp32 log-probs of each sequence's supervised tokens, 0 for the others; that of token t + 1 stands at t. NotFinite,
+  with the sequence's index, if one is not."""
   model = s.host.load(checkpoint, s.mesh, sharding.TRAIN, "float32")
   batches = _in_order(s, sequences, options)
   out = [np.zeros(len(ids) - 1, np.float32) for ids, _ in sequences]
@@ -274,6 +282,8 @@ def token_logprobs(
     parts = np.split(logprobs.ravel()[by_example], np.cumsum([len(sequences[i][0]) for i in members])[:-1])
     for i, part in zip(members, parts, strict=True):
       out[i] = part[:-1]
+      if not np.isfinite(out[i]).all():
+        raise NotFinite(int(i), "the log-prob of a token is not finite")
   return out
 
 

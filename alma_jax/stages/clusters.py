@@ -13,7 +13,7 @@ import numpy as np
 
 from alma_jax.corpus import draw
 from alma_jax.engine import embed, kmeans
-from alma_jax.errors import RunError
+from alma_jax.errors import NotFinite, RunError
 from alma_jax.keys import Key, key_of
 from alma_jax.options import Checked, fingerprint, option
 from alma_jax.runtime import clustering
@@ -67,7 +67,10 @@ class Embedder:
     host = s.host
     rows = [chat.encode_prompt(host.tokenizer, host.chat, p.messages)[: self.max_prompt_tokens] for p in prompts]
     kind = embed.Embedding(self.options.layers or None, self.options.pooling, projection)
-    return clustering.embedded(host, s.base, rows, kind, progress)
+    try:
+      return clustering.embedded(host, s.base, rows, kind, progress)
+    except NotFinite as error:
+      raise s.base.gave(error, f"prompt {prompts[error.item].id}") from None
 
 
 def build(s: Session[Any], prompts: Artefact[Prompt], embedder: Embedder, options: Options) -> Pool:

@@ -5,7 +5,6 @@ word of `names.DATA` stands for data that is made for the run's seed.
 """
 
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
@@ -88,7 +87,7 @@ def _write(directory: pathlib.Path, options: Options, seed: int) -> dict[str, di
   rows, counts = read(options, directory / ".made", seed)
   for name, kept in rows.items():
     with shards.atomic(directory / f"{name}.jsonl") as file:
-      file.write("".join(json.dumps(_plain(row, NEEDED[name]), ensure_ascii=False) + "\n" for row in kept).encode())
+      file.write(shards.json_lines(_plain(row, NEEDED[name]) for row in kept))
   return counts
 
 

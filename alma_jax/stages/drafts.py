@@ -65,7 +65,7 @@ def build(s: Session[Any], data: Data, options: Options, pool: str, first: int =
         if len(ids) > options.max_prompt_tokens:
           too_long += 1
         else:
-          requests.append(Request(tuple(ids), key_of(seed, 0, "prompts", draw)))
+          requests.append(Request(tuple(ids), key_of(seed, 0, "prompts", draw), f"draft {draw}"))
       written = sampling.drafts(s.host, s.base, requests, options, stops, bar)
       records, counts = [], collections.Counter(context_too_long=too_long)
       for draft in written:

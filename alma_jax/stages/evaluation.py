@@ -109,7 +109,11 @@ def _answers(asker: Asker, checkpoint: Checkpoint, rows: Sequence[SeedRow], opti
   s = asker.s
   prompts = [asker.ids(row) for row in rows]
   fit = [i for i, ids in enumerate(prompts) if len(ids) <= options.max_prompt_tokens]
-  requests = [Request(prompts[i], key_of(s.options.seed, s.round, "eval", prompt_id(rows[i].messages))) for i in fit]
+  ids = [prompt_id(rows[i].messages) for i in fit]
+  requests = [
+    Request(prompts[i], key_of(s.options.seed, s.round, "eval", id), f"evaluation prompt {id}")
+    for i, id in zip(fit, ids, strict=True)
+  ]
   written = sampling.drafts(s.host, checkpoint, requests, options, asker.stops, bar)
   found = [Answer(row, "", False, 0) for row in rows]
   for i, draft in zip(fit, written, strict=True):
@@ -118,7 +122,9 @@ def _answers(asker: Asker, checkpoint: Checkpoint, rows: Sequence[SeedRow], opti
 
 
 def _graded(answers: Sequence[Answer], judge: Judge, evaluator: Judge | None) -> list[Evaluation]:
-  pairs = [Answered(a.row.messages, a.text, a.finished) for a in answers]
+  pairs = [
+    Answered(a.row.messages, a.text, a.finished, f"evaluation prompt {prompt_id(a.row.messages)}") for a in answers
+  ]
   judged = contract.scores(judge, pairs)
   scores = [v.score for v in contract.scores(evaluator, pairs, missing=True)] if evaluator else [None] * len(pairs)
   return [

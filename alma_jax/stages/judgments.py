@@ -25,7 +25,10 @@ def build(s: Session[Any], asked: Artefact[Prompt], answered: Artefact[Response]
   with s.display.bar(stage.name, total, "responses") as bar:
     for share in missing:
       responses = [r for part in parts_of(share, answered, shares) for r in answered.read(part)]
-      pairs = [Answered(messages[r.prompt_id], r.text, r.finished) for r in responses]
+      pairs = [
+        Answered(messages[r.prompt_id], r.text, r.finished, f"prompt {r.prompt_id}, sample {r.sample_id}")
+        for r in responses
+      ]
       found = contract.scores(judge, pairs, bar)
       records = [
         Judgment(r.prompt_id, r.sample_id, v.number, v.probs, v.mass) for r, v in zip(responses, found, strict=True)

@@ -6,7 +6,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from alma_jax.errors import RunError
+from alma_jax.errors import NotFinite, RunError
 from alma_jax.options import fingerprint
 from alma_jax.runtime import training
 from alma_jax.runtime.batches import Examples, GradedResponses, Pairs, compact
@@ -97,15 +97,18 @@ def grpo(s: Session[Any], job: Job[training.GrpoOptions], reference: Checkpoint,
     cut = len(ids) if row.finished else len(ids) - 1  # a response that was cut off did not choose the stop token
     sequences.append(compact(ids[:cut], mask[:cut]))
   kept, sequences, counts = _clipped(sequences, job.options.row_length)
-  old = training.token_logprobs(s, job.init, sequences, job.options)
+  names = [f"{rows[i].prompt_id}/{rows[i].sample_id}" for i in kept]
+
+  def logprobs(model: Checkpoint) -> list[np.ndarray]:
+    try:
+      return training.token_logprobs(s, model, sequences, job.options)
+    except NotFinite as error:
+      raise model.gave(error, f"response {names[error.item]}") from None
+
+  old = logprobs(job.init)
   same = reference.content == job.init.content
-  graded = GradedResponses(
-    sequences,
-    [f"{rows[i].prompt_id}/{rows[i].sample_id}" for i in kept],
-    np.array([rows[i].advantage for i in kept]),
-    old,
-    old if same else training.token_logprobs(s, reference, sequences, job.options),
-  )
+  advantages = np.array([rows[i].advantage for i in kept])
+  graded = GradedResponses(sequences, names, advantages, old, old if same else logprobs(reference))
   _, facts = training.train(s, stage, job.init, graded, job.options, job.seed)
   return training.finish(s, stage, counts | facts, job.options)
 
@@ -176,9 +179,12 @@ def _reference(
   stage = s.run.stage(name, fields, {trainset.name: trainset})
   if stage.done:
     return stage
-  sides = _pairs(s, trainset, options).sides
-  # By the same code that trains, so that the loss starts at ln 2.
-  logprobs = training.sequence_logprobs(s, reference, [x for of in sides for x in of], options)
+  found = _pairs(s, trainset, options)
+  sides = found.sides
+  try:  # by the same code that trains, so that the loss starts at ln 2
+    logprobs = training.sequence_logprobs(s, reference, [x for of in sides for x in of], options)
+  except NotFinite as error:
+    raise reference.gave(error, f"a pair of prompt {found.prompts[error.item // len(sides[0])]}") from None
   if s.run.process == 0:
     shards.save_array(stage.dir / "logprobs.npy", logprobs.reshape(len(sides), -1))
   stage.finish(counts={"pairs": len(sides)}, files=["logprobs.npy"])

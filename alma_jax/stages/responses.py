@@ -51,7 +51,8 @@ def build(
           too_long += 1
           continue
         for sample in _samples(prompt, which, len(writers), options.n):
-          requests.append(Request(ids, key_of(seed, s.round, "responses", prompt.id, sample)))
+          key, name = key_of(seed, s.round, "responses", prompt.id, sample), f"prompt {prompt.id}, sample {sample}"
+          requests.append(Request(ids, key, name))
           samples.append((prompt.id, sample))
       written = sampling.drafts(s.host, writers[which], requests, options, stops, bar)
       records = [

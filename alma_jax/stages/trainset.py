@@ -7,12 +7,14 @@ by share: one share of the prompts with all their responses is in memory at a ti
 
 import collections
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 
 from alma_jax.engine import losses
+from alma_jax.errors import RunError
 from alma_jax.keys import key_of
 from alma_jax.options import Checked, fingerprint, option
 from alma_jax.runtime.session import Session
@@ -28,7 +30,7 @@ Candidate = tuple[Response, float]  # a response and its score
 class Options(Checked):
   # "best_of_n"; "dpo": best against another (Table 7); "random": no judge; "grpo": all responses, graded
   method: Literal["best_of_n", "dpo", "random", "grpo"] = "best_of_n"
-  min_margin: float = option(0.0, least=0)  # dpo: the least difference of the two scores
+  min_margin: float = option(0.0, least=0)  # dpo: the least difference of the two scores, which is never 0
 
   @property
   def kind(self) -> type[Example] | type[Pair] | type[Graded]:
@@ -90,6 +92,12 @@ def _candidates(
 ) -> dict[str, list[Candidate]]:
   """The responses to one share of the prompts with their scores, by prompt."""
   scores = {(j.prompt_id, j.sample_id): j.score for j in judged.read(share)}
+  wrong = next((key for key, score in scores.items() if not math.isfinite(score)), None)
+  if wrong:  # no order follows from it
+    raise RunError(
+      f"{judged.dir}: the score of prompt {wrong[0]}, sample {wrong[1]}, is {scores[wrong]}; delete this stage to have"
+      " it made again"
+    )
   candidates = collections.defaultdict(list)
   for part in range(share, answered.parts, shares):
     for response in answered.read(part):
@@ -132,10 +140,10 @@ def pair(
   seed_and_round: tuple[int, int],
   min_margin: float,
 ) -> Selection:
-  """The best response against one drawn from the others, truncated ones included."""
+  """The best response against one drawn from those with a lower score, truncated ones included."""
   response, score = best(eligible)
   others = [x for x in candidates if x[0].text.strip() and x[0].tokens != response.tokens]
-  others = [x for x in others if score - x[1] >= min_margin]
+  others = [x for x in others if score > x[1] and score - x[1] >= min_margin]
   if not others:
     return Selection([], "no_different_response")
   rejected, low = min(others, key=lambda x: key_of(*seed_and_round, "rejected", prompt.id, x[0].sample_id))

@@ -32,7 +32,7 @@ class Lock:
   def __init__(self, directory: pathlib.Path) -> None:
     self.path = directory / layout.LOCK
     mine = {"pid": os.getpid(), "host": socket.gethostname(), "process": _process_mark(os.getpid())}
-    self.text = json.dumps(mine | {"since": now()})
+    self.text = json.dumps(mine | {"since": now()}, allow_nan=False)
     while not self._create():
       self._settle_with_holder()
     self._stop = threading.Event()

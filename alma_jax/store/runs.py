@@ -99,7 +99,7 @@ class Run:
       self.check()
       row = {"time": now(), "event": event, **fields}
       with open(self.dir / layout.LOG, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+        file.write(shards.json_text(row) + "\n")
 
   def save_config(self, config: Mapping[str, Any]) -> None:
     """Writes config.json, again if it changed: the fingerprints guard the artefacts."""

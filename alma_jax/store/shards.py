@@ -11,16 +11,18 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from alma_jax.errors import RunError
 from alma_jax.store.records import Turns
 
 Path = str | os.PathLike[str]
@@ -83,9 +85,46 @@ def digest(path: Path) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-  text = json.dumps(value, indent=2, ensure_ascii=False, default=lambda v: v.item())  # for NumPy's numbers
+  text = json_text(value, indent=2)
   with atomic(path) as file:
     file.write(f"{text}\n".encode())
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+  """The value as JSON that every reader takes: a NaN or an infinity, which JSON lacks, is a RunError that names it."""
+  try:
+    return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False, default=_plain)
+  except ValueError:
+    where, number = next(_not_finite(value, ""))
+    raise RunError(f"{where or 'the value'} is {number}, which cannot be written as JSON: it must be finite") from None
+
+
+def json_lines(rows: Iterable[Any]) -> bytes:
+  """JSONL: a line for each value."""
+  return "".join(json_text(row) + "\n" for row in rows).encode()
+
+
+def _plain(value: Any) -> Any:
+  """What JSON writes for a number of NumPy or a path."""
+  if isinstance(value, np.generic):
+    return value.item()
+  if isinstance(value, os.PathLike):
+    return os.fspath(value)
+  raise TypeError(f"{type(value).__name__} is no type of JSON: {value!r}")
+
+
+def _not_finite(value: Any, where: str) -> Iterator[tuple[str, float]]:
+  """Yields the numbers that are not finite, with their places: ("counts.loss[3]", nan)."""
+  value = value.item() if isinstance(value, np.generic) else value
+  if isinstance(value, float) and not math.isfinite(value):
+    yield where, value
+  elif isinstance(value, Mapping):
+    for key, item in value.items():
+      yield from _not_finite(key, where)
+      yield from _not_finite(item, f"{where}.{key}" if where else str(key))
+  elif isinstance(value, list | tuple):
+    for i, item in enumerate(value):
+      yield from _not_finite(item, f"{where}[{i}]")
 
 
 def write_records(path: Path, records: Sequence[T], kind: type[T]) -> str:

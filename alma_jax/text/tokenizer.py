@@ -82,7 +82,7 @@ class Tokenizer:
     if chat_template is not None:
       config["chat_template"] = chat_template
       (directory / "chat_template.jinja").unlink(missing_ok=True)
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    path.write_text(json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:

@@ -34,7 +34,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from alma_jax.engine import embed, kmeans
-from alma_jax.errors import RunError
+from alma_jax.errors import NotFinite, RunError
 from alma_jax.keys import key_of, random_numbers
 from alma_jax.options import ConfigError, fingerprint, option, spread
 from alma_jax.runtime import clustering
@@ -249,7 +249,11 @@ class Prompts:
         for part, some in enumerate(jsonl.chunks(jsonl.prompts(self.options.input, host), PART)):
           if part in missing:
             ids = [row.ids[: self.longest] for row in some]
-            found = clustering.embedded(host, self.opened.checkpoint, ids, embed.STATES, bar.update)
+            try:
+              found = clustering.embedded(host, self.opened.checkpoint, ids, embed.STATES, bar.update)
+            except NotFinite as error:
+              where = f"{self.options.input}, line {some[error.item].line}"
+              raise self.opened.checkpoint.gave(error, where) from None
             shards.save_array(made.dir / files[part], self._halved(some, found))
             made.beat()
     host.free()

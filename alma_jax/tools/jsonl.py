@@ -206,7 +206,7 @@ class Parts:
     """Write a part unless it is there; `counts` are summed in the manifest."""
     if part not in self._missing:
       return
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+    text = shards.json_lines(lines)
 
     def write(path: pathlib.Path) -> str:
       with shards.atomic(path) as file:

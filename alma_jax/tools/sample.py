@@ -147,7 +147,9 @@ def _sampled(
 ) -> Iterator[list[Draft]]:
   """The responses to each of the rows."""
   requests = [
-    Request(row.ids, key_of(options.seed, "sample", row.id, sample)) for row in rows for sample in range(options.n)
+    Request(row.ids, key_of(options.seed, "sample", row.id, sample), f"{options.input}, id {row.id}, sample {sample}")
+    for row in rows
+    for sample in range(options.n)
   ]
   drawing = sampling.Options(decoding=options.decoding, max_prompt_tokens=longest)
   stops = sampling.Stops(stop_ids(opened.host), options.stop)

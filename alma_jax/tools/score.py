@@ -97,7 +97,12 @@ def run(options: Options) -> None:
     host.display.say(f"{judge.identity}: {options.mode} score of {parts.total:,} responses")
     with host.display.bar("scoring", parts.total, "responses", done=parts.done) as bar:
       for numbers, rows in parts.missing(_in_parts(options)):
-        pairs = [Answered(row.messages, a.text, a.finished) for part in rows for row in part for a in row.answers]
+        pairs = [
+          Answered(row.messages, a.text, a.finished, f"{options.input}, id {row.id}" + _of_sample(a))
+          for part in rows
+          for row in part
+          for a in row.answers
+        ]
         found = iter(contract.scores(judge, pairs, bar, missing=True))
         for number, part in zip(numbers, rows, strict=True):
           lines = [_line(options, judge, row, a, next(found)) for row in part for a in row.answers]
@@ -231,6 +236,10 @@ def _check_length(options: Options, judge: OwnJudge, row: Row) -> None:
         f"{options.input}, line {row.line}: prompt and response are {length} tokens in template {template.name};"
         f" the model has {host.config.max_positions} positions: shorten them"
       )
+
+
+def _of_sample(answer: Answer) -> str:
+  return "" if answer.sample is None else f", sample {answer.sample}"
 
 
 def _line(options: Options, judge: Judge, row: Row, answer: Answer, verdict: Verdict) -> dict[str, Any]:
