@@ -33,9 +33,11 @@ def parse(argv: Sequence[str]) -> list[str]:
   """absl's flag parsing, with the nearest name for a config field that does not exist."""
   with config_files.loading(argv) as found:
     try:
-      rest = app.parse_flags_with_usage(found)
+      rest = flags.FLAGS(found)
       _CONFIG.value  # noqa: B018  # the file is loaded here, while it can import its `configs`
       return rest
+    except flags.Error as error:
+      sys.exit(f"error: {_in_one_line(error)}")
     except (AttributeError, KeyError) as error:
       from alma_jax import options
 
@@ -45,6 +47,21 @@ def parse(argv: Sequence[str]) -> list[str]:
         if value and path not in options.leaves(value.to_dict()):
           sys.exit(f"error: --config.{path}: {options.nearest(value, path)}")
       sys.exit(f"error: the config cannot be read: {error}")
+
+
+def _in_one_line(error: flags.Error) -> str:
+  """What to say of a flag that cannot be read. A config file's own ValueError, such as one for an unknown size, is said
+  without its traceback; the traceback of any other mistake in the file is kept."""
+  if isinstance(error, flags.UnrecognizedFlagError):
+    known = [name for name in flags.FLAGS if "." not in name]
+    word = error.flagname.partition(".")[0]
+    near = difflib.get_close_matches(word, known, n=1) or difflib.get_close_matches(word, known, n=1, cutoff=0.4)
+    return f"there is no flag --{error.flagname}" + (f"; did you mean --{near[0]}?" if near else "")
+  if flags.FLAGS["config"].value is None and "must have a value" in str(error):
+    return "--config is missing: give a config file, such as configs/alma.py:mini"
+  lines = str(error).strip().splitlines()
+  head, _, said = lines[-1].partition("ValueError: ")
+  return said if said and not head and "Traceback" in str(error) else str(error)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -20,6 +20,7 @@ nearest name.
 import copy
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -46,13 +47,16 @@ def option(
   least: float | None = None,
   most: float | None = None,
   above: float | None = None,
+  below: float | None = None,
+  infinite: bool = False,
   names: known_names.Names | None = None,
   practical: bool = False,
   doc: str | None = None,
 ) -> Any:
-  """A field with bounds, with the table of its known words, or one that changes a result only by rounding; `doc` is
-  the help of its flag, where it is one."""
-  allowed = {"least": least, "most": most, "above": above, "names": names, "practical": practical, "doc": doc}
+  """A field with bounds, with the table of its known words, or one that changes a result only by rounding; `infinite`:
+  it may be float("inf"); `doc` is the help of its flag, where it is one."""
+  allowed = {"least": least, "most": most, "above": above, "below": below, "infinite": infinite}
+  allowed |= {"names": names, "practical": practical, "doc": doc}
   return dataclasses.field(default=default, metadata=allowed)
 
 
@@ -88,15 +92,26 @@ def _check(field: dataclasses.Field, hint: Any, value: Any) -> None:
     refuse(name, value, f"must be {_in_words(hint)}")
   if value is None:
     return
-  least, most, above = (allowed.get(bound) for bound in ("least", "most", "above"))
-  if least is not None and not value >= least:
-    refuse(name, value, f"must be at least {least:g}")
-  if above is not None and not value > above:
-    refuse(name, value, f"must be above {above:g}")
-  if most is not None and not value <= most:
-    refuse(name, value, f"must be at most {most:g}")
+  for number in value if isinstance(value, tuple) else (value,):
+    if isinstance(number, int | float):
+      _check_number(name, number, value, allowed)
   if table := allowed.get("names"):
     known_names.check(table, value, name)
+
+
+def _check_number(name: str, number: float, value: object, allowed: Mapping[str, Any]) -> None:
+  """Refuse `value` if the number, which is it or one of its items, is outside the bounds."""
+  if math.isnan(number) or (math.isinf(number) and not allowed.get("infinite")):
+    refuse(name, value, "must be a finite number")
+  least, most, above, below = (allowed.get(bound) for bound in ("least", "most", "above", "below"))
+  if least is not None and not number >= least:
+    refuse(name, value, f"must be at least {least:g}")
+  if above is not None and not number > above:
+    refuse(name, value, f"must be above {above:g}")
+  if most is not None and not number <= most:
+    refuse(name, value, f"must be at most {most:g}")
+  if below is not None and not number < below:
+    refuse(name, value, f"must be below {below:g}")
 
 
 def _is_a(value: Any, hint: Any) -> bool:
@@ -190,10 +205,17 @@ def of_rounds(config: ConfigDict, kind: type[T], rounds: Iterable[int]) -> dict[
   """The Options of the whole run, under 0, and of each of the feedback rounds."""
   rounds, where = list(rounds), "config"
   overridden: Any = config.get("rounds", {})
-  for key in overridden:
+  for key, changes in overridden.items():
+    if not isinstance(_plain(changes), Mapping):
+      raise ConfigError(f"config.rounds[{key}] is {changes!r}; give it a dict of sections and fields")
     if not str(key).isdigit() or int(key) not in rounds:
       span = f"the feedback rounds are {rounds[0]} .. {rounds[-1]}" if rounds else "this run has no feedback rounds"
-      raise ConfigError(f"config.rounds has an entry for round {key!r}; {span}")
+      wrong = f"config.rounds has an entry for round {key!r}; {span}"
+      try:  # the names in it are checked all the same
+        _apply(ConfigDict(copy.deepcopy(config.to_dict())), _plain(changes), f"rounds[{key}]")
+      except ConfigError as error:
+        wrong = f"{wrong}. Also: {error}"
+      raise ConfigError(wrong)
   found = {0: build(kind, for_round(config, 0), where)}
   for round in rounds:
     resolved = for_round(config, round)

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from ml_collections import ConfigDict
 from alma_jax import names, start
 from alma_jax import options as configs
 from alma_jax.errors import UserError
+from alma_jax.recipes import alma as alma_recipe
 from configs import alma, common, forkme
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -119,6 +121,11 @@ def test_changing_a_rounds_config_does_not_change_the_runs():
     ({1: {"seed": 1}}, "entry for round 1; the feedback rounds are 2 .. 10"),
     ({11: {"seed": 1}}, "entry for round 11; the feedback rounds are 2 .. 10"),
     ({"three": {"seed": 1}}, "entry for round 'three'"),
+    (
+      {99: {"draw": {"promts": 1}}},
+      r"entry for round 99;.* 2 \.\. 10\. Also: .*'draw.promts'; did you mean 'draw.prompts'",
+    ),
+    ({3: 4}, r"config\.rounds\[3\] is 4; give it a dict"),
   ],
 )
 def test_what_a_round_cannot_mean_is_named(rounds, message):
@@ -178,6 +185,9 @@ def test_a_word_without_its_argument_is_named(name, message):
   [
     (["--config=configs/alma.py:mini", "--config.policy.epocs=2"], "'policy.epocs'; did you mean 'policy.epochs'?"),
     (["--config=configs/alma.py:mini", "what"], "what is 'what'?"),
+    (["--config=configs/alma.py:9b"], "error: configs/alma.py has no size '9b'; there are mini, 8b, 70b\n"),
+    (["--conifg.seed=1"], "error: there is no flag --conifg.seed; did you mean --config?\n"),
+    ([], "error: --config is missing: give a config file"),
   ],
 )
 def test_a_mistake_on_the_command_line_is_answered_before_anything_starts(arguments, message, tmp_path):
@@ -273,6 +283,13 @@ def test_unknown_checkpoint_is_named(value):
     ("model.chat", "alma_jax.text.chat:LLAMA9", r"the module 'alma_jax\.text\.chat' has no 'LLAMA9'"),
     ("draw.prompts", 1000, r"config\.draw\.prompts is 1000: up to round 3 2,384 prompts .* makes 1,536 at most"),
     ("recipe", "alme", r"config\.recipe is 'alme'; it may be .*\(did you mean 'alma'\?\)"),
+    ("seed", -1, r"config\.seed is -1; it must be at least 0"),
+    ("sft_seeds", (1, -2), r"config\.sft_seeds is \(1, -2\); it must be at least 0"),
+    ("prompts.similarity", 7.0, r"config\.prompts\.similarity is 7\.0; it must be at most 1"),
+    ("policy.beta2", 1.0, r"config\.policy\.beta2 is 1\.0; it must be below 1"),
+    ("policy.weight_decay", -0.1, r"config\.policy\.weight_decay is -0\.1; it must be at least 0"),
+    ("policy.learning_rate", float("inf"), r"config\.policy\.learning_rate is inf; it must be a finite number"),
+    ("policy.eps", float("nan"), r"config\.policy\.eps is nan; it must be a finite number"),
     ("mesh.fsdp", 0, r"config\.mesh\.fsdp is 0; it must be at least 1, or -1"),
   ],
 )
@@ -282,6 +299,59 @@ def test_a_wrong_value_is_one_line_with_field_value_and_what_is_allowed(path, va
   with pytest.raises(UserError, match=message) as error:
     start.checked_options(config)
   assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("path", [p for p in LEAVES if type(get(alma.mini(), p)) in (int, float) and p[:4] != "mesh"])
+def test_no_number_may_be_negative(path):
+  config = alma.get_config("mini")
+  config.update_from_flattened_dict({path: type(get(config, path))(-1)})
+  with pytest.raises(UserError, match=rf"config\.{path.replace('.', '[.]')} is -1"):
+    start.checked_options(config)
+
+
+def test_an_infinite_clip_is_allowed():
+  config = alma.get_config("mini")
+  config.policy.clip = float("inf")
+  assert start.checked_options(config)[2].policy.optimizer.clip == float("inf")
+
+
+@pytest.fixture(scope="module")
+def mini_host():
+  return start.host_of(start.checked_options(alma.get_config("mini"))[0])
+
+
+@pytest.mark.parametrize(
+  ("values", "message"),
+  [
+    ({}, None),
+    # <bos> Q: a \n A: and one token; the rating of such a pair has 11, as test_mini counts them
+    ({"policy.row_length": 5}, r"^config\.policy\.row_length is 5; .* one word .* take 6 tokens"),
+    ({"policy.row_length": 6}, None),
+    ({"judge.train.row_length": 10}, r"^config\.judge\.train\.row_length is 10; template 'mini' .* takes 11 tokens"),
+    ({"judge.train.row_length": 11}, None),
+    ({"sft.row_length": 257}, r"^config\.sft\.row_length is 257; it must be at most 256, the model's positions"),
+    ({"dpo.row_length": 1}, None),  # no round trains on pairs
+    ({"dpo.row_length": 1, "trainset.method": "dpo"}, r"^config\.dpo\.row_length is 1;"),
+    ({"rounds": {4: {"policy": {"row_length": 4}}}}, r"^in round 4: config\.policy\.row_length is 4;"),
+    ({"responses.max_new_tokens": 230}, r"^config\.responses: .* is 246, and .* 'mini' adds 11; .* at most 256"),
+    ({"responses.max_new_tokens": 229}, None),
+    ({"judge.template": "a2"}, "judge template 'a2': the tokenizer in .* cannot write 'Please'"),
+    ({"prompts.template": "requests"}, "few-shot template 'requests': the tokenizer in .* cannot write 'Here'"),
+    ({"eval.few_shot": "dialogue"}, "few-shot template 'dialogue': .* cannot write 'Below'"),
+    ({"eval.few_shot": "dialogue", "eval.shots": 0}, None),
+  ],
+)
+def test_templates_and_lengths_must_suit_the_model(values, message, mini_host):
+  config = alma.get_config("mini")
+  config.update_from_flattened_dict({path: value for path, value in values.items() if path != "rounds"})
+  config.rounds = values.get("rounds", {})
+  said = None
+  try:
+    for step in alma_recipe.checks(mini_host, start.checked_options(config)):
+      step()
+  except UserError as error:
+    said = str(error)
+  assert (said is None) == (message is None) and re.search(message or "", said or ""), said
 
 
 def test_options_say_what_the_config_files_set():

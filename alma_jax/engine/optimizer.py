@@ -31,11 +31,11 @@ class Optimizer(Checked):
   learning_rate: float = option(above=0)  # the peak
   final_learning_rate: float = option(least=0)  # the schedule ends here
   warmup: float = option(0.0, least=0, most=1)  # fraction of all steps
-  beta1: float = 0.9
-  beta2: float = 0.95
-  eps: float = 1e-8
-  weight_decay: float = 0.1  # of everything but norms
-  clip: float = 1.0  # of the global gradient norm; float("inf"): no clipping
+  beta1: float = option(0.9, least=0, below=1)
+  beta2: float = option(0.95, least=0, below=1)
+  eps: float = option(1e-8, least=0)
+  weight_decay: float = option(0.1, least=0)  # of everything but norms
+  clip: float = option(1.0, infinite=True)  # of the global gradient norm; float("inf"): no clipping
   schedule: Literal["cosine", "linear", "constant"] = "cosine"  # from the peak down to the final rate
   moments: Literal["float32", "bfloat16"] = "float32"  # bfloat16: 4 bytes less for each weight
 

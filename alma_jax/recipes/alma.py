@@ -9,6 +9,7 @@ values: draw.method, responses.checkpoints, judge.kind / mode / distil, trainset
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
@@ -27,7 +28,7 @@ from alma_jax.store import layout
 from alma_jax.store.handles import Data, Pool, Trainset
 from alma_jax.store.records import Prompt
 from alma_jax.store.runs import Artefact
-from alma_jax.text.judge import score_paths
+from alma_jax.text import fewshot
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,14 +52,14 @@ class Options(Checked):
   """What a config of this recipe sets; each stage's Options say what is allowed."""
 
   recipe: str
-  seed: int = 0
-  feedback_rounds: int = option(least=0)  # rounds 2, 3, ...; round 1 is the initial SFT
+  seed: int = option(0, least=0)
+  feedback_rounds: int = option(least=0, most=1000)  # rounds 2, 3, ...; round 1 is the initial SFT
   shards: int = option(least=1)  # parts per stage: the unit of resuming and of splitting over hosts
   model: ModelOptions
   mesh: MeshOptions
   engine: EngineOptions
   data: human.Options
-  sft_seeds: tuple[int, ...]  # one initial model for each order of the data
+  sft_seeds: tuple[int, ...] = option(least=0)  # one initial model for each order of the data
   sft: training.Options
   prompts: PoolOptions
   embeddings: clusters.EmbeddingOptions
@@ -67,7 +68,7 @@ class Options(Checked):
   responses: ResponseOptions
   judge: judge.Options
   trainset: trainset.Options
-  policy_seed: int
+  policy_seed: int = option(least=0)
   policy: training.PolicyOptions
   dpo: training.PreferenceOptions
   grpo: training.GrpoOptions
@@ -215,17 +216,39 @@ def check(by_round: Mapping[int, Options]) -> None:
       )
 
 
-# What `--check` asks
+# What is checked at the start, and what `--check` says
 
 
 def checks(host: Host, by_round: Mapping[int, Options]) -> Iterator[Callable[[], object]]:
-  """Steps that raise a UserError where a template does not suit the tokenizer, or a user's judge cannot be made."""
+  """Steps that raise a UserError where a template does not suit the tokenizer, a length does not suit the model, or a
+  user's judge cannot be made."""
   o = by_round[0]
-  yield lambda: score_paths(host.tokenizer, o.judge.judge_template())
+  lists = names.resolve(names.LISTS, o.prompts.writing.template, "prompts.template")
+  yield lambda: fewshot.check_writable(host.tokenizer, lists)
+  if o.eval.shots:
+    yield lambda: fewshot.check_writable(host.tokenizer, o.eval.template())
+  if o.judge.kind in names.JUDGES.words:
+    yield lambda: judge.check(host, o.judge)
+    for where, written in {"responses": o.responses.sampling, "judge.distil.sample": o.judge.distil.sample}.items():
+      if where == "responses" or o.judge.distils:
+        yield functools.partial(judge.check_lengths, host, o.judge, written, f"config.{where}")
+  for where, trained_with in _trainings(by_round).items():
+    yield functools.partial(policy.check_row_length, host, trained_with, where)
   if o.judge.kind not in names.JUDGES.words:
     yield lambda: contract.by_name(names.JUDGES, o.judge.kind, host, o.judge, "judge.kind")
   if o.eval.evaluator not in names.EVALUATORS.words:
     yield lambda: contract.by_name(names.EVALUATORS, o.eval.evaluator, host, o.eval, "eval.evaluator")
+
+
+def _trainings(by_round: Mapping[int, Options]) -> dict[str, training.Options]:
+  """The Options of the trainings on conversations, by the field they stand in; a later round's where they differ."""
+  found: dict[str, training.Options] = {"config.sft": by_round[0].sft}
+  for round, o in sorted(by_round.items()):
+    section = {"dpo": "dpo", "grpo": "grpo"}.get(o.trainset.method, "policy")
+    options, name = getattr(o, section), f"config.{section}"
+    if round and options not in found.values():
+      found[name if options == getattr(by_round[0], section) else f"in round {round}: {name}"] = options
+  return found
 
 
 def models(by_round: Mapping[int, Options]) -> int:

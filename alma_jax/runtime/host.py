@@ -7,6 +7,7 @@
 Everything here lives on `local_mesh`, this host's devices, so that no host waits for another inside a stage.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -67,6 +68,18 @@ def model_directory(path: str) -> pathlib.Path:
   return pathlib.Path(path).expanduser()
 
 
+def fitting_chats(tok: tokenizer.Tokenizer) -> list[str]:
+  """The known chat formats that a tokenizer can write, those first that add no token to it. The miniature world's own
+  is named only where no other one fits: any tokenizer can write it, and no other model has seen it."""
+  fitting: list[tuple[bool, int, str]] = []
+  for word, where in names.CHAT_FORMATS.words.items():
+    with contextlib.suppress(tokenizer.TextError):
+      added = chat.prepare(tok, names.resolve(names.CHAT_FORMATS, word, "chat"))[1]
+      fitting.append((where.startswith("alma_jax.mini"), len(added), word))
+  least = min((of_mini for of_mini, *_ in fitting), default=False)
+  return [word for of_mini, _, word in sorted(fitting) if of_mini == least]
+
+
 class Host:
   """The devices of one host, and the models that are on them."""
 
@@ -87,7 +100,13 @@ class Host:
     self.tokenizer = tokenizer.load_tokenizer(self.directory)
     self._chat = None if raw else names.resolve(names.CHAT_FORMATS, options.chat, "model.chat")
     if self._chat:
-      self.tokenizer, _ = chat.prepare(self.tokenizer, self._chat)
+      try:
+        self.tokenizer, _ = chat.prepare(self.tokenizer, self._chat)
+      except tokenizer.TextError as error:
+        fitting = " or ".join(map(repr, fitting_chats(self.tokenizer))) or "a chat format of your own"
+        raise tokenizer.TextError(
+          f"chat is {options.chat!r}, but {error}. What this tokenizer can write: {fitting}"
+        ) from None
     self._held: dict[tuple[str, str], llama.Llama] = {}
 
   @property

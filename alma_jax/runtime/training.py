@@ -30,7 +30,7 @@ from alma_jax.engine.train import Hooks, Objective, State, Stopped, TrainingTask
 from alma_jax.errors import NotFinite
 from alma_jax.llama import model as llama
 from alma_jax.llama import sharding, weights
-from alma_jax.options import option, spread
+from alma_jax.options import ConfigError, option, spread
 from alma_jax.runtime.batches import Batches, Examples, Pairs, Sizes, TrainingData
 from alma_jax.runtime.checkpoints import Checkpoints
 from alma_jax.runtime.host import Checkpoint, Host
@@ -100,6 +100,15 @@ class GrpoOptions(Options):
 
   def objective(self, compute_dtype: str) -> Objective:
     return dataclasses.replace(super().objective(compute_dtype), kind=self.grpo)
+
+
+def check_row_length(host: Host, options: Options, where: str, least: int, what: str) -> None:
+  """Raise a ConfigError unless the rows hold `least` tokens, which is what `what` says, and suit the model."""
+  name, positions = f"{where}.row_length is {options.row_length:,}", host.config.max_positions
+  if options.row_length < least:
+    raise ConfigError(f"{name}; {what} {least:,} tokens: it must be at least that, and hold your own texts")
+  if options.row_length > positions:
+    raise ConfigError(f"{name}; it must be at most {positions:,}, the model's positions")
 
 
 # Training

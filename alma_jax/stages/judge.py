@@ -19,10 +19,10 @@ from alma_jax.judges import contract
 from alma_jax.judges.contract import Answered, Judge
 from alma_jax.judges.own import OwnJudge
 from alma_jax.keys import key_of
-from alma_jax.options import Checked, fingerprint, option
+from alma_jax.options import Checked, ConfigError, fingerprint, option
 from alma_jax.runtime import sampling, training
 from alma_jax.runtime.batches import Examples, compact
-from alma_jax.runtime.host import Checkpoint
+from alma_jax.runtime.host import Checkpoint, Host
 from alma_jax.runtime.session import Session
 from alma_jax.store import layout
 from alma_jax.store.data import SeedRow
@@ -68,6 +68,33 @@ class Scored:
   response: str
   score: float
   weight: float = 1.0
+
+
+def check(host: Host, options: Options) -> None:
+  """Raise a UserError if the tokenizer cannot write the template, or no annotation has room in the training's rows."""
+  templates.check_writable(host.tokenizer, options.judge_template())
+  what = f"template {options.template!r} with a prompt and a response of one word takes"
+  least = _around(host, options)
+  if options.kind == "finetuned":
+    training.check_row_length(host, options.train, "config.judge.train", least, what)
+  if options.distils:
+    training.check_row_length(host, options.distil.train, "config.judge.distil.train", least, what)
+
+
+def check_lengths(host: Host, options: Options, written: sampling.Options, where: str) -> None:
+  """Raise a ConfigError if the longest prompt and response do not fit into the model's positions with the template."""
+  around, positions = _around(host, options), host.config.max_positions
+  if around + written.longest > positions:
+    raise ConfigError(
+      f"{where}: max_prompt_tokens + max_new_tokens is {written.longest:,}, and the judge's template"
+      f" {options.template!r} adds {around:,}; together they must be at most {positions:,}, the model's positions"
+    )
+
+
+def _around(host: Host, options: Options) -> int:
+  """The tokens of the shortest judge example: the template's own, with a prompt and a response of one word."""
+  shortest = [{"role": "user", "content": "a"}]
+  return len(templates.judge_example(host.tokenizer, host.chat, options.judge_template(), shortest, "a", 10)[0])
 
 
 def of_user(s: Session[Any], options: Options) -> Judge:

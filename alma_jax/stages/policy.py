@@ -10,7 +10,7 @@ from alma_jax.errors import NotFinite, RunError
 from alma_jax.options import fingerprint
 from alma_jax.runtime import training
 from alma_jax.runtime.batches import Examples, GradedResponses, Pairs, compact
-from alma_jax.runtime.host import Checkpoint
+from alma_jax.runtime.host import Checkpoint, Host
 from alma_jax.runtime.session import Session
 from alma_jax.store import layout, shards
 from alma_jax.store.handles import Data, Trainset
@@ -39,6 +39,13 @@ class Job(Generic[T]):
       "text": s.describe_text(),
       "dtype": s.host.dtype,
     }
+
+
+def check_row_length(host: Host, options: training.Options, where: str) -> None:
+  """Raise a ConfigError for rows in which no example has a target, or that are longer than the model's positions."""
+  shortest = chat.encode_prompt(host.tokenizer, host.chat, [{"role": "user", "content": "a"}])
+  what = "a prompt of one word and the first token of its response take"
+  training.check_row_length(host, options, where, len(shortest) + 1, what)
 
 
 def sft(s: Session[Any], job: Job, data: Data, trainsets: Sequence[Trainset] = ()) -> Checkpoint:

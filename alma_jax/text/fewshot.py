@@ -7,6 +7,7 @@ Both end an item at `stop`, where sampling stops, too.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 
 from alma_jax.text.chat import Messages
@@ -46,6 +47,13 @@ def few_shot_ids(
   text = template.header + "".join(_filled(template.shot, shot) for shot in shots) + ask
   # A trailing space would be a token of its own, which no text continues naturally.
   return (*(() if tok.bos_id is None else (tok.bos_id,)), *tok.encode(text.rstrip(" ")))
+
+
+def check_writable(tok: Tokenizer, template: FewShot) -> None:
+  """Raise a TextError if the tokenizer cannot write the template's own text."""
+  for text in (template.header, template.shot, template.ask, template.stop):
+    for part in re.split(r"\{prompt\}|\{response\}", text):
+      tok.check_writes(part, f"few-shot template {template.name!r}")
 
 
 def _filled(text: str, shot: Mapping[str, str]) -> str:

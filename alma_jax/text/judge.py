@@ -173,6 +173,13 @@ class ExpectedScore(NamedTuple):
   mass: float  # the raw probability of all scores together
 
 
+def check_writable(tok: Tokenizer, template: JudgeTemplate) -> None:
+  """Raise a TextError if the tokenizer cannot write the template, or if its scores cannot be read from tokens."""
+  for text in (template.instruction, *_split(template), *map(template.answer, SCORES)):
+    tok.check_writes(text, f"judge template {template.name!r}")
+  score_paths(tok, template)
+
+
 @functools.lru_cache(maxsize=8)
 def score_paths(tok: Tokenizer, template: JudgeTemplate) -> ScoreTrie:
   """The template's eleven answers in this tokenizer. A TextError if they need more than one chain of forced tokens."""

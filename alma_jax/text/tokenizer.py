@@ -57,6 +57,12 @@ class Tokenizer:
   def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
     return self.exact.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
+  def check_writes(self, text: str, what: str) -> None:
+    """Raise a TextError if a word of the text is lost when it is encoded and decoded; `what` is what needs the text."""
+    for word in text.split():
+      if "".join(self.decode(self.encode(word)).split()) != word:
+        raise TextError(f"{what}: the tokenizer in {self.source} cannot write {word!r}")
+
   def token_id(self, content: str) -> int:
     i = self.exact.token_to_id(content)
     if i is None:

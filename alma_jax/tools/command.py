@@ -30,7 +30,15 @@ from alma_jax.errors import RunError, UserError
 from alma_jax.llama import sharding
 from alma_jax.llama.config import ModelError, read_config
 from alma_jax.options import Checked, ConfigError, build, fields_of, option, spread
-from alma_jax.runtime.host import Checkpoint, EngineOptions, Host, ModelOptions, content_of, model_directory
+from alma_jax.runtime.host import (
+  Checkpoint,
+  EngineOptions,
+  Host,
+  ModelOptions,
+  content_of,
+  fitting_chats,
+  model_directory,
+)
 from alma_jax.store import layout, shards
 from alma_jax.store.lock import LockedError
 from alma_jax.store.runs import ChangedError, Run
@@ -228,14 +236,11 @@ def _formats() -> Iterator[tuple[str, chat.ChatFormat]]:
 
 def _which_chat(directory: pathlib.Path) -> str:
   """What to say of a model whose chat format is not known: those that its tokenizer can write."""
-  tokenizer, fit = load_tokenizer(directory), []
-  for word, fmt in _formats():
-    with contextlib.suppress(TextError):
-      fit += [] if chat.prepare(tokenizer, fmt)[1] else [word]
+  fitting = fitting_chats(load_tokenizer(directory))
   return (
-    f"{directory}: its chat template is none of those that this package writes, so the chat format is not known:"
-    f" give --chat ({', '.join(names.CHAT_FORMATS.words)}); its tokenizer has the tokens of"
-    f" {' and '.join(fit) or 'none of them'}"
+    f"{directory}: its chat template is none of those that this package writes, so the chat format is not known: give"
+    f" --chat. Its tokenizer can write {' and '.join(fitting) or 'none of the known ones'}; one of your own is named as"
+    " package.module:NAME"
   )
 
 

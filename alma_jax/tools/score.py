@@ -147,6 +147,7 @@ def _judge(options: Options, opened: command.Opened | None, host: Host) -> Judge
     raise RuntimeError("neither a model nor a judge")
   word = options.template or opened.model.template or "a2"
   template = names.resolve(names.JUDGE_TEMPLATES, word, "--template")
+  templates.check_writable(opened.host.tokenizer, template)
   judge = OwnJudge(opened.host, opened.checkpoint, template, "expected")
   return judge  # pyright: ignore[reportReturnType]  # a cached_property is a property
 
