@@ -69,15 +69,15 @@ def model_directory(path: str) -> pathlib.Path:
 
 
 def fitting_chats(tok: tokenizer.Tokenizer) -> list[str]:
-  """The known chat formats that a tokenizer can write, those first that add no token to it. The miniature world's own
-  is named only where no other one fits: any tokenizer can write it, and no other model has seen it."""
+  """The known chat formats that a tokenizer can write, those first that add no token to it. One that belongs to a model
+  of the package is named only where no other one fits: any tokenizer can write it, and no other model has seen it."""
   fitting: list[tuple[bool, int, str]] = []
-  for word, where in names.CHAT_FORMATS.words.items():
+  for word in names.CHAT_FORMATS.words:
     with contextlib.suppress(tokenizer.TextError):
       added = chat.prepare(tok, names.resolve(names.CHAT_FORMATS, word, "chat"))[1]
-      fitting.append((where.startswith("alma_jax.mini"), len(added), word))
-  least = min((of_mini for of_mini, *_ in fitting), default=False)
-  return [word for of_mini, _, word in sorted(fitting) if of_mini == least]
+      fitting.append((word in names.MODELS.words, len(added), word))
+  least = min((special for special, *_ in fitting), default=False)
+  return [word for special, _, word in sorted(fitting) if special == least]
 
 
 class Host:
