@@ -55,7 +55,10 @@ JUDGE_TEMPLATES = Names(
   "a judge template",
   {"a1": "alma_jax.text.judge:A1", "a2": "alma_jax.text.judge:A2", "mini": "alma_jax.mini.formats:JUDGE"},
 )
-GRADERS: Mapping[str, str] = {}  # judges that work as a run's judge, as an evaluator and from the command line
+GRADERS: Mapping[str, str] = {  # judges that work as a run's judge, as an evaluator and from the command line
+  "reward:DIR": "alma_jax.judges.reward:named",
+  "implicit:DIR,REF": "alma_jax.judges.implicit:named",
+}
 JUDGES = Names("a judge", {"finetuned": "", "few_shot": "", **GRADERS})  # the first two are made by stages/judge.py
 EVALUATORS = Names("an evaluator", {"none": "", "mini": "alma_jax.mini.truth:Truth", **GRADERS})
 MODELS = Names("a model", {"mini": "alma_jax.mini:CHECKPOINT"})  # -> a directory

@@ -5,6 +5,7 @@ once, and equal rows are scored once. The model is in the stacked layout.
 
   logprobs = next_logprobs(model, rows, columns, reads=1, setup=Setup(batch=32))  # a judge: of some next tokens
   logprobs = token_logprobs(model, rows, Setup(batch=32))                         # a reference: of the suffixes' tokens
+  hidden = last_states(model, rows, Setup(batch=32))                              # a reward model: what its head reads
 
 What to expect: what a row is scored with does not change its numbers (in fp32 up to 1e-6). `batch` rows run at a time,
 and at most batch * buckets.ROOM tokens of prefixes are held as keys and values. Under a mesh every group of `tensor`
@@ -59,6 +60,14 @@ def next_logprobs(
 
   for indices, found in _results(model, rows, program, reads, setup):
     out[indices] = _finite(found, indices[0])
+  return out
+
+
+def last_states(model: Llama, rows: Sequence[tuple[Ids, Ids]], setup: Setup) -> np.ndarray:
+  """fp32 [rows, D]: the final-norm hidden state at the last token of every row. No suffix is empty."""
+  out = np.zeros((len(rows), model.c.width), np.float32)
+  for indices, found in _results(model, rows, functools.partial(_last, model), 1, setup):
+    out[indices] = found
   return out
 
 
@@ -132,6 +141,16 @@ def _read(
 
   specs = WHOLE, PREFIX, REPLICA, REPLICA, WHOLE
   return per_replica(read, mesh, specs, REPLICA)(model, prefix, tokens, lengths, columns)
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def _last(model: Llama, prefix: llama.Prefix, tokens: Array, lengths: Array, mesh: Mesh | None) -> Array:
+  """fp32 [B, D]: the hidden states at the last places of all rows."""
+
+  def last(model: Llama, prefix: llama.Prefix, tokens: Array, lengths: Array) -> Array:
+    return llama.read(model, tokens, lengths, lengths[:, None] - 1, prefix)[:, 0]
+
+  return per_replica(last, mesh, (WHOLE, PREFIX, REPLICA, REPLICA), REPLICA)(model, prefix, tokens, lengths)
 
 
 def _exact_logits(model: Llama, hidden: Array) -> Array:

@@ -150,11 +150,15 @@ def to_hf(c: LlamaConfig) -> dict[str, Any]:
 
 def read_config(directory: Directory) -> LlamaConfig:
   """The LlamaConfig of a Hugging Face model directory."""
+  return from_hf(read_hf(directory), str(pathlib.Path(directory) / "config.json"))
+
+
+def read_hf(directory: Directory) -> dict[str, Any]:
+  """All that a Hugging Face model directory's config.json says."""
   path = pathlib.Path(directory) / "config.json"
   if not path.is_file():
     raise ModelError(f"{path}: no such file; a model directory holds config.json, *.safetensors and a tokenizer")
   try:
-    hf = json.loads(path.read_text())
+    return json.loads(path.read_text())
   except json.JSONDecodeError as error:
     raise ModelError(f"{path}: not valid JSON ({error})") from None
-  return from_hf(hf, str(path))

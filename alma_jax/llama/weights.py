@@ -22,7 +22,7 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any, NamedTuple, Protocol
 
@@ -93,24 +93,18 @@ class _Leaf(NamedTuple):
 
 
 def load(
-  directory: Directory, mesh: Mesh | None = None, rules: Mapping[str, str] = TRAIN, dtype: DTypeLike | None = None
+  directory: Directory,
+  mesh: Mesh | None = None,
+  rules: Mapping[str, str] = TRAIN,
+  dtype: DTypeLike | None = None,
+  head: Collection[str] | None = None,
 ) -> llama.Llama:
   """The Llama of a Hugging Face directory, stacked; `dtype` None keeps the files' dtype (the widest if mixed).
 
-  With a mesh the weights are placed by `rules`; without one the model lies on the default device.
+  With a mesh the weights are placed by `rules`; without one the model lies on the default device. `head` as in `files`:
+  such a model gives hidden states, and its logits mean nothing.
   """
-  directory = pathlib.Path(directory)
-  c = read_config(directory)
-  found = {name: x for path in _weight_files(directory) for name, x in _open(path).items()}
-
-  # The model that the config describes, still without numbers, and its tensors in the files.
-  abstract = jax.eval_shape(lambda: llama.init(c, 0))
-  leaves, tree = _flatten(abstract)
-  wanted = []
-  for path, param in leaves:
-    name = NAMES[path][0]
-    wanted.append(_Leaf(path, param, [name.format(layer) for layer in range(c.depth)] if _stacked(path) else [name]))
-  _check(found, wanted, c, directory)
+  abstract, found, wanted, tree = files(directory, head)
   if dtype is None:
     dtype = functools.reduce(jnp.promote_types, {found[name].dtype for leaf in wanted for name in leaf.names})
 
@@ -125,6 +119,35 @@ def load(
       views = [to_ours(found[name], inputs, shape[1:] if _stacked(path) else shape) for name in names]
       weights.append(param.replace(_read(views, shape, place, dtype, pool)))
   return jax.tree.unflatten(tree, weights)
+
+
+class Files(NamedTuple):
+  """The model that a directory describes, still without numbers, and where its numbers are."""
+
+  abstract: llama.Llama
+  tensors: dict[str, np.ndarray]  # of all files, memory-mapped, by their name
+  wanted: list[_Leaf]  # the leaves of `abstract`
+  tree: Any
+
+
+def files(directory: Directory, head: Collection[str] | None = None) -> Files:
+  """A directory that holds exactly the weights that its config describes, else a ModelError. Reads headers only.
+
+  `head` names the tensors of another head, which stands in the place of the output head: see llama/heads.py.
+  """
+  directory = pathlib.Path(directory)
+  c = read_config(directory)
+  found = {name: x for path in _weight_files(directory) for name, x in _open(path).items()}
+  if head is not None:
+    c = dataclasses.replace(c, tied=True)  # no output head
+  abstract = jax.eval_shape(lambda: llama.init(c, 0))
+  leaves, tree = _flatten(abstract)
+  wanted = []
+  for path, param in leaves:
+    name = NAMES[path][0]
+    wanted.append(_Leaf(path, param, [name.format(layer) for layer in range(c.depth)] if _stacked(path) else [name]))
+  _check(found, wanted, c, directory, head or ())
+  return Files(abstract, found, wanted, tree)
 
 
 def _flatten(model: Any) -> tuple[list[tuple[str, nnx.Variable]], Any]:
@@ -215,9 +238,15 @@ def _open(path: pathlib.Path) -> dict[str, np.ndarray]:
   return tensors
 
 
-def _check(found: Mapping[str, np.ndarray], wanted: Sequence[_Leaf], c: LlamaConfig, directory: pathlib.Path) -> None:
-  """Raise a ModelError unless `found` is exactly the weights that the config describes."""
-  names = dict.fromkeys(name for leaf in wanted for name in leaf.names)
+def _check(
+  found: Mapping[str, np.ndarray],
+  wanted: Sequence[_Leaf],
+  c: LlamaConfig,
+  directory: pathlib.Path,
+  head: Collection[str] = (),
+) -> None:
+  """Raise a ModelError unless `found` is exactly the weights that the config describes, and those of the `head`."""
+  names = dict.fromkeys([*(name for leaf in wanted for name in leaf.names), *head])
   missing = [name for name in names if name not in found]
   if missing:
     raise ModelError(f"{directory}: {len(missing)} of {len(names)} tensors are missing: {_few(missing)}")

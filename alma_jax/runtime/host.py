@@ -13,8 +13,8 @@ import functools
 import hashlib
 import os
 import pathlib
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar
 
 import jax
 
@@ -26,6 +26,8 @@ from alma_jax.llama import sharding, weights
 from alma_jax.options import Checked, ConfigError, option
 from alma_jax.runtime.display import Display
 from alma_jax.text import chat, tokenizer
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +109,7 @@ class Host:
         raise tokenizer.TextError(
           f"chat is {options.chat!r}, but {error}. What this tokenizer can write: {fitting}"
         ) from None
-    self._held: dict[tuple[str, str], llama.Llama] = {}
+    self._held: dict[tuple[str, str], Any] = {}
 
   @property
   def raw(self) -> bool:
@@ -146,14 +148,21 @@ class Host:
 
     The last `models_kept` of them stay there, so that switching between them reads no file.
     """
-    key = (checkpoint.content, layout)
+
+    def made() -> llama.Llama:
+      model = self.load(checkpoint, self.local_mesh, sharding.DECODE, self.dtype)
+      return jax.jit(llama.unrolled)(model) if layout == "unrolled" else model
+
+    return self.held((checkpoint.content, layout), made)
+
+  def held(self, key: tuple[str, str], load: Callable[[], T]) -> T:
+    """What `load` put on this host's devices under this key: now, or earlier if it is one of the last `models_kept`."""
     if key in self._held:
       self._held[key] = self._held.pop(key)  # the latest goes last
       return self._held[key]
     while len(self._held) >= max(1, self.models_kept):
       self._held.pop(next(iter(self._held)))
-    model = self.load(checkpoint, self.local_mesh, sharding.DECODE, self.dtype)
-    self._held[key] = jax.jit(llama.unrolled)(model) if layout == "unrolled" else model
+    self._held[key] = load()
     return self._held[key]
 
   def load(self, checkpoint: Checkpoint, mesh: jax.sharding.Mesh, rules: Mapping[str, str], dtype: str) -> llama.Llama:

@@ -129,6 +129,11 @@ def encode_example(
   return ids, mask
 
 
+def encode_response(tok: Tokenizer, fmt: ChatFormat, response: str) -> list[int]:
+  """What `encode_example` has behind the prompt: the response and its stop token."""
+  return encode_pieces(tok, fmt, _segments(fmt, [{"role": "assistant", "content": response}])[-1][0])
+
+
 def encode_pieces(tok: Tokenizer, fmt: ChatFormat, pieces: Iterable[Piece]) -> list[int]:
   """The ids of the pieces: special tokens of the markup by id, the text between them as one string."""
   ids: list[int] = []

@@ -13,6 +13,7 @@ together before `probs` were made to sum to 1: far below 1, the judge was not tr
 `score` is: the mean of the scores under `probs`, the likeliest one, or one drawn from them, which depends on seed, id,
 sample_id and the response alone.
 
+--judge=reward:DIR is a reward model, --judge=implicit:DIR,REF two checkpoints (docs/judges.md); neither needs --model.
 --judge=my_judges:NAME names a judge of your own (docs/your_own_judge.md). It is called with the model, if --model names
 one, and with these flags. Its scores are in its own unit; `probs` and `mass` are null where it has none, and a line has
 its `details` where it gives some. `score` is null where the judge's answer could not be read; the command fails if that
@@ -38,7 +39,7 @@ from alma_jax.judges.own import OwnJudge
 from alma_jax.keys import random_numbers
 from alma_jax.options import ConfigError, option
 from alma_jax.runtime.display import Display
-from alma_jax.runtime.host import Host
+from alma_jax.runtime.host import Host, ModelOptions
 from alma_jax.store import data, layout
 from alma_jax.store.data import DataError
 from alma_jax.text import judge as templates
@@ -54,7 +55,9 @@ MASS = 0.9  # a judge that knows its template gives nearly all probability to th
 class Options(command.Shared):
   model: str = option("", doc="as for alma_jax.tools.sample; of a run it is the judge")
   judge: str | None = option(
-    None, names=names.EVALUATORS, doc="a judge of your own as package.module:NAME, instead of the model as a judge"
+    None,
+    names=names.EVALUATORS,
+    doc="reward:DIR, implicit:DIR,REF or a judge of your own as package.module:NAME, instead of the model as a judge",
   )
   mode: Literal["expected", "argmax", "sampled"] = option("expected", doc="expected, argmax or sampled")
   template: str | None = option(
@@ -133,9 +136,14 @@ class WithoutModel(Host):
 
   def __init__(self, options: Options) -> None:
     self.engine, self.local_mesh, self.display = options.engine, command.local_mesh(options), Display()
+    self.options, self._held = ModelOptions(), {}
+
+  @property
+  def models_kept(self) -> int:
+    return 2  # an implicit reward has two
 
   def __getattr__(self, name: str) -> NoReturn:
-    if name in ("options", "directory", "config", "tokenizer", "_chat", "_held"):
+    if name in ("directory", "config", "tokenizer", "_chat"):
       raise ConfigError(f"--judge names a judge that asks for a model (its {name.strip('_')}): give --model, too")
     raise AttributeError(name)
 
