@@ -5,7 +5,6 @@ the run directory and reads no weights. The exit status is 0 if nothing is wrong
 """
 
 import pathlib
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -16,14 +15,12 @@ import jax
 from ml_collections import ConfigDict
 
 from alma_jax import start
-from alma_jax.errors import UserError
+from alma_jax.errors import UserError, free_bytes
 from alma_jax.llama import sharding
+from alma_jax.runtime import room
 from alma_jax.runtime.host import Host
 from alma_jax.stages import data as human
 from alma_jax.store import layout
-
-STATE_BYTES = 12  # of a training checkpoint per weight: fp32 weights and two moments
-KEPT = 2  # checkpoints of a training that lie on disk at once
 
 
 def run(config: ConfigDict, workdir: str | None) -> int:
@@ -51,7 +48,7 @@ def run(config: ConfigDict, workdir: str | None) -> int:
     for line in (*_lines(host, data), *recipe.plan(by_round)):
       print(line)
     if host and workdir:
-      needed, free = _disk(host, recipe.models(by_round), options), _free(pathlib.Path(workdir))
+      needed, free = room.run_bytes(host, recipe.models(by_round)), free_bytes(workdir)
       print(f"disk      {needed / 1e9:,.1f} GB for models and checkpoints; {free / 1e9:,.1f} GB are free")
       if needed > free:
         problems.append(
@@ -86,18 +83,6 @@ def _lines(host: Host | None, data: dict[str, Any] | None) -> Iterator[str]:
   for name, counts in (data or {}).items():
     facts = ", ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in counts.items() if value)
     yield f"data      {name}: {facts}"
-
-
-def _disk(host: Host, models: int, options: Any) -> int:
-  """The bytes of all models that a run saves, and of one training's checkpoints."""
-  weights = host.trained_config.parameters
-  saved = jax.numpy.dtype(options.model.save_dtype).itemsize
-  return weights * (models * saved + KEPT * STATE_BYTES)
-
-
-def _free(workdir: pathlib.Path) -> int:
-  existing = next(path for path in (workdir.absolute(), *workdir.absolute().parents) if path.exists())
-  return shutil.disk_usage(existing).free
 
 
 def _finished(workdir: pathlib.Path) -> str | None:

@@ -25,10 +25,11 @@ from ml_collections import ConfigDict
 import alma_jax
 from alma_jax import options as options_lib
 from alma_jax import recipes
-from alma_jax.errors import UserError
+from alma_jax.errors import UserError, full_disk
 from alma_jax.llama import sharding
 from alma_jax.options import ConfigError
 from alma_jax.report import page
+from alma_jax.runtime import room
 from alma_jax.runtime.display import Display
 from alma_jax.runtime.host import Host
 from alma_jax.runtime.sampling import Options as SamplingOptions
@@ -49,7 +50,8 @@ def run(config: ConfigDict, workdir: str) -> int:
         recipe.run(session)
         session.run.log("end", seconds=round(time.monotonic() - began, 1))
       except BaseException as error:
-        session.run.log("failed", error=f"{type(error).__name__}: {error}"[:2000])
+        with contextlib.suppress(OSError, UserError):  # must not hide the first error
+          session.run.log("failed", error=f"{type(error).__name__}: {error}"[:2000])
         raise
       finally:
         if session.run.process == 0:
@@ -80,8 +82,11 @@ def status(work: Callable[[], None], memory: str, more: Callable[[UserError], st
   except KeyboardInterrupt:
     print("\nstopped; the same command goes on from here", file=sys.stderr)
     return 130
-  except jax.errors.JaxRuntimeError as error:
-    if "RESOURCE_EXHAUSTED" not in str(error):
+  except Exception as error:
+    if why := full_disk(error):
+      print(f"error: {why}: make room, then start the same command again; what is finished is kept", file=sys.stderr)
+      return 1
+    if not isinstance(error, jax.errors.JaxRuntimeError) or "RESOURCE_EXHAUSTED" not in str(error):
       raise
     print(f"error: a device is out of memory: {str(error).splitlines()[0]}\n{memory}", file=sys.stderr)
     return 1
@@ -176,6 +181,7 @@ def open_session(config: ConfigDict, workdir: str | pathlib.Path) -> Iterator[Se
     run_directory.log(
       "start", devices=[d.device_kind for d in jax.devices()], hosts=jax.process_count(), jax=jax.__version__
     )
+    room.foresee(run_directory.dir, host, recipe_of(config).models(by_round))
     yield Session(run_directory, host, mesh, by_round, config)
 
 

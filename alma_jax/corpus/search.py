@@ -19,6 +19,7 @@ import numpy as np
 
 from alma_jax.corpus import words
 from alma_jax.corpus.minhash import BANDS, ROW_BITS, ROW_MASK
+from alma_jax.errors import writing
 
 
 class Unit(NamedTuple):
@@ -134,7 +135,7 @@ def save(path: pathlib.Path, array: np.ndarray) -> None:
   """Writes a `.npy` that appears when it is complete."""
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f".{path.name}.tmp")
-  with open(temporary, "wb") as file:
+  with writing(path), open(temporary, "wb") as file:
     np.save(file, array, allow_pickle=False)
     file.flush()
     os.fsync(file.fileno())

@@ -36,6 +36,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
+from alma_jax.errors import writing
 from alma_jax.llama import model as llama
 from alma_jax.llama.config import Directory, LlamaConfig, ModelError, read_config, to_hf
 from alma_jax.llama.sharding import TRAIN, shardings
@@ -310,11 +311,28 @@ def save(
     raise ModelError(f"{directory}: cannot write {dtype} weights; give dtype float32, bfloat16 or float16")
   new = directory.with_name(f".{directory.name}.new")
   writer = jax.process_index() == 0
+  try:
+    with writing(directory):
+      if writer:
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+      _write(new if writer else None, model, text, dtype, max_shard_bytes)
+  except Exception:
+    if writer:  # the disk may be full: half a model takes no room
+      shutil.rmtree(new, ignore_errors=True)
+    raise
   if writer:
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-  _write_weights(new if writer else None, _their_tensors(model, dtype), dtype, max_shard_bytes)
-  if writer:
+    _replace(directory, new)
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(f"save {directory}")
+
+
+def _write(
+  new: pathlib.Path | None, model: llama.Llama, text: TextSide, dtype: np.dtype, max_shard_bytes: float
+) -> None:
+  """Write all files of the directory; a host without one only helps to fetch the weights."""
+  _write_weights(new, _their_tensors(model, dtype), dtype, max_shard_bytes)
+  if new:
     # Missing ids are written as nulls in config.json: transformers would fill a missing key with Llama-2's id.
     ids = {"bos_token_id": text.bos_id, "eos_token_id": list(text.stop_ids) or None, "pad_token_id": text.pad_id}
     kind = {"torch_dtype": dtype.name}  # the spelling that every release of transformers reads
@@ -324,9 +342,6 @@ def save(
       text.tokenizer.save(new, eos_token=text.eos_token)
     if text.chat_template is not None:
       _write_chat_template(new, text.chat_template)
-    _replace(directory, new)
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(f"save {directory}")
 
 
 class _Tensor(NamedTuple):

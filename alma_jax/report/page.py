@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jinja2
 from markupsafe import Markup
 
+from alma_jax.errors import full_disk
 from alma_jax.report import numbers, pool, sections, wording
 from alma_jax.store import layout, shards
 
@@ -54,7 +55,8 @@ def write(directory: str | pathlib.Path) -> pathlib.Path | None:
     with shards.atomic(path) as file:
       file.write(text.encode())
   except Exception as e:  # the run's own error must stay the one that is seen
-    _logger.warning("no %s for %s: %s: %s", layout.PAGE, directory, type(e).__name__, e)
+    if error is None or full_disk(e) is None:  # a full disk is that error
+      _logger.warning("no %s for %s: %s: %s", layout.PAGE, directory, type(e).__name__, e)
     return None
   return path
 

@@ -8,14 +8,17 @@
 The names are paths in the state:  model/embed  model/blocks/q  moments/0/mu/blocks/q  moments/0/count
 """
 
+import logging
 import pathlib
 from typing import Any, Literal, Self
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from alma_jax.engine.train import State
-from alma_jax.errors import RunError
+from alma_jax.engine.train import State, Stopped
+from alma_jax.errors import RunError, full_disk, writing
+
+_logger = logging.getLogger(__name__)
 
 
 class Checkpoints:
@@ -24,14 +27,25 @@ class Checkpoints:
     policies = ocp.training.preservation_policies
     stay: Any = policies.AnyPreservationPolicy([policies.LatestN(2), *([policies.EveryNSteps(keep)] if keep else [])])
     self.directory = directory
-    self._of = ocp.training.Checkpointer(str(directory.absolute()), preservation_policy=stay)
+    logging.getLogger("absl").addFilter(_is_news)
+    with writing(directory):
+      self._of = ocp.training.Checkpointer(str(directory.absolute()), preservation_policy=stay)
 
   def __enter__(self) -> Self:
     self._of.__enter__()
     return self
 
   def __exit__(self, *error: Any) -> None:
-    self._of.__exit__(*error)
+    """Wait for the checkpoint that is being written. If that fails, an error that has ended the block stays the one
+    that is raised."""
+    try:
+      with writing(self.directory):
+        self._of.__exit__(*error)
+    except Exception as late:
+      if not isinstance(error[1], Exception) or isinstance(error[1], Stopped):
+        raise
+      if not isinstance(error[1], type(late)):
+        _logger.warning("the last checkpoint was not written: %s", late)
 
   @property
   def latest(self) -> int | None:
@@ -40,7 +54,8 @@ class Checkpoints:
 
   def save(self, step: int, state: State) -> None:
     """Write the state beside the training; a checkpoint that is being written comes first."""
-    self._of.save_async(step, named(state), force=True)
+    with writing(self.directory):
+      self._of.save_async(step, named(state), force=True)
 
   def load(self, step: int, state: State, numbered: bool = False) -> State:
     """The checkpoint of a step, in the structure, dtypes and shardings of `state`.
@@ -63,6 +78,11 @@ class Checkpoints:
     """The dtype of the moments: "bfloat16" if any array of the checkpoint is, else "float32"."""
     kept = {str(leaf.dtype) for leaf in jax.tree.leaves(self._of.metadata(step).metadata)}
     return "bfloat16" if "bfloat16" in kept else "float32"
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+  """False for what Orbax logs about a full disk: a traceback for each of its threads, before it raises the error."""
+  return not (record.exc_info and record.exc_info[1] and full_disk(record.exc_info[1]))
 
 
 def named(state: State) -> dict[str, Any]:

@@ -5,12 +5,14 @@ with StepLog(s, stage, batches) as log:
   rate = log.write(200, {"loss": 1.3})    # tokens per second of the step
 """
 
+import pathlib
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
 
+from alma_jax.errors import UserError, writing
 from alma_jax.llama.config import LlamaConfig
 from alma_jax.runtime.batches import Batches
 from alma_jax.runtime.session import Session
@@ -18,6 +20,7 @@ from alma_jax.store import layout, shards
 from alma_jax.store.runs import Stage
 
 SPEED, BOARD = "speed.jsonl", "tensorboard"
+FLUSH = 30.0  # seconds until TensorBoard sees a step
 
 
 class StepLog:
@@ -34,16 +37,21 @@ class StepLog:
     self.began = time.monotonic()
     return self
 
-  def __exit__(self, *_: object) -> None:
+  def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
     if self.board:
-      self.board.close()
+      try:
+        self.board.close()
+      except (OSError, UserError):
+        if kind is None:  # else the error that has ended the training is raised
+          raise
 
   def keep(self, steps: int) -> None:
     """Drop the lines after these steps."""
     if self.active:
       for path in (self.path, self.path.with_name(SPEED)):
         lines = path.read_text().splitlines()[:steps] if path.exists() else []
-        path.write_text("".join(line + "\n" for line in lines))
+        with shards.atomic(path) as file:
+          file.write("".join(line + "\n" for line in lines).encode())
     self.first = False
 
   def write(self, step: int, metrics: Mapping[str, float]) -> float:
@@ -60,17 +68,45 @@ class StepLog:
 
   def _append(self, step: int, metrics: Mapping[str, float], speed: Mapping[str, float]) -> None:
     if self.board is None:
-      import tensorboardX  # which imports torch, where there is one
-
-      directory = str(self.path.with_name(BOARD))
-      self.board = tensorboardX.SummaryWriter(directory, purge_step=step + 1, write_to_disk=True)
+      self.board = _Board(self.path.with_name(BOARD), step + 1)
     for path, values in ((self.path, metrics), (self.path.with_name(SPEED), speed)):
       rounded = {name: float(f"{value:.6g}") for name, value in values.items()}
-      with open(path, "w" if self.first else "a") as file:
+      with writing(path), open(path, "w" if self.first else "a") as file:
         file.write(shards.json_text({"step": step + 1} | rounded) + "\n")
-      for name, value in values.items():
-        self.board.add_scalar(name, value, step + 1)
+    self.board.add(step + 1, {**metrics, **speed})
     self.first = False
+
+
+class _Board:
+  """An event file of TensorBoard. tensorboardX's own SummaryWriter writes in a thread: a full disk ends the thread, and
+  the next steps then wait for it for ever."""
+
+  def __init__(self, directory: pathlib.Path, step: int) -> None:
+    """Events of an earlier start from this step on are hidden."""
+    from tensorboardX import event_file_writer, summary  # which imports torch, where there is one
+    from tensorboardX.proto import event_pb2
+
+    made: Any = event_pb2  # protobuf makes its classes when it is imported
+    self.directory, self.flushed = directory, time.monotonic()
+    self._event, self._scalar = made.Event, summary.scalar
+    with writing(directory):
+      directory.mkdir(parents=True, exist_ok=True)
+      self._file = event_file_writer.EventsWriter(str(directory / "events"))
+      start = made.SessionLog(status=made.SessionLog.START)
+      self._file.write_event(self._event(step=step, wall_time=time.time(), session_log=start))
+
+  def add(self, step: int, values: Mapping[str, float]) -> None:
+    with writing(self.directory):
+      for name, value in values.items():
+        of = {"step": step, "wall_time": time.time(), "summary": self._scalar(name, value)}
+        self._file.write_event(self._event(**of))
+      if time.monotonic() - self.flushed > FLUSH:
+        self._file.flush()
+        self.flushed = time.monotonic()
+
+  def close(self) -> None:
+    with writing(self.directory):
+      self._file.close()
 
 
 # bf16 operations per second of a device, by a part of its name; the first that fits counts

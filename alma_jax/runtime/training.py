@@ -31,6 +31,7 @@ from alma_jax.errors import NotFinite
 from alma_jax.llama import model as llama
 from alma_jax.llama import sharding, weights
 from alma_jax.options import ConfigError, option, spread
+from alma_jax.runtime import room
 from alma_jax.runtime.batches import Batches, Examples, Pairs, Sizes, TrainingData
 from alma_jax.runtime.checkpoints import Checkpoints
 from alma_jax.runtime.host import Checkpoint, Host
@@ -122,10 +123,14 @@ def train(
   passes = min(options.passes, max(1, options.batch))
   batches = Batches(data, options, seed, sharding.replicas(s.mesh) * passes)
   task = TrainingTask(options.optimizer, options.objective(s.host.dtype), s.mesh, batches.steps, seed)
-  # All hosts must compile the same program, so the host with the least memory decides.
-  memory: float = s.host.training_bytes
+  # All hosts must compile the same program, and stop together: the host with the least memory, or disk, decides.
+  c, o = s.host.trained_config, options
+  checkpoint, saved = room.checkpoint_bytes(c, o.optimizer.moments), room.model_bytes(c, s.host.save_dtype)
+  disk = room.training_bytes(checkpoint, saved, batches.steps, o.checkpoint_every, o.checkpoint_keep)
+  memory, there = float(s.host.training_bytes), float(room.there(stage.dir))
   if jax.process_count() > 1:
-    memory = int(multihost_utils.process_allgather(np.float64(memory)).min())
+    memory, there = multihost_utils.process_allgather(np.array([memory, there])).min(0).tolist()
+  room.check(stage.name, stage.dir, disk, int(there), s.display)
   plan = planned(s.host.trained_config, task, batches(0), passes, memory)
   s.run.log("memory", stage=stage.name, state=plan.state, working=plan.working, there=memory, remat=plan.remat)
   if plan.bytes > memory / 10:

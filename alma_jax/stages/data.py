@@ -10,6 +10,7 @@ from typing import Any
 
 from alma_jax import names
 from alma_jax.corpus.normalise import prompt_id
+from alma_jax.errors import writing
 from alma_jax.keys import key_of
 from alma_jax.options import Checked, ConfigError, fingerprint, option
 from alma_jax.runtime.session import Session
@@ -59,7 +60,8 @@ def build(s: Session[Any], options: Options) -> Data:
 def read(options: Options, directory: pathlib.Path, seed: int) -> tuple[dict[str, list[SeedRow]], dict[str, dict]]:
   """The rows of each source, and counts of what was read, dropped and moved. `directory` takes what is made."""
   for made in dict.fromkeys(_made(options).values()):
-    names.resolve(names.DATA, made, "data")(directory, seed)
+    with writing(directory):
+      names.resolve(names.DATA, made, "data")(directory, seed)
   counts, rows = {}, {}
   for name, source in options.sources.items():
     if name == "eval" and not source:

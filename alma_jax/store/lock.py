@@ -58,8 +58,12 @@ class Lock:
       return False
     except OSError as e:
       raise RunError(f"cannot write in the run directory {self.path.parent}: {e.strerror}.") from None
-    with os.fdopen(handle, "w") as file:
-      file.write(self.text)
+    try:
+      with os.fdopen(handle, "w") as file:
+        file.write(self.text)
+    except OSError as e:  # a full disk, for example
+      self.path.unlink(missing_ok=True)
+      raise RunError(f"cannot write in the run directory {self.path.parent}: {e.strerror}.") from None
     return True
 
   def _read(self) -> str | None:

@@ -30,7 +30,7 @@ from typing import Any, Generic, Self, TypeVar
 import numpy as np
 
 from alma_jax import __version__
-from alma_jax.errors import RunError
+from alma_jax.errors import RunError, writing
 from alma_jax.store import layout, shards
 from alma_jax.store.fingerprints import differences, fingerprint_of
 from alma_jax.store.layout import Manifest, load_manifest, read_json
@@ -98,8 +98,10 @@ class Run:
     if self.process == 0:
       self.check()
       row = {"time": now(), "event": event, **fields}
-      with open(self.dir / layout.LOG, "a", encoding="utf-8") as file:
-        file.write(shards.json_text(row) + "\n")
+      with writing(self.dir / layout.LOG), open(self.dir / layout.LOG, "ab+") as file:
+        file.seek(max(0, file.tell() - 1))
+        broken = file.read(1) not in (b"", b"\n")  # a full disk cut the last line
+        file.write(f"{chr(10) * broken}{shards.json_text(row)}\n".encode())
 
   def save_config(self, config: Mapping[str, Any]) -> None:
     """Writes config.json, again if it changed: the fingerprints guard the artefacts."""

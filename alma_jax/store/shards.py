@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from alma_jax.errors import RunError
+from alma_jax.errors import RunError, writing
 from alma_jax.store.records import Turns
 
 Path = str | os.PathLike[str]
@@ -56,7 +56,15 @@ def part_name(i: int, n: int) -> str:
 def atomic(path: Path) -> Iterator[BinaryIO]:
   """A binary file that appears under `path` only when the block ends without an error."""
   path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
+  with writing(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _atomic(path) as file:
+      yield file
+    _sync_directory(path.parent)
+
+
+@contextlib.contextmanager
+def _atomic(path: pathlib.Path) -> Iterator[BinaryIO]:
   handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
   try:
     with os.fdopen(handle, "wb") as file:
@@ -69,7 +77,6 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
     with contextlib.suppress(FileNotFoundError):
       os.unlink(temporary)
     raise
-  _sync_directory(path.parent)
 
 
 def remove_temporaries(directory: Path) -> None:
