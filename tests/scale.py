@@ -21,7 +21,7 @@ from alma_jax.runtime.display import Display
 from alma_jax.runtime.host import EngineOptions, Host, ModelOptions
 from alma_jax.runtime.session import Session
 from alma_jax.stages import evaluation, trainset
-from alma_jax.store import shards
+from alma_jax.store import digests, shards
 from alma_jax.store.data import SeedRow
 from alma_jax.store.handles import Data
 from alma_jax.store.records import Judgment, Prompt, Response
@@ -44,8 +44,8 @@ def write_table(stage, part, parts, table, counts):
   path = stage.part_path(part, parts)
   stage.missing(parts)  # fixes the number of parts
   pq.write_table(table, path, row_group_size=shards.ROW_GROUP, compression="zstd", compression_level=1)
-  row = {"digest": shards.digest(path), "size": path.stat().st_size, "rows": len(table), "counts": counts}
-  shards.write_json(path.with_suffix(".json"), row)
+  row = {**digests.of_file(path).fields(), "rows": len(table), "counts": counts}
+  shards.write_sealed(path.with_suffix(".json"), row)
 
 
 def made(s, prompts, samples):

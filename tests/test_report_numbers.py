@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from report_run import KINDS, make, written
+from report_run import KINDS, make, vouched, written
 
 from alma_jax.report import judged, numbers
 from alma_jax.store import runs, statistics
@@ -468,6 +468,7 @@ def test_responses_in_another_order_than_their_judgments_are_refused(copy):
   text = parts[0].read_bytes()
   parts[0].write_bytes(parts[3].read_bytes())
   parts[3].write_bytes(text)
+  vouched(copy / "round_02/responses")
   found = judged.read(copy, 2)
   assert found.judged is None and "in their order" in found.damage[0]
   assert "Round 2 cannot be read" in written(copy)
@@ -491,11 +492,12 @@ def with_scores(run, scale, change, probs=True):
   if scale is None:
     del manifest["counts"]["histogram"]
   manifest["counts"]["score_sum"] = change(manifest["counts"]["score_sum"] / 60) * 60  # the change is linear
-  (directory / "manifest.json").write_text(json.dumps(manifest | {"judge": {"identity": "other", "scale": scale}}))
+  vouched(directory, counts=manifest["counts"], judge={"identity": "other", "scale": scale})
   for part in json.loads((run / "round_02/trainset/manifest.json").read_text())["parts"]:
     table = pq.read_table(run / "round_02/trainset" / part["name"])
     at, scores = table.column_names.index("score"), [change(x) for x in table.column("score").to_pylist()]
     pq.write_table(table.set_column(at, "score", pa.array(scores)), run / "round_02/trainset" / part["name"])
+  vouched(run / "round_02/trainset")
 
 
 def test_a_scale_from_0_to_1_has_its_own_marks(copy):
@@ -534,6 +536,7 @@ def test_scores_without_probabilities_beside_others_are_left_out_of_the_mass(cop
     columns[name] = [None if i in gone else x for i, x in enumerate(columns[name])]
   shape = pa.schema([(f.name, f.type) for f in table.schema])
   pq.write_table(pa.table(columns, schema=shape), path)
+  vouched(path.parent)
   found = judged.read(copy, 2).judged
   rows = [row for row in rows_of(copy, "round_02/judgments") if row["mass"] is not None]
   assert found.n == 60 and found.mass.n == found.entropy.n == len(rows) == 50

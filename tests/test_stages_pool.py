@@ -169,7 +169,7 @@ def artefacts(directory):
   for path in sorted(path for path in directory.glob("pool/**/*") if path.is_file()):
     content = path.read_bytes()
     if path.name == "manifest.json":
-      content = {k: v for k, v in json.loads(content).items() if k not in ("seconds", "finished_at")}
+      content = {k: v for k, v in json.loads(content).items() if k not in ("seconds", "finished_at", "seal")}
     found[path.relative_to(directory).as_posix()] = content
   return found
 

@@ -51,7 +51,7 @@ def artefacts(workdir):
   for path in sorted(p for p in workdir.rglob("*") if p.is_file()):
     content = path.read_bytes()
     if path.name == "manifest.json":
-      content = {k: v for k, v in json.loads(content).items() if k not in ("seconds", "finished_at")}
+      content = {k: v for k, v in json.loads(content).items() if k not in ("seconds", "finished_at", "seal")}
     found[path.relative_to(workdir).as_posix()] = content
   return found
 

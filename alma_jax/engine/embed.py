@@ -12,6 +12,7 @@ asked for, keeps the principal ones. It runs on the device, so that nothing as w
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -128,11 +129,25 @@ def projection(x: np.ndarray, dims: int) -> tuple[Projection, float]:
   return Projection(mean.astype(np.float32), matrix.astype(np.float32)), kept
 
 
+class SomeRows(Protocol):
+  """An array [rows, dimensions], in memory or on disk."""
+
+  @property
+  def shape(self) -> Any: ...
+
+  @property
+  def dtype(self) -> Any: ...
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, rows: slice, /) -> np.ndarray: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Rows:
   """The rows of several arrays as if they were one: `shape`, `dtype`, and `[a:b]`, which alone reads anything."""
 
-  arrays: tuple[np.ndarray, ...]
+  arrays: tuple[SomeRows, ...]
   whitening: np.ndarray | None = None  # [2, dimensions]: rows are centred by the first and divided by the second
   unit: bool = False  # rows have length 1
 

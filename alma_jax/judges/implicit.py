@@ -28,6 +28,7 @@ from alma_jax.llama.model import Llama
 from alma_jax.options import ConfigError
 from alma_jax.runtime.display import Bar
 from alma_jax.runtime.host import Checkpoint, Host, content_of, model_directory
+from alma_jax.store import verify
 from alma_jax.text import published
 from alma_jax.text.tokenizer import TextError, load_tokenizer
 
@@ -87,7 +88,7 @@ class ImplicitJudge:
   def _load(self, checkpoint: Checkpoint) -> Llama:
     """The weights, with rows for the tokens that the text has and this checkpoint does not."""
     mesh, rules = self.host.local_mesh, sharding.DECODE
-    model = weights.load(checkpoint.directory, mesh, rules, self.host.dtype)
+    model = weights.load(checkpoint.directory, mesh, rules, self.host.dtype, check=verify.check)
     return weights.resize(model, self.vocab, mesh, rules) if self.vocab > model.c.vocab else model
 
 

@@ -157,6 +157,6 @@ def _tensors(directory: Directory, shapes: Mapping[str, tuple[int, ...]]) -> dic
   """The head's tensors as fp32."""
   found = weights.files(directory, shapes).tensors
   for name, shape in shapes.items():
-    if found[name].shape != shape:
-      raise ModelError(f"{directory}: {name} has shape {found[name].shape}, config.json asks for {shape}")
-  return {name: np.array(found[name], np.float32) for name in shapes}
+    if found[name].x.shape != shape:
+      raise ModelError(f"{directory}: {name} has shape {found[name].x.shape}, config.json asks for {shape}")
+  return {name: np.array(found[name].read(), np.float32) for name in shapes}

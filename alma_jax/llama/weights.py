@@ -5,8 +5,9 @@
   save("out", model, TextSide(tokenizer=tok, chat_template=jinja, stop_ids=[128001, 128009], bos_id=128000))
 
 Files are memory-mapped and copied slice by slice, so a host holds at most one stacked weight at a time, whatever the
-size of the model. `save` writes tensor by tensor, in files that transformers and vLLM load without changes. With
-several hosts, all of them call `load` and `save`, and all of them must see the directory.
+size of the model. `load(..., check=f)` calls f(path, begin, end) before it reads these bytes of a file. `save` writes
+tensor by tensor, in files that transformers and vLLM load without changes. With several hosts, all of them call `load`
+and `save`, and all of them must see the directory.
 
 Their matrices are (outputs, inputs), one per layer; ours are (inputs..., outputs...) in natural shapes, stacked:
 
@@ -87,6 +88,28 @@ def _stacked(path: str) -> bool:
 # ---- Reading
 
 
+Check = Callable[[pathlib.Path, int, int], None]  # raises unless these bytes of a file are sound
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+  """A memory-mapped tensor of a file, or a view of it in another form."""
+
+  x: np.ndarray
+  path: pathlib.Path
+  origin: int  # the address of the file's first byte
+  check: Check | None
+
+  def read(self, index: Any = ()) -> np.ndarray:
+    """x[index], whose bytes are checked."""
+    found = self.x[index]
+    if self.check and found.size:
+      begin = found.__array_interface__["data"][0] - self.origin
+      last = sum((n - 1) * stride for n, stride in zip(found.shape, found.strides, strict=True))
+      self.check(self.path, begin, begin + last + found.itemsize)
+    return found
+
+
 class _Leaf(NamedTuple):
   path: str  # ours, such as "blocks.q"
   param: nnx.Variable
@@ -99,15 +122,16 @@ def load(
   rules: Mapping[str, str] = TRAIN,
   dtype: DTypeLike | None = None,
   head: Collection[str] | None = None,
+  check: Check | None = None,
 ) -> llama.Llama:
   """The Llama of a Hugging Face directory, stacked; `dtype` None keeps the files' dtype (the widest if mixed).
 
   With a mesh the weights are placed by `rules`; without one the model lies on the default device. `head` as in `files`:
   such a model gives hidden states, and its logits mean nothing.
   """
-  abstract, found, wanted, tree = files(directory, head)
+  abstract, found, wanted, tree = files(directory, head, check)
   if dtype is None:
-    dtype = functools.reduce(jnp.promote_types, {found[name].dtype for leaf in wanted for name in leaf.names})
+    dtype = functools.reduce(jnp.promote_types, {found[name].x.dtype for leaf in wanted for name in leaf.names})
 
   # One leaf after another, each straight to its place.
   places = [None] * len(wanted)
@@ -117,7 +141,8 @@ def load(
   with ThreadPoolExecutor() as pool:
     for (path, param, names), place in zip(wanted, places, strict=True):
       shape, inputs = param.get_value().shape, NAMES[path][1]
-      views = [to_ours(found[name], inputs, shape[1:] if _stacked(path) else shape) for name in names]
+      ours = shape[1:] if _stacked(path) else shape
+      views = [dataclasses.replace(found[name], x=to_ours(found[name].x, inputs, ours)) for name in names]
       weights.append(param.replace(_read(views, shape, place, dtype, pool)))
   return jax.tree.unflatten(tree, weights)
 
@@ -126,21 +151,23 @@ class Files(NamedTuple):
   """The model that a directory describes, still without numbers, and where its numbers are."""
 
   abstract: llama.Llama
-  tensors: dict[str, np.ndarray]  # of all files, memory-mapped, by their name
+  tensors: dict[str, _Stored]  # of all files, memory-mapped, by their name
   wanted: list[_Leaf]  # the leaves of `abstract`
   tree: Any
 
 
-def files(directory: Directory, head: Collection[str] | None = None) -> Files:
+def files(directory: Directory, head: Collection[str] | None = None, check: Check | None = None) -> Files:
   """A directory that holds exactly the weights that its config describes, else a ModelError. Reads headers only.
 
   `head` names the tensors of another head, which stands in the place of the output head: see llama/heads.py.
   """
   directory = pathlib.Path(directory)
   c = read_config(directory)
-  found = {name: x for path in _weight_files(directory) for name, x in _open(path).items()}
+  found = {name: x for path in _weight_files(directory) for name, x in _open(path, check).items()}
   if head is not None:
     c = dataclasses.replace(c, tied=True)  # no output head
+  elif c.tied and NAMES["embed"][0] not in found and NAMES["head"][0] in found:
+    found[NAMES["embed"][0]] = found.pop(NAMES["head"][0])  # safetensors' save_model keeps one name of a shared tensor
   abstract = jax.eval_shape(lambda: llama.init(c, 0))
   leaves, tree = _flatten(abstract)
   wanted = []
@@ -158,23 +185,23 @@ def _flatten(model: Any) -> tuple[list[tuple[str, nnx.Variable]], Any]:
 
 
 def _read(
-  views: Sequence[np.ndarray], shape: Shape, place: NamedSharding | None, dtype: DTypeLike, pool: ThreadPoolExecutor
+  views: Sequence[_Stored], shape: Shape, place: NamedSharding | None, dtype: DTypeLike, pool: ThreadPoolExecutor
 ) -> Array:
   """One final array of this shape from views of the files, a view per layer or just one; each device reads its slice.
 
   A device that holds the third quarter of blocks.q [32, 4096, 32, 128] along D asks for index (:, 2048:3072, :, :). Its
   slab [32, 1024, 32, 128] is filled layer by layer, from views[0][2048:3072], views[1][2048:3072], ...
   """
-  stacked, seen = len(shape) > views[0].ndim, {}  # replicas share one slab
+  stacked, seen = len(shape) > views[0].x.ndim, {}  # replicas share one slab
 
   def slab(index: Any) -> np.ndarray:  # a slice per axis
     key = tuple((s.start, s.stop) for s in index)
     if key not in seen:
       layers, rest = (views[index[0]], index[1:]) if stacked else (views, index)
-      out = np.empty((len(layers), *layers[0][rest].shape), dtype)
+      out = np.empty((len(layers), *layers[0].x[rest].shape), dtype)
 
       def fill(i: int) -> None:
-        out[i] = layers[i][rest]
+        out[i] = layers[i].read(rest)
 
       list(pool.map(fill, range(len(layers))))
       seen[key] = out if stacked else out[0]
@@ -211,23 +238,28 @@ def _weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
   raise ModelError(f"{directory}: no model.safetensors and no index of several{here}{mend}")
 
 
-def _open(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """Memory-mapped arrays by their name, of one file: 8 bytes with the header's length, the header (JSON), raw data."""
+def _open(path: pathlib.Path, check: Check | None) -> dict[str, _Stored]:
+  """Memory-mapped tensors by their name, of one file: 8 bytes with the header's length, the header (JSON), raw data."""
   size = path.stat().st_size
   broken = ModelError(
     f"{path}: cut short or not a safetensors file ({size} bytes): an unfinished download or a git-lfs"
     " pointer; fetch it again"
   )
   with open(path, "rb") as f:
+    if check:
+      check(path, 0, min(size, 8))
     length = int.from_bytes(f.read(8), "little")
     if size < 8 or length > size - 8:
       raise broken
+    if check:
+      check(path, 8, 8 + length)
     try:
       header = json.loads(f.read(length))
     except ValueError:
       raise broken from None
   header.pop("__metadata__", None)
-  data = np.memmap(path, np.uint8, mode="r")[8 + length :]
+  whole = np.memmap(path, np.uint8, mode="r")
+  data, origin = whole[8 + length :], whole.__array_interface__["data"][0]
   tensors = {}
   for name, entry in header.items():
     if entry["dtype"] not in _DTYPES:
@@ -235,12 +267,13 @@ def _open(path: pathlib.Path) -> dict[str, np.ndarray]:
     begin, end = entry["data_offsets"]
     if end > len(data):
       raise broken
-    tensors[name] = data[begin:end].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    x = data[begin:end].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    tensors[name] = _Stored(x, path, origin, check)
   return tensors
 
 
 def _check(
-  found: Mapping[str, np.ndarray],
+  found: Mapping[str, _Stored],
   wanted: Sequence[_Leaf],
   c: LlamaConfig,
   directory: pathlib.Path,
@@ -253,7 +286,7 @@ def _check(
     raise ModelError(f"{directory}: {len(missing)} of {len(names)} tensors are missing: {_few(missing)}")
   spare = [name for name in found if name not in names and not name.endswith("rotary_emb.inv_freq")]
   if c.tied and "lm_head.weight" in spare:
-    if not np.array_equal(found["lm_head.weight"], found["model.embed_tokens.weight"]):
+    if not np.array_equal(found["lm_head.weight"].read(), found["model.embed_tokens.weight"].read()):
       raise ModelError(
         f"{directory}: config.json says tie_word_embeddings, but lm_head.weight differs from the embedding;"
         " set it to false"
@@ -265,8 +298,8 @@ def _check(
     shape = param.get_value().shape
     shape = _their_shape(shape[1:] if _stacked(path) else shape, NAMES[path][1])
     for name in group:
-      if found[name].shape != shape:
-        raise ModelError(f"{directory}: {name} has shape {found[name].shape}, config.json asks for {shape}")
+      if found[name].x.shape != shape:
+        raise ModelError(f"{directory}: {name} has shape {found[name].x.shape}, config.json asks for {shape}")
 
 
 def _few(names: Sequence[str], limit: int = 3) -> str:

@@ -20,9 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from alma_jax.store import layout, statistics
+from alma_jax.store import layout, shards, statistics
 from alma_jax.store.statistics import Mean
 
 ROWS = 400_000  # responses of a round that are kept, about
@@ -177,7 +176,7 @@ def examples(run: pathlib.Path, round: int, count: int = 3) -> list[Shown]:
 
 def batches(paths: Iterable[pathlib.Path], columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
   for path in paths:
-    with pq.ParquetFile(path) as file:
+    with shards.parquet(path) as file:
       yield from file.iter_batches(BATCH, columns=list(columns))
 
 
@@ -282,7 +281,7 @@ def _rows(run: pathlib.Path, round: int, total: int) -> _Rows | None:
 
 def _share(judgments: pathlib.Path, responses: list[pathlib.Path], most: int) -> _Rows:
   """Every n-th prompt of one share, such that about `most` rows are kept; ValueError if the orders differ."""
-  with pq.ParquetFile(judgments) as file:
+  with shards.parquet(judgments) as file:
     step = max(1, round(file.metadata.num_rows / most))
   codes: dict[str, int] = {}
   columns = {name: [np.zeros(0)] for name in _COLUMNS}
@@ -351,7 +350,7 @@ def _chosen(run: pathlib.Path, round: int, prompts: Sequence[str]) -> _Chosen | 
 
 def _trainset_columns(path: pathlib.Path) -> tuple[str, str, list[str]]:
   """The names of the columns with the score and the text to train on; and those of all columns."""
-  with pq.ParquetFile(path) as file:
+  with shards.parquet(path) as file:
     present = file.schema_arrow.names
   return ("chosen_score", "chosen", present) if "chosen" in present else ("score", "response", present)
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from alma_jax.report import judged
-from alma_jax.store import layout, statistics
+from alma_jax.store import layout, shards, statistics, verify
 from alma_jax.store import lock as lock_file
 from alma_jax.store.statistics import Mean
 
@@ -154,7 +154,10 @@ def agreement(found: Answers) -> Mean | None:
 def stage_report(run: pathlib.Path, name: str) -> dict[str, Any] | None:
   """The report.json of a finished stage."""
   path = run / name / layout.REPORT
-  return layout.read_json(path) if layout.manifest_of(run, name) and path.exists() else None
+  if not (layout.manifest_of(run, name) and path.exists()):
+    return None
+  verify.check(path)
+  return layout.read_json(path)
 
 
 def cluster_sizes(run: pathlib.Path) -> np.ndarray | None:
@@ -165,13 +168,14 @@ def cluster_sizes(run: pathlib.Path) -> np.ndarray | None:
     return None
   sizes = np.zeros(0, int)
   for stage in stages:
-    found = np.bincount(np.load(stage / "labels.npy", mmap_mode="r", allow_pickle=False))
+    found = np.bincount(shards.load_array(stage / "labels.npy"))
     sizes = np.pad(sizes, (0, max(0, len(found) - len(sizes))))
     sizes[: len(found)] += found
   return sizes[sizes > 0]
 
 
 def losses(stage: layout.Found, points: int = 150) -> Losses | None:
+  verify.check(stage.dir / layout.METRICS)
   rows = [row for row in layout.json_lines(stage.dir / layout.METRICS) if "loss" in row and "step" in row]
   if not rows:
     return None

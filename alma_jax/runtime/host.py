@@ -25,6 +25,7 @@ from alma_jax.llama import model as llama
 from alma_jax.llama import sharding, weights
 from alma_jax.options import Checked, ConfigError, option
 from alma_jax.runtime.display import Display
+from alma_jax.store import digests, verify
 from alma_jax.text import chat, tokenizer
 
 T = TypeVar("T")
@@ -98,6 +99,7 @@ class Host:
       raise ConfigError("config.model.path is empty: give the directory of a base model in Hugging Face format")
     self.options, self.engine, self.local_mesh, self.display = options, engine, local_mesh, display
     self.directory = model_directory(options.path)
+    _verify_text(self.directory)
     self.config = llama_config.read_config(self.directory)  # its errors are clearer than the tokenizer's
     self.tokenizer = tokenizer.load_tokenizer(self.directory)
     self._chat = None if raw else names.resolve(names.CHAT_FORMATS, options.chat, "model.chat")
@@ -167,7 +169,7 @@ class Host:
 
   def load(self, checkpoint: Checkpoint, mesh: jax.sharding.Mesh, rules: Mapping[str, str], dtype: str) -> llama.Llama:
     """The weights from disk, with rows for the tokens that the chat format added to the tokenizer."""
-    model = weights.load(checkpoint.directory, mesh, rules, dtype)
+    model = weights.load(checkpoint.directory, mesh, rules, dtype, check=verify.check)
     if self.tokenizer.size > model.c.vocab:
       model = weights.resize(model, self.tokenizer.size, mesh, rules)
     return model
@@ -215,16 +217,22 @@ def _host_bytes() -> int:
 
 
 def content_of(directory: pathlib.Path) -> str:
-  """A digest of a model directory: all of every small file, size and both ends of every large one."""
+  """A digest of every byte of a model directory: of its .json, .safetensors and .model files.
+
+  A large file is not read for it while its path, size, time and inode are those that were read before: in this process,
+  or by an earlier start of the run, which keeps its digest. A file of a finished stage has that of the stage's manifest
+  and is verified where it is read.
+  """
   digest = hashlib.sha256()
   for path in sorted(p for p in directory.iterdir() if p.suffix in (".json", ".safetensors", ".model")):
-    size = path.stat().st_size
-    digest.update(f"{path.name} {size}".encode())
-    with open(path, "rb") as file:
-      if size <= 2**26:
-        digest.update(file.read())
-      else:
-        digest.update(file.read(2**20))
-        file.seek(-(2**20), 2)
-        digest.update(file.read())
+    named = verify.voucher(path)
+    found = named.digest if named else digests.remembered(path)
+    digest.update(f"{path.name} {found.size} {found.whole}\n".encode())
   return digest.hexdigest()
+
+
+def _verify_text(directory: pathlib.Path) -> None:
+  """Raise a DamageError for a damaged config or tokenizer of a finished stage; weights are verified while they load."""
+  for path in directory.glob("*"):
+    if path.is_file() and path.suffix != ".safetensors":
+      verify.check(path)

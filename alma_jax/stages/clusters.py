@@ -150,7 +150,7 @@ def _embeddings(s: Session[Any], prompts: Artefact[Prompt], projection: Stage, e
 
 
 def _points(embedded: Stage) -> embed.Rows:
-  return embed.Rows(tuple(shards.load_array(embedded.dir / name) for name in sorted(embedded.manifest["files"])))
+  return embed.Rows(tuple(shards.ArrayRows(embedded.dir / name) for name in sorted(embedded.manifest["files"])))
 
 
 def _nearest(points: embed.Rows, centroids: np.ndarray, spherical: bool, key: Key) -> np.ndarray:

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from alma_jax.errors import UserError
+from alma_jax.store import verify
 from alma_jax.store.records import Turns
 
 ROLES = ("system", "user", "assistant")
@@ -170,6 +171,7 @@ def _items(source: str) -> tuple[str, Iterable[tuple[int, Any]]]:
   path = pathlib.Path(source)
   if not path.exists():
     raise DataError(f"{source}: no such file.{_neighbours(path)}")
+  verify.check(path)  # of a run's own copy
   if path.suffix == ".parquet":
     return "row", enumerate(_parquet_rows(path), 1)
   if path.suffix not in (".jsonl", ".json") or not path.is_file():

@@ -1,6 +1,6 @@
 """Fingerprints: what decides the result of a stage, as one flat dict, and how two of them differ.
 
-  fingerprint_of({"config": {"top_p": 0.9}}, {"prompts": x})   {"config.top_p": 0.9, "format": 2, "input.prompts": x}
+  fingerprint_of({"config": {"top_p": 0.9}}, {"prompts": x})   {"config.top_p": 0.9, "format": 3, "input.prompts": x}
   differences(old, new)                                        {"config.top_p": "0.9 -> 0.8"}
 
 They are compared as JSON, so a tuple equals a list.

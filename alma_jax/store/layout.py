@@ -1,7 +1,7 @@
 """The names in a run directory. No other module spells them.
 
   runs/alma/
-    config.json  log.jsonl  progress.csv  report.html  .lock
+    config.json  log.jsonl  progress.csv  report.html  .lock  .digests.json
     seeds  sft_1  sft_2  judge  judge_distilled        stages made once
     pool/drafts ...  pool_03/drafts ...                the pool, and the prompts added before round 3
     round_02/config.json
@@ -11,6 +11,7 @@
 policy's weights. Everything here can be read while the run goes on.
 """
 
+import contextlib
 import csv
 import dataclasses
 import json
@@ -20,6 +21,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from alma_jax.errors import RunError
+from alma_jax.store import digests
+from alma_jax.store.records import FORMAT, VERSIONS
 
 # Stages made once, and the directory of the pool
 SEEDS, POOL, JUDGE, DISTILLED = "seeds", "pool", "judge", "judge_distilled"
@@ -29,6 +32,7 @@ DRAFTS, PROMPTS, PROJECTION, EMBEDDINGS, CLUSTERS = "drafts", "prompts", "projec
 RESPONSES, JUDGMENTS, TRAINSET, POLICY, EVALUATION = "responses", "judgments", "trainset", "policy", "eval"
 # Files of a run
 CONFIG, LOG, PROGRESS, PAGE, LOCK = "config.json", "log.jsonl", "progress.csv", "report.html", ".lock"
+DIGESTS = ".digests.json"  # of large files outside the run, so that a later start need not read them for it
 # Files of a stage
 MANIFEST, FINGERPRINT, REPORT, METRICS = "manifest.json", "fingerprint.json", "report.json", "metrics.jsonl"
 # Directories of a stage that trains
@@ -122,16 +126,64 @@ def fingerprints(run: pathlib.Path) -> list[pathlib.Path]:
 
 def manifest_of(run: pathlib.Path, name: str) -> Manifest | None:
   """The manifest of a stage, None until it is finished."""
-  path = run / name / MANIFEST
-  return read_json(path) if path.exists() else None
+  return load_manifest(run / name) if (run / name / MANIFEST).exists() else None
 
 
 def load_manifest(directory: str | pathlib.Path) -> Manifest:
-  """The manifest of a finished stage; RunError when there is none."""
+  """The manifest of a finished stage; a RunError if there is none or if it is not as it was written."""
   path = pathlib.Path(directory) / MANIFEST
   if not path.exists():
     raise RunError(f"{directory} holds no finished stage: there is no {MANIFEST} in it.")
-  return read_json(path)
+  found = read_json(path, _again(directory))
+  if digests.intact(found):
+    return found
+  if version := older(found):
+    raise RunError(
+      f"{path} was written by alma_jax {version}, and only that version reads this stage (its {MODEL}, if it has one,"
+      " is a Hugging Face directory that any version reads)."
+    )
+  raise RunError(
+    f"{path} is damaged or was edited: its field {digests.SEAL!r} should be the SHA-256 of all other fields,"
+    f" {digests.seal(found) if isinstance(found, dict) else 'of an object'}; {_again(directory)}."
+  )
+
+
+def _again(directory: str | pathlib.Path) -> str:
+  return f"bring the file back as it was, or delete {directory} to have the stage made again"
+
+
+def older(manifest: Any) -> str | None:
+  """The version of alma_jax that wrote a manifest of an older format, None for one of this format."""
+  fingerprint = manifest.get("fingerprint") if isinstance(manifest, dict) else None
+  made = fingerprint.get("format") if isinstance(fingerprint, dict) else None
+  return VERSIONS.get(made) if isinstance(made, int) and made < FORMAT else None
+
+
+def format_of(run: pathlib.Path) -> int:
+  """The record format of a run directory; FORMAT for one without stages."""
+  for path in fingerprints(run):
+    with contextlib.suppress(RunError):  # a damaged one is named where its stage is opened
+      return fingerprint_in(path.parent)["format"]
+  return FORMAT
+
+
+def fingerprint_in(directory: pathlib.Path) -> dict[str, Any]:
+  """The fingerprint of a stage that is finished or begun."""
+  path, mend = directory / FINGERPRINT, f"delete {directory} to have the stage made again"
+  found = read_json(path, mend)
+  if not isinstance(found, dict) or not isinstance(found.get("format"), int):
+    raise RunError(f"{path} is damaged: it holds no field 'format'; {mend}.")
+  return found
+
+
+def is_stage(directory: pathlib.Path) -> bool:
+  """True for the directory of a finished stage of this version, False for one with another program's manifest.json."""
+  try:
+    found = json.loads((directory / MANIFEST).read_bytes())
+  except (OSError, ValueError):
+    found = None
+  named = isinstance(found, dict) and {"fingerprint", digests.SEAL} <= found.keys()
+  return (named or (directory / FINGERPRINT).exists()) and older(found) is None
 
 
 def parts_of(directory: pathlib.Path) -> list[pathlib.Path] | None:
@@ -192,29 +244,35 @@ def progress(run: pathlib.Path) -> list[dict[str, str]]:
   path = run / PROGRESS
   if not path.exists():
     return []
-  with open(path, newline="", encoding="utf-8") as file:
-    return list(csv.DictReader(file))
+  try:
+    with open(path, newline="", encoding="utf-8") as file:
+      rows = list(csv.DictReader(file))
+  except (ValueError, csv.Error) as e:
+    raise RunError(f"{path} is damaged ({e}); delete it, and the next start of the run writes it again.") from None
+  if any("round" not in row or None in row or None in row.values() for row in rows):
+    raise RunError(f"{path} is damaged (no table); delete it, and the next start of the run writes it again.")
+  return rows
 
 
-def read_json(path: pathlib.Path) -> Any:
+def read_json(path: pathlib.Path, mend: str = "restore or delete it") -> Any:
   try:
     return json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as e:
+  except (ValueError, RecursionError) as e:
     why = f"line {e.lineno}: {e.msg}" if isinstance(e, json.JSONDecodeError) else e
-    raise RunError(f"{path} is damaged ({why}); restore or delete it.") from None
+    raise RunError(f"{path} is damaged ({why}); {mend}.") from None
 
 
 def json_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-  """The rows of a JSONL file that may be written just now: a broken line is left out."""
+  """The objects of a JSONL file that may be written just now: a broken line is left out."""
   rows = []
   if path.exists():
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="replace") as file:
       for line in file:
         try:
           rows.append(json.loads(line))
-        except json.JSONDecodeError:
+        except ValueError:
           continue
-  return rows
+  return [row for row in rows if isinstance(row, dict)]
 
 
 def _numbers(run: pathlib.Path, kind: str) -> list[int]:

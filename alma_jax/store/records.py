@@ -7,8 +7,8 @@ every artefact opens with pandas, duckdb or anything else that reads Parquet. A 
 
 import dataclasses
 
-FORMAT = 2  # goes up when a field changes meaning; part of every stage's fingerprint
-VERSIONS = {1: "0.1", 2: "0.2"}  # format -> the alma_jax that writes it
+FORMAT = 3  # goes up when a field changes meaning; part of every stage's fingerprint
+VERSIONS = {1: "0.1", 2: "0.2 before its release", 3: "0.2"}  # format -> the alma_jax that writes it
 Turns = tuple[dict[str, str], ...]  # {"role", "content"} each
 
 

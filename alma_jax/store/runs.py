@@ -16,11 +16,13 @@ shared file system. Process p writes the parts i with i % processes == p; proces
 else and holds `.lock`, so that two starts never write to one run.
 """
 
+import contextlib
 import csv
 import dataclasses
 import hashlib
 import io
 import json
+import logging
 import numbers
 import pathlib
 import time
@@ -31,12 +33,14 @@ import numpy as np
 
 from alma_jax import __version__
 from alma_jax.errors import RunError, writing
-from alma_jax.store import layout, shards
+from alma_jax.store import digests, layout, shards, verify
+from alma_jax.store.digests import Digest
 from alma_jax.store.fingerprints import differences, fingerprint_of
 from alma_jax.store.layout import Manifest, load_manifest, read_json
 from alma_jax.store.lock import Lock, now
 from alma_jax.store.records import FORMAT, VERSIONS
 
+_logger = logging.getLogger(__name__)
 PATIENCE = 60.0  # network file systems may show another process's file this much later
 T = TypeVar("T")
 
@@ -73,6 +77,7 @@ class Run:
     self._lock = Lock(self.dir) if process == 0 else None
     if process == 0:
       shards.remove_temporaries(self.dir)
+    digests.recall(self.dir / layout.DIGESTS)
 
   def __enter__(self) -> Self:
     return self
@@ -92,6 +97,8 @@ class Run:
       key: load_manifest(made)["content"] if isinstance(made, str | pathlib.Path) else made.content
       for key, made in (inputs or {}).items()
     }
+    if self.process == 0:
+      digests.keep(self.dir / layout.DIGESTS, shards.write_sealed)
     return Stage(self, name, fingerprint_of(fields, contents), suffix)
 
   def log(self, event: str, **fields: Any) -> None:
@@ -105,17 +112,24 @@ class Run:
 
   def save_config(self, config: Mapping[str, Any]) -> None:
     """Writes config.json, again if it changed: the fingerprints guard the artefacts."""
-    path = self.dir / layout.CONFIG
-    if self.process == 0 and not (path.exists() and read_json(path) == json.loads(json.dumps(config))):
-      self.check()
-      shards.write_json(path, config)
+    path, there = self.dir / layout.CONFIG, None
+    if self.process == 0:
+      with contextlib.suppress(FileNotFoundError, RunError):  # a damaged file is written again
+        there = read_json(path)
+      if there != json.loads(json.dumps(config)):
+        self.check()
+        shards.write_json(path, config)
 
   def progress(self, row: Mapping[str, Any]) -> None:
     """Puts a row into progress.csv; it replaces the row with the same "round", new columns are added."""
     if self.process != 0:
       return
     self.check()
-    rows: list[Mapping[str, Any]] = [*layout.progress(self.dir)]
+    rows: list[Mapping[str, Any]] = []
+    try:
+      rows += layout.progress(self.dir)
+    except RunError:
+      _logger.warning("%s is damaged and is written again, a row for each evaluation", self.dir / layout.PROGRESS)
     columns = list(dict.fromkeys(column for r in [*rows, row] for column in r))
     places = [i for i, old in enumerate(rows) if old.get("round") == str(row["round"])]
     if places:
@@ -143,24 +157,33 @@ class Stage:
     self.suffix = suffix  # of the parts
     self._manifest: Manifest | None = None
     self._parts: int | None = None  # None until it is known
+    self._sound: set[int] = set()  # parts that this process has written or verified
     # Listed before the fingerprint is read: another process may be writing both just now, in the opposite order.
     begun = self.dir.exists() and any(p.name != layout.FINGERPRINT for p in self.dir.glob("[!.]*"))
     path = self.dir / layout.FINGERPRINT
     if (self.dir / layout.MANIFEST).exists():
       manifest = load_manifest(self.dir)
       self._compare(manifest["fingerprint"], done=True)
-      _check_files(self.dir, manifest)
+      verify.check_sizes(self.dir, manifest)
       self._manifest, self._parts = manifest, len(manifest["parts"])
+      self._write_fingerprint(path)  # again, if it was lost
       if run.process == 0:
         (self.dir / "seconds.json").unlink(missing_ok=True)  # killed right after writing the manifest
       return
     if path.exists() and begun:
-      self._compare(read_json(path), done=False)
-    elif run.process == 0 and not (path.exists() and read_json(path) == fingerprint):
-      run.check()
-      shards.write_json(path, fingerprint)
-    before = self.dir / "seconds.json"
-    self._begin = time.monotonic() - (read_json(before)["seconds"] if before.exists() else 0.0)
+      self._compare(layout.fingerprint_in(self.dir), done=False)
+    else:
+      self._write_fingerprint(path)  # nothing is made with the old one yet
+    self._begin = time.monotonic() - self._spent()
+
+  def _write_fingerprint(self, path: pathlib.Path) -> None:
+    held = None
+    if self.run.process == 0:
+      with contextlib.suppress(FileNotFoundError, RunError):
+        held = read_json(path)
+      if held != self.fingerprint:
+        self.run.check()
+        shards.write_json(path, self.fingerprint)
 
   @property
   def done(self) -> bool:
@@ -185,9 +208,9 @@ class Stage:
     return (self.dir / shards.part_name(i, n)).with_suffix(self.suffix)
 
   def missing(self, n: int) -> list[int]:
-    """The indices of the parts, of n, that are not on disk."""
+    """The indices of the parts, of n, that are not on disk or damaged; every process reads its own share for that."""
     self._count(n)
-    return [] if self.done else [i for i in range(n) if self._sidecar(i, n) is None]
+    return [] if self.done else [i for i in range(n) if self._sidecar(i, n) is None or self._damaged(i, n)]
 
   def mine(self, n: int) -> list[int]:
     """Of the missing parts, those that this process writes."""
@@ -200,7 +223,7 @@ class Stage:
     self.write_file(i, n, lambda path: shards.write_records(path, records, kind), len(records), counts)
 
   def write_file(
-    self, i: int, n: int, write: Callable[[pathlib.Path], str], rows: int, counts: Mapping[str, Any] | None = None
+    self, i: int, n: int, write: Callable[[pathlib.Path], Digest], rows: int, counts: Mapping[str, Any] | None = None
   ) -> None:
     """The same for a part of any format: `write(path)` writes it and returns its digest."""
     if self.done:
@@ -210,9 +233,9 @@ class Stage:
     path = self.part_path(i, n)
     # A sidecar speaks for the part beside it, so the old one goes first and the new one comes last.
     path.with_suffix(".json").unlink(missing_ok=True)
-    digest = write(path)
-    row = {"digest": digest, "size": path.stat().st_size, "rows": rows, "counts": counts or {}}
-    shards.write_json(path.with_suffix(".json"), row)
+    row = {**write(path).fields(), "rows": rows, "counts": counts or {}}
+    self._sound.add(i)
+    shards.write_sealed(path.with_suffix(".json"), row)
     self.beat()
 
   def beat(self) -> None:
@@ -243,14 +266,14 @@ class Stage:
       row = self._sidecar(i, n)
       if row is None:
         raise RuntimeError(f"stage {self.name} is finished without {path.name}; write every part first")
-      sums = _summed(sums, row.pop("counts"))
-      parts.append({"name": path.name, **row})
+      sums = _summed(sums, row["counts"])
+      parts.append({"name": path.name, **{key: x for key, x in row.items() if key not in ("counts", digests.SEAL)}})
     listed = {}
     for name in sorted(files):
       path = self.dir / name
       if not path.is_file():
         raise RuntimeError(f"stage {self.name} is finished without its file {name}")
-      listed[name] = {"digest": shards.digest(path), "size": path.stat().st_size}
+      listed[name] = digests.of_file(path).fields()
     content = {
       "fingerprint": self.fingerprint,
       "parts": [p["digest"] for p in parts],
@@ -268,21 +291,41 @@ class Stage:
       "finished_at": now(),
       "made_with": self.run.made_with,
     }
-    clash = sorted(manifest.keys() & extra.keys())
+    clash = sorted({*manifest, digests.SEAL} & extra.keys())
     if clash:
       raise RuntimeError(f"stage {self.name} is finished with extra fields that the manifest has: {clash}")
     shards.remove_temporaries(self.dir)
-    shards.write_json(self.dir / layout.MANIFEST, manifest | extra)
+    shards.write_sealed(self.dir / layout.MANIFEST, manifest | extra)
     (self.dir / "seconds.json").unlink(missing_ok=True)
 
   def _sidecar(self, i: int, n: int) -> dict[str, Any] | None:
-    """The facts about a part that is on disk as it was written; None for a part that has to be made."""
+    """The facts about a part that is on disk with its size; None for a part that has to be made."""
     path = self.part_path(i, n)
     try:
-      row = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-      return row if path.stat().st_size == row["size"] else None
-    except (FileNotFoundError, json.JSONDecodeError):
+      row = json.loads(path.with_suffix(".json").read_bytes())
+      return row if digests.intact(row) and path.stat().st_size == row["size"] else None
+    except (FileNotFoundError, ValueError, RecursionError):
       return None
+
+  def _damaged(self, i: int, n: int) -> bool:
+    """True for a part of this process that is not as its sidecar says."""
+    if i % self.run.processes != self.run.process or i in self._sound:
+      return False
+    path, row = self.part_path(i, n), self._sidecar(i, n)
+    try:
+      verify.Voucher(path, Digest.of_fields(row or {}), self.dir).check()
+    except verify.DamageError:
+      _logger.warning("%s is damaged and is made again", path)
+      return True
+    self._sound.add(i)
+    return False
+
+  def _spent(self) -> float:
+    """The seconds that earlier starts have noted."""
+    try:
+      return float(read_json(self.dir / "seconds.json")["seconds"])
+    except (FileNotFoundError, RunError, TypeError, KeyError, ValueError):
+      return 0.0
 
   def _count(self, n: int) -> None:
     """Fixes the number of parts, which belongs to the stage from its first part on."""
@@ -381,7 +424,7 @@ def read_stage(directory: str | pathlib.Path, kind: type[T], part: int | None = 
 
 def _check_format(run: pathlib.Path) -> None:
   """Raises for a run directory that holds records of another format: no change of a value would mend that."""
-  made = next((read_json(path).get("format", FORMAT) for path in layout.fingerprints(run)), FORMAT)
+  made = layout.format_of(run)
   if made != FORMAT:
     raise RunError(
       f"the run directory {run} was made by alma_jax {VERSIONS.get(made, 'of a later version')}; only that version can"
@@ -402,19 +445,6 @@ def _summed(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
     else:
       raise RuntimeError(f"counts must be numbers or nested dicts of numbers; {key!r} is {value!r}")
   return both
-
-
-def _check_files(directory: pathlib.Path, manifest: Manifest) -> None:
-  sizes = [(p["name"], p["size"]) for p in manifest["parts"]]
-  for name, size in sizes + [(name, f["size"]) for name, f in manifest["files"].items()]:
-    path = directory / name
-    found = path.stat().st_size if path.exists() else None
-    if found != size:
-      state = "is missing" if found is None else f"has {found} bytes instead of {size}"
-      raise RunError(
-        f"{path} {state}, though the stage was finished with it.\n"
-        f"Bring the file back, or delete {directory} to have the stage made again."
-      )
 
 
 def _wait_for(path: pathlib.Path, processes: int) -> None:

@@ -1,15 +1,15 @@
 """Files of records and arrays. A file appears when it is whole; equal content gives equal bytes.
 
 `write_records(path, records, Response)` writes a Parquet file whose columns are the fields of the dataclass
-and returns the sha256 of the file; `read_records(paths, Response)` gives back records equal to those
-written, with tuples for sequences. `save_array` and `load_array` do the same for `.npy`, loaded as a memory
-map. Every file is written under a hidden temporary name in its own directory and renamed when complete:
-readers, and the next start after a crash, never see half a file.
+and returns the file's Digest; `read_records(paths, Response)` gives back records equal to those written, with
+tuples for sequences. `save_array` and `load_array` do the same for `.npy`, loaded as a memory map. Every file
+is written under a hidden temporary name in its own directory and renamed when complete: readers, and the next
+start after a crash, never see half a file. Files are hashed while they are written, and what a reader touches
+of a finished stage's file is verified (store/verify.py).
 """
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -23,9 +23,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from alma_jax.errors import RunError, writing
+from alma_jax.store import digests, verify
+from alma_jax.store.digests import Digest, Path
 from alma_jax.store.records import Turns
 
-Path = str | os.PathLike[str]
 T = TypeVar("T")  # a record class
 ROW_GROUP = 16384  # rows; about 16 MB of text
 _TURN = pa.struct([pa.field("role", pa.string(), False), pa.field("content", pa.string(), False)])
@@ -86,15 +87,19 @@ def remove_temporaries(directory: Path) -> None:
 
 
 def digest(path: Path) -> str:
-  """The sha256 of a file, as hex."""
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
+  """The digest of a file of the user's, as hex; a large file that has not changed is not read again."""
+  return digests.remembered(path).whole
 
 
 def write_json(path: Path, value: Any) -> None:
   text = json_text(value, indent=2)
   with atomic(path) as file:
     file.write(f"{text}\n".encode())
+
+
+def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+  """Writes an object with a seal of its other fields; `digests.intact` tells whether it still fits."""
+  write_json(path, digests.sealed(json.loads(json_text(value))))
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
@@ -134,8 +139,8 @@ def _not_finite(value: Any, where: str) -> Iterator[tuple[str, float]]:
       yield from _not_finite(item, f"{where}[{i}]")
 
 
-def write_records(path: Path, records: Sequence[T], kind: type[T]) -> str:
-  """Writes dataclasses of class `kind` as one Parquet file; returns the sha256 of the file."""
+def write_records(path: Path, records: Sequence[T], kind: type[T]) -> Digest:
+  """Writes dataclasses of class `kind` as one Parquet file."""
   shape = schema(kind)
   columns = [pa.array([getattr(r, field.name) for r in records], type=field.type) for field in shape]
   for field, column in zip(shape, columns, strict=True):
@@ -143,8 +148,9 @@ def write_records(path: Path, records: Sequence[T], kind: type[T]) -> str:
       raise ValueError(f"a {kind.__name__} record has None in its field {field.name}")
   table = pa.Table.from_arrays(columns, schema=shape)
   with atomic(path) as file:
-    pq.write_table(table, file, row_group_size=ROW_GROUP, compression="zstd", compression_level=3)
-  return digest(path)
+    hashed = digests.Writer(file)
+    pq.write_table(table, hashed, row_group_size=ROW_GROUP, compression="zstd", compression_level=3)
+  return hashed.digest()
 
 
 def read_records(paths: Path | Sequence[Path], kind: type[T]) -> list[T]:
@@ -155,7 +161,7 @@ def read_records(paths: Path | Sequence[Path], kind: type[T]) -> list[T]:
 
 def read_rows(path: Path, rows: Sequence[int] | np.ndarray, kind: type[T]) -> list[T]:
   """The records at these rows of one file, in their order; only the row groups that have some are read."""
-  with pq.ParquetFile(path) as file:
+  with parquet(path) as file:
     ends = np.cumsum([file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)])
     wanted = np.asarray(rows, np.int64)
     groups = np.searchsorted(ends, wanted, side="right")
@@ -172,7 +178,7 @@ def read_ids(paths: Sequence[Path], column: str = "id") -> np.ndarray:
   """The ids of the prompts in these files, 16 hex digits each, as numbers: uint64 [n]."""
   found = [np.zeros(0, np.uint64)]
   for path in paths:
-    with pq.ParquetFile(path) as file:
+    with parquet(path) as file:
       found.append(id_numbers(file.read(columns=[column]).column(column).to_pylist()))
   return np.concatenate(found)
 
@@ -181,21 +187,52 @@ def id_numbers(ids: Sequence[str]) -> np.ndarray:
   return np.frombuffer(bytes.fromhex("".join(ids)), ">u8").astype(np.uint64)
 
 
-def save_array(path: Path, array: Any) -> str:
-  """Writes one `.npy`; returns the sha256 of the file."""
+@contextlib.contextmanager
+def parquet(path: Path) -> Iterator[pq.ParquetFile]:
+  """The Parquet file for reading. (read_table would turn a directory named a=b into a column.)"""
+  with verify.opened(path) as file, pq.ParquetFile(file) as table:
+    yield table
+
+
+def save_array(path: Path, array: Any) -> Digest:
+  """Writes one `.npy`."""
   with atomic(path) as file:
-    np.save(file, np.asarray(array), allow_pickle=False)
-  return digest(path)
+    hashed = digests.Writer(file)
+    np.save(hashed, np.asarray(array), allow_pickle=False)
+  return hashed.digest()
 
 
 def load_array(path: Path) -> np.ndarray:
-  """The array of an `.npy` as a memory map."""
+  """The array of an `.npy`, all of it verified, as a memory map."""
+  verify.check(path)
   return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
+class ArrayRows:
+  """The rows of an `.npy` on disk: `shape`, `dtype`, and `[a:b]`, which verifies and maps those rows."""
+
+  def __init__(self, path: Path) -> None:
+    self._voucher = verify.voucher(path)
+    if self._voucher:
+      self._voucher.check(0, 1)  # the header lies in the first block
+    self._array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    self.shape, self.dtype, self.ndim = self._array.shape, self._array.dtype, self._array.ndim
+
+  def __len__(self) -> int:
+    return len(self._array)
+
+  def __getitem__(self, rows: slice) -> np.ndarray:
+    found = self._array[rows]
+    if self._voucher and found.size:
+      begin, end, _ = rows.indices(len(self))
+      data = self._voucher.digest.size - self._array.nbytes  # where the rows begin
+      row = self._array.nbytes // len(self)
+      self._voucher.check(data + begin * row, data + end * row)
+    return found
+
+
 def _read_one(path: Path, kind: type[T]) -> list[T]:
-  # ParquetFile, not read_table: that one would turn a directory named a=b into a column.
-  with pq.ParquetFile(path) as file:
+  with parquet(path) as file:
     return _records(path, file.read(), kind)
 
 

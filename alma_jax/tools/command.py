@@ -39,7 +39,7 @@ from alma_jax.runtime.host import (
   fitting_chats,
   model_directory,
 )
-from alma_jax.store import layout, shards
+from alma_jax.store import digests, layout, shards
 from alma_jax.store.lock import LockedError
 from alma_jax.store.runs import ChangedError, Run
 from alma_jax.text import chat
@@ -183,6 +183,8 @@ def open_model(options: Shared, stage_of: Callable[[pathlib.Path], pathlib.Path]
     raise TextError(_which_chat(model.directory))
   values = {"path": str(model.directory), "dtype": model.dtype} | ({} if fmt is None else {"chat": fmt})
   host = Host(build(ModelOptions, values, "--model"), options.engine, local_mesh(options), raw=raw)
+  for directory in (pathlib.Path(options.output), parts_of(pathlib.Path(options.output))):
+    digests.recall(directory / layout.DIGESTS)  # before the model is read for its content
   return Opened(model, host, Checkpoint(options.model, host.directory, content_of(host.directory)))
 
 
@@ -299,6 +301,11 @@ def run_of(output: pathlib.Path, directory: pathlib.Path, options: Shared, mend:
   except OSError as error:
     where = error.filename or output
     raise RunError(f"cannot write {where}: {error.strerror or error}; the same command goes on from here") from None
+
+
+def parts_of(output: pathlib.Path) -> pathlib.Path:
+  """The run directory of an output that is a file."""
+  return output.with_name(f"{output.name}.parts")
 
 
 def check_place(output: pathlib.Path) -> None:

@@ -14,7 +14,6 @@
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 import pathlib
@@ -25,8 +24,9 @@ from typing import Any, TypeVar
 from alma_jax.corpus.normalise import prompt_id
 from alma_jax.errors import RunError
 from alma_jax.runtime.host import Host
-from alma_jax.store import data, shards
+from alma_jax.store import data, shards, verify
 from alma_jax.store.data import DataError
+from alma_jax.store.digests import Digest, Writer
 from alma_jax.store.runs import Stage
 from alma_jax.text import chat
 from alma_jax.text.chat import Messages
@@ -133,27 +133,22 @@ def _object(line: bytes, where: str) -> dict[str, Any]:
 # The output and its parts
 
 
-def parts_of(output: pathlib.Path) -> pathlib.Path:
-  """The run directory of an output."""
-  return output.with_name(f"{output.name}.parts")
-
-
 def check_output(output: pathlib.Path) -> None:
   """Raise unless the output can be written, or was made here."""
   command.check_place(output)
   if output.is_dir():
     raise RunError(f"--output: {output} is a directory; name a file in it")
-  if output.exists() and not parts_of(output).is_dir():
+  if output.exists() and not command.parts_of(output).is_dir():
     raise RunError(
-      f"{output} exists, and no {parts_of(output).name} beside it says how it was made: give another --output, or move"
-      " it away"
+      f"{output} exists, and no {command.parts_of(output).name} beside it says how it was made: give another"
+      " --output, or move it away"
     )
 
 
 @contextlib.contextmanager
 def stage_of(output: pathlib.Path, options: command.Shared, fields: Mapping[str, Any]) -> Iterator[Stage]:
   """The stage whose parts are the output's lines, for this process alone."""
-  directory = parts_of(output)
+  directory = command.parts_of(output)
   mend = f"give another --output, or delete {output} and {directory}"
   with command.run_of(output, directory, options, mend) as run:
     stage = run.stage("lines", fields, suffix=".jsonl")
@@ -208,10 +203,11 @@ class Parts:
       return
     text = shards.json_lines(lines)
 
-    def write(path: pathlib.Path) -> str:
+    def write(path: pathlib.Path) -> Digest:
       with shards.atomic(path) as file:
-        file.write(text)
-      return hashlib.sha256(text).hexdigest()
+        hashed = Writer(file)
+        hashed.write(text)
+      return hashed.digest()
 
     self.stage.write_file(part, len(self.sizes), write, len(lines), counts)
 
@@ -223,7 +219,7 @@ def finish(stage: Stage, output: pathlib.Path, **extra: Any) -> dict[str, Any]:
     whole = stage.run.dir / output.name  # on the output's own file system
     with shards.atomic(whole) as file:
       for part in manifest["parts"]:
-        with open(stage.dir / part["name"], "rb") as lines:
+        with verify.opened(stage.dir / part["name"]) as lines:
           shutil.copyfileobj(lines, file)
     os.replace(whole, output)
   return manifest
