@@ -99,8 +99,8 @@ def run(directory: pathlib.Path, *values: str) -> pathlib.Path:
 
 
 def scores(directory: pathlib.Path) -> dict[int, float]:
-  """The evaluator's score by round."""
-  return {int(row["round"]): float(row["score"]) for row in layout.progress(directory)}
+  """The score by the world's oracle, by round."""
+  return {int(row["round"]): float(row["truth"]) for row in layout.progress(directory)}
 
 
 def rounds_table(mains: Sequence[pathlib.Path]) -> None:

@@ -103,7 +103,11 @@ def llama_8b() -> Config:
 
   # Evaluation after every round
   c.eval = sampling(0.0, 1.0, max_new_tokens=1024, max_prompt_tokens=2048)
-  c.eval.evaluator = "none"  # "mini": the miniature world's ground truth
+  # Judges that grade beside the run's own and select nothing: "NAME=WHAT", WHAT a word of names.EVALUATORS or
+  # "package.module:NAME", such as "armo=reward:/models/ArmoRM"; "truth=mini" is the miniature world's ground truth.
+  c.eval.judges = ()
+  c.eval.sets = ()  # more evaluation prompts: "NAME=FILE.jsonl"
+  c.eval.patience = 0  # stop after so many rounds without a better score by the first of eval.judges; 0: make all
   c.eval.few_shot = "dialogue"  # how the base model is shown its examples
   c.eval.shots = 3
   return c
@@ -150,5 +154,5 @@ def mini() -> Config:
   c.responses.update(sampling(0.7, 1.0, n=16, **room))
   c.judge.distil.sample = sampling(1.0, 1.0, n=2, **room)
   c.eval.update(sampling(0.0, 1.0, max_new_tokens=16, max_prompt_tokens=96))
-  c.eval.update(dict(evaluator="mini", few_shot="mini"))
+  c.eval.update(dict(judges=("truth=mini",), few_shot="mini"))
   return c

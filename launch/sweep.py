@@ -39,6 +39,7 @@ from ml_collections import ConfigDict, config_flags
 from alma_jax import config_files, names, start
 from alma_jax.main import parse  # the module defines --config and --workdir
 from alma_jax.options import ConfigError, leaves, nearest
+from alma_jax.report import graded
 from alma_jax.store import layout, statistics
 
 Overrides = Mapping[str, Any]  # nested, as `add` takes them: {"seed": 1, "responses": {"n": 4}}
@@ -191,13 +192,13 @@ def table(units: Sequence[WorkUnit]) -> list[str]:
   groups: dict[tuple[str, str], list[float]] = {}  # (scored by, variant) -> a score for each seed
   for unit in units:
     row = unit.result()
-    by, name = ("truth", "score") if row.get("score") else ("judge", "judge_score")
-    value = f"{float(row[name]):.3f} ± {float(row[f'{name}_ci95']):.3f}" if row else "-"
+    by = next((name for name in graded.judges([row]) if row[name]), "-")
+    value = f"{float(row[by]):.3f} ± {float(row[f'{by}_ci95']):.3f}" if row else "-"
     start = f"{unit.number:>3}  {unit.state:<12}{row.get('round', '-'):>6}{row.get('n', '-'):>6}"
-    lines.append(f"{start}  {by if row else '-':<10}{value:<16}{_shown(unit.overrides)}")
+    lines.append(f"{start}  {by:<10}{value:<16}{_shown(unit.overrides)}")
     if unit.state == "finished":
       variant = _shown({k: v for k, v in unit.overrides.items() if k != "seed"})
-      groups.setdefault((by, variant), []).append(float(row[name]))
+      groups.setdefault((by, variant), []).append(float(row[by]))
   if any(len(scores) > 1 for scores in groups.values()):
     lines += ["", "Means over seeds, with the 95 % interval of Student's t:"]
     for (by, variant), scores in groups.items():

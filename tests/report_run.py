@@ -8,7 +8,7 @@ import numpy as np
 
 from alma_jax.report import page
 from alma_jax.store import digests, runs
-from alma_jax.store.records import Evaluation, Example, Graded, Judgment, Pair, Prompt, Response
+from alma_jax.store.records import Answer, Example, Grade, Graded, Judgment, Pair, Prompt, Response
 
 NASTY = "<script>alert('x')</script> & <b>"
 MOMENTS = ("nothing", "seeds", "pool", "judge", "base", "sampled", "judged", "selected", "trained", "all")
@@ -75,16 +75,21 @@ def make(directory, until="all", mass=0.97, method="best_of_n", graded=True):
       stage(name, moment=moment, counts={"steps": 12, **counts}, files={"metrics.jsonl": rows}, **extra)
 
     def evaluation(r, moment, shift):
-      records = []
+      answers, scores = [], {"truth": [], "judge": []}
       for i in range(40):
         text, judged = "x" * (i + r), float(np.clip(random.normal(5 + shift, 2), 0, 10))
-        truth = float(np.clip(judged + random.normal(), 0, 10)) if graded else None
-        records.append(Evaluation(f"e{i}", (turn(f"ask {i}"),), text, i + r, i > 2, judged, truth))
-      stage(f"round_{r:02d}/eval", Evaluation, [(records[:20], {}), (records[20:], {})], moment)
-      row = {"round": r, "checkpoint": f"m{r}", "n": 40, "tokens": float(np.mean([x.tokens for x in records]))}
-      row["finished"] = np.mean([x.finished for x in records])
-      for name in ("judge_score", *(["score"] if graded else [])):
-        values = np.array([getattr(x, name) for x in records])
+        scores["judge"].append(judged)
+        scores["truth"].append(float(np.clip(judged + random.normal(), 0, 10)) if graded else None)
+        answers.append(Answer(f"e{i}", (turn(f"ask {i}"),), text, i + r, i > 2))
+      place = f"round_{r:02d}/eval"
+      stage(place, Answer, [(answers[:20], {}), (answers[20:], {})], moment)
+      row = {"round": r, "checkpoint": f"m{r}", "n": 40, "tokens": float(np.mean([x.tokens for x in answers]))}
+      row["finished"] = np.mean([x.finished for x in answers])
+      for name in (*(["truth"] if graded else []), "judge"):
+        values = np.array(scores[name])
+        grades = [Grade(x.prompt_id, v) for x, v in zip(answers, values.tolist(), strict=True)]
+        judge = {"name": name, "identity": f"{name} 0123", "scale": [0.0, 10.0], "selects": name == "judge"}
+        stage(f"{place}.{name}", Grade, [(grades[:20], {}), (grades[20:], {})], moment, judge=judge)
         row |= {name: values.mean(), f"{name}_ci95": 1.96 * values.std(ddof=1) / math.sqrt(40)}
       if at >= moment:
         run.progress(row)

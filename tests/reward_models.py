@@ -69,4 +69,4 @@ def plain_pairs():
 
 
 def judge(host, name):
-  return contract.by_name(names.EVALUATORS, name, host, None, "eval.evaluator")
+  return contract.by_name(names.EVALUATORS, name, host, None, "eval.judges")

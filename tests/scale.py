@@ -87,7 +87,7 @@ def made(s, prompts, samples):
 
 
 def evaluated(s, prompts):
-  """The summary of an evaluation in which every answer is "yes" and the judge says how long the prompt is."""
+  """The means of an evaluation in which every answer is "yes" and the judge says how long the prompt is."""
   judge = types.SimpleNamespace(identity="a stand-in", scale=(0.0, 100.0))
   judge.scores = lambda pairs: [Verdict(float(len(messages[-1]["content"]))) for messages, _ in pairs]
   written = sampling.Draft("yes", (1, 2), True, (-0.1, -0.2))
@@ -110,11 +110,11 @@ def main(directory, prompts, samples):
   s = session(directory)
   inputs = made(s, prompts, samples)
   found = trainset.build(s, *inputs, trainset.Options())
-  summary = evaluated(s, prompts)
+  means = evaluated(s, prompts)
   assert page.write(s.run.dir)
   # Of this program alone: getrusage would count the pages of the process that started it, too.
   (peak,) = (int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM:"))
-  return {"counts": found.manifest["counts"], "rows": found.manifest["rows"], "evaluation": summary, "peak": peak}
+  return {"counts": found.manifest["counts"], "rows": found.manifest["rows"], "graded": means["judge"].n, "peak": peak}
 
 
 if __name__ == "__main__":

@@ -17,10 +17,12 @@ import safetensors.numpy
 import small_run
 
 from alma_jax.corpus.normalise import prompt_id
-from alma_jax.store import records, shards
+from alma_jax.report import graded
+from alma_jax.store import layout, records, shards
 from alma_jax.store.runs import load_manifest, read_stage
 from alma_jax.tools import export
 
+JUDGES = ("truth", "twin", "judge")
 README = (small_run.ROOT / "README.md").read_text()
 
 
@@ -123,7 +125,7 @@ def test_exported_policy_answers_in_transformers_as_in_the_evaluation(run):
   directory = run / "round_03" / "policy" / "model"
   tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
   model = transformers.AutoModelForCausalLM.from_pretrained(directory)
-  answers = read_stage(run / "round_03" / "eval", records.Evaluation)
+  answers = read_stage(run / "round_03" / "eval", records.Answer)
   for answer in answers[:8]:
     ids = tokenizer.apply_chat_template(list(answer.messages), add_generation_prompt=True, return_tensors="pt")
     ids = ids if torch.is_tensor(ids) else ids["input_ids"]
@@ -264,7 +266,7 @@ def test_a_users_own_judge_evaluator_and_chat_format_need_no_fork(data, tmp_path
   (tmp_path / "mine" / "things.py").write_text(OWN)
   (tmp_path / "mine" / "config.py").write_text("from configs.alma import get_config\n")
   values = (
-    "judge.kind=things:Words", "eval.evaluator=things:vowels", "model.chat=things:FORMAT", "feedback_rounds=1",
+    "judge.kind=things:Words", "eval.judges=('things:vowels',)", "model.chat=things:FORMAT", "feedback_rounds=1",
   )  # fmt: skip
   command = small_run.command(tmp_path / "run", *data, *values)
   command[command.index("--config=configs/alma.py:mini")] = f"--config={tmp_path}/mine/config.py:mini"
@@ -284,8 +286,9 @@ def test_a_users_own_judge_evaluator_and_chat_format_need_no_fork(data, tmp_path
   assert all(j.probs is None and j.mass is None for j in judged)
   judge = load_manifest(place / "judgments")["judge"]
   assert judge["identity"].startswith("words ") and judge["scale"] == [0.0, 16.0]
-  for answer in read_stage(place / "eval", records.Evaluation):
-    assert answer.score == sum(letter in "aeiou" for letter in answer.response)
+  grades = read_stage(place / "eval.vowels", records.Grade)
+  for answer, grade in zip(read_stage(place / "eval", records.Answer), grades, strict=True):
+    assert grade.score == sum(letter in "aeiou" for letter in answer.response)
   template = json.loads((place / "policy" / "model" / "tokenizer_config.json").read_text()).get("chat_template")
   assert "# " in (template or (place / "policy" / "model" / "chat_template.jinja").read_text())
   # Another text of the user's file is another judge.
@@ -405,13 +408,37 @@ def test_pipeline_never_sees_the_ground_truth_after_the_seeds(tmp_path):
     stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
   )  # fmt: skip
   assert done.returncode == 0, done.stdout[-3000:]
-  leave_out = ("/eval/",)
+  leave_out = ("/eval.truth/",)
   assert small_run.artefacts(poisoned, leave_out) == small_run.artefacts(honest, leave_out)
-  lied = read_stage(poisoned / "round_02" / "eval", records.Evaluation)
-  assert {x.score for x in lied} == {0.0}
-  told = read_stage(honest / "round_02" / "eval", records.Evaluation)
-  assert max(x.score for x in told) > 5
-  assert [(x.response, x.judge_score) for x in lied] == [(x.response, x.judge_score) for x in told]
+  lied, told = (
+    {x.score for x in read_stage(run / "round_02" / "eval.truth", records.Grade)} for run in (poisoned, honest)
+  )
+  assert lied == {0.0} and max(told) > 5
+
+
+def test_a_set_and_a_judge_that_are_added_later_make_evaluations_only(run, data, tmp_path, capsys):
+  workdir = variant(run, tmp_path)
+  before = small_run.artefacts(workdir)
+  asked, met = tmp_path / "asked.jsonl", read_stage(run / "pool" / "prompts", records.Prompt)[0]
+  lines = (json.dumps({"messages": list(messages)}) for messages in (met.messages, [{"role": "user", "content": "hi"}]))
+  asked.write_text("\n".join(lines) + "\n")
+  done = small_run.finished(workdir, *data, f"eval.sets=('more={asked}',)", "eval.judges=('truth=mini','twin=mini')")
+  assert "1 of 2 prompts of the set more are in the pool" in done.stdout
+  after = small_run.artefacts(workdir)
+  assert {name: after[name] for name in before} == before
+  rounds = [f"round_{r:02d}" for r in range(4)]
+  made = {f"{r}/{of}" for r in rounds for of in ("eval.twin", "eval-more", *map("eval-more.{}".format, JUDGES))}
+  assert {name.rpartition("/")[0] for name in after.keys() - before.keys()} == made
+  rows = layout.progress(workdir)
+  assert all(row["twin"] == row["truth"] and row["more/n"] == "2" and row["judge_by"] for row in rows)
+  best = graded.best(workdir)
+  assert best and not best.by.selects and f"best round by truth, which selects nothing: {best.round}" in done.stdout
+  assert max(rows[1:], key=lambda row: float(row["truth"]))["round"] == str(best.round)
+  assert export.main([f"--stage={workdir}", "--best", f"--output={tmp_path / 'model'}"]) == 0
+  chosen = layout.policy_of(workdir, best.round) / "model"
+  assert (tmp_path / "model" / "model.safetensors").read_bytes() == (chosen / "model.safetensors").read_bytes()
+  assert export.main([f"--stage={workdir}", "--best", "--by=judge", f"--output={tmp_path / 'other'}"]) == 1
+  assert "selects" in capsys.readouterr().err
 
 
 def test_interrupted_run_leaves_no_lock(data, tmp_path):

@@ -197,9 +197,7 @@ def test_what_stands_behind_the_directory_is_checked(host, labelled, said, messa
 
 
 def test_a_conversation_without_a_known_text_or_without_room_is_refused(host, labelled, tmp_path):
-  with pytest.raises(
-    UserError, match=r"eval.evaluator is 'reward:'; the text after the colon is missing: 'reward:DIR'"
-  ):
+  with pytest.raises(UserError, match=r"eval.judges is 'reward:'; the text after the colon is missing: 'reward:DIR'"):
     judge(host, "reward:")
   with pytest.raises(UserError, match=r"are 1\d\d tokens for the reward model .* has 160 positions"):
     judge(host, f"reward:{labelled[0]},score=0").scores([Answered(user("9 " * 40), "8 " * 40)])

@@ -41,7 +41,7 @@ def main(_):
   if config.responses.n == 9 and not pathlib.Path("mended").exists():
     sys.exit(3)
   with open(workdir / "progress.csv", "w") as file:
-    file.write("round,n,score,score_ci95,judge_score,judge_score_ci95\\n1,50,1.0,0.2,1,0.2\\n")
+    file.write("round,n,truth,truth_ci95,judge,judge_ci95\\n1,50,1.0,0.2,1,0.2\\n")
     file.write(f"2,50,{config.responses.n + 0.1 * config.seed},0.2,1,0.2\\n")
   with open(workdir / "log.jsonl", "a") as file:
     file.write(json.dumps({"event": "end"}) + "\\n")
@@ -302,9 +302,9 @@ def test_sweep_queues_on_slurm_once(project):
 
 
 def test_the_table_reads_columns_that_evaluations_write():
-  from alma_jax.stages.evaluation import summarised
+  from alma_jax.report import graded
+  from alma_jax.stages.evaluation import in_columns
+  from alma_jax.store.statistics import Mean
 
-  sums = dict(
-    n=4, graded=4, score=4.0, score_squared=6.0, judge_score=4.0, judge_score_squared=6.0, finished=4, tokens=9
-  )
-  assert {"n", "score", "score_ci95", "judge_score", "judge_score_ci95"} <= set(summarised(sums))
+  row = in_columns("truth", Mean(1.0, 0.5, 4), "an identity")
+  assert graded.judges([row]) == ["truth"] and {"truth", "truth_ci95"} <= set(row)

@@ -77,7 +77,7 @@ def test_the_judge_of_the_guide_keeps_the_contract(guide):
   from alma_jax.judges import contract
 
   guide("docs/your_own_judge.md", names.EVALUATORS, "my_judges:brief")
-  judge = contract.by_name(names.EVALUATORS, "my_judges:brief", None, None, "eval.evaluator")
+  judge = contract.by_name(names.EVALUATORS, "my_judges:brief", None, None, "eval.judges")
   asked = ({"role": "user", "content": "hi"},)
   pairs = [contract.Answered(asked, text, done) for text, done in (("hello", True), ("word " * 43, True), ("x", False))]
   assert [verdict.score for verdict in contract.scores(judge, pairs)] == [10, 7, 0]

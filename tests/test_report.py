@@ -80,8 +80,8 @@ def test_ticks_enclose_the_data(low, width):
 def test_the_page_shows_the_runs_numbers(finished):
   text = written(finished)
   for row in numbers.progress(finished):
-    assert f"{row['score']:.2f} ± {row['score_ci95']:.2f}" in text
-    assert f"{row['judge_score']:.2f} ± {row['judge_score_ci95']:.2f}" in text
+    assert f"{row['truth']:.2f} ± {row['truth_ci95']:.2f}" in text
+    assert f"{row['judge']:.2f} ± {row['judge_ci95']:.2f}" in text
   counts = runs.load_manifest(finished / "round_02/judgments")["counts"]["histogram"]
   for score, count in counts.items():
     assert f"score {int(score)}: {count / 60:.1%} of all responses ({count} of 60)" in text
@@ -204,7 +204,7 @@ def test_what_needs_attention_is_noted(tmp_path, finished):
   assert "Little mass on the score tokens" in written(tmp_path)
   assert "Little mass on the score tokens" not in written(finished)
   with runs.Run(tmp_path) as run:
-    run.progress({"round": 3, "n": 40, "score": 1.0, "finished": 0.5, "tokens": 99.0})
+    run.progress({"round": 3, "n": 40, "truth": 1.0, "truth_ci95": 0.1, "finished": 0.5, "tokens": 99.0})
   text = written(tmp_path)
   assert "round 3 50%" in text and "Answers grow" in text
 
@@ -256,11 +256,12 @@ def test_a_live_run_is_running(tmp_path):
 def test_summary_is_the_table_of_rounds(finished):
   page.write(finished)
   lines = page.summary(finished).splitlines()
-  assert lines[0].split() == ["round", "checkpoint", "n", "score", "judge", "tokens", "finished"]
+  assert lines[0].split() == ["round", "checkpoint", "n", "truth", "judge", "tokens", "finished"]
   for line, row in zip(lines[1:], numbers.progress(finished), strict=False):
     assert line.split()[:2] == [str(row["round"]), f"m{row['round']}"]
-    assert f"{row['score']:.2f} ± {row['score_ci95']:.2f}" in line
-  assert len(lines) == 6 and lines[-1].endswith(str(finished / "report.html"))
+    assert f"{row['truth']:.2f} ± {row['truth_ci95']:.2f}" in line
+  assert lines[-2].startswith("best round by truth")
+  assert len(lines) == 7 and lines[-1].endswith(str(finished / "report.html"))
 
 
 def test_summary_without_an_evaluator_and_without_anything(tmp_path):

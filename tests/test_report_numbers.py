@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 from report_run import KINDS, make, vouched, written
 
-from alma_jax.report import judged, numbers
+from alma_jax.report import graded, judged
 from alma_jax.store import runs, statistics
-from alma_jax.store.records import Evaluation, Judgment, Response
+from alma_jax.store.records import Grade, Judgment, Response
 
 METHODS = ("best_of_n", "dpo", "grpo")
 AXES = ("score over round", "characters over round", "distribution of scores", "loss per step", "inertia per iteration")
@@ -111,12 +111,21 @@ def shares(counts, of, total):
   return [f"score {s}: {n / total:.1%} of {of} ({n} of {total})" for s, n in collections.Counter(counts).items()]
 
 
+def evaluated(run, r):
+  """prompt id -> the answer's row, with the score by each judge."""
+  found = {row["prompt_id"]: row for row in rows_of(run, f"round_{r:02d}/eval")}
+  for name in ("truth", "judge"):
+    for row in rows_of(run, f"round_{r:02d}/eval.{name}"):
+      found[row["prompt_id"]][name] = row["score"]
+  return found
+
+
 def told_of_progress(run):
-  out, titles = ["score", "round"], {"score": "evaluator", "judge_score": "judge"}
-  for column, title in titles.items():
-    scores = {r: [row[column] for row in rows_of(run, f"round_{r:02d}/eval")] for r in range(4)}
+  out = ["score", "round"]
+  for title in ("truth", "judge"):
+    scores = {r: [row[title] for row in evaluated(run, r).values()] for r in range(4)}
     name = f"{title} {np.mean(scores[3]):.2f}"
-    out += [name, f"base, {title} {np.mean(scores[0]):.2f}"]
+    out += [name, f"base, {title} {told(scores[0])}"]
     out += [f"{name}, round {r}: {told(scores[r])}" for r in (1, 2, 3)]
   out.remove("round")
   return [
@@ -127,20 +136,28 @@ def told_of_progress(run):
 
 
 def told_of_rounds(run):
-  out = ["round", "checkpoint", "n", "evaluator", "judge", "− base", "− round before", "judge ~ evaluator"]
+  out = ["round", "checkpoint", "n", "truth", "judge", "− base", "− round before", "judge ~ truth"]
   out += ["tokens", "characters", "finished"]
-  answers = {r: {row["prompt_id"]: row for row in rows_of(run, f"round_{r:02d}/eval")} for r in range(4)}
+  answers = {r: evaluated(run, r) for r in range(4)}
   for r, rows in answers.items():
-    values = {name: [row[name] for row in rows.values()] for name in ("score", "judge_score", "tokens", "finished")}
-    out += [f"{r}", f"m{r}", "40", told(values["score"]), told(values["judge_score"])]
+    values = {name: [row[name] for row in rows.values()] for name in ("truth", "judge", "tokens", "finished")}
+    out += [f"{r}", f"m{r}", "40", told(values["truth"]), told(values["judge"])]
     if r:
-      out.append(told([row["score"] - answers[0][i]["score"] for i, row in rows.items()], sign="+"))
+      out.append(told([row["truth"] - answers[0][i]["truth"] for i, row in rows.items()], sign="+"))
     if r > 1:
-      out.append(told([row["score"] - answers[r - 1][i]["score"] for i, row in rows.items()], sign="+"))
-    out.append(correlated(values["judge_score"], values["score"], list(rows)))
+      out.append(told([row["truth"] - answers[r - 1][i]["truth"] for i, row in rows.items()], sign="+"))
+    out.append(correlated(values["judge"], values["truth"], list(rows)))
     characters = np.mean([len(row["response"]) for row in rows.values()])
     out += [f"{np.mean(values['tokens']):.1f}", f"{characters:.1f}", f"{np.mean(values['finished']):.1%}"]
-  return out
+  out += ["truth: truth 0123", "judge, which selects the training data: judge 0123"]
+  truth = {r: [row["truth"] for row in rows.values()] for r, rows in answers.items()}
+  best = max((1, 2, 3), key=lambda r: np.mean(truth[r]))
+  words = f"Best round by truth, which selects nothing: {best} ({told(truth[best])}, n = 40)"
+  if best == 3:
+    return [*out, f"{words}, the last one."]
+  ahead = np.array(truth[best]) - np.array(truth[3])
+  differs = "differs from" if ahead.mean() > 1.96 * ahead.std(ddof=1) / math.sqrt(40) else "cannot be told from"
+  return [*out, f"{words}; it {differs} the last, 3: {told(ahead, sign='+')}."]
 
 
 def told_of_selection(run, method):
@@ -380,8 +397,8 @@ def test_every_number_of_the_page_is_that_of_the_files(tmp_path, method):
 
 
 ROUNDS = (
-  "Scores are means ± 95 % intervals over the n prompts. Differences (− base, − round before) are of the evaluator's"
-  " score, prompt by prompt: compare rounds by these, not by whether the intervals overlap. judge ~ evaluator:"
+  "Scores are means ± 95 % intervals over the n prompts. Differences (− base, − round before) are of the truth's"
+  " score, prompt by prompt: compare rounds by these, not by whether the intervals overlap. judge ~ truth:"
   " correlation of the two scores over the prompts. Tokens and characters: mean length of an answer."
 )
 
@@ -432,10 +449,10 @@ def test_a_rounds_numbers_equal_a_loop_over_its_records(tmp_path, method):
 def test_differences_of_rounds_are_taken_prompt_by_prompt(finished):
   scores = {}
   for r in (0, 3):
-    records = runs.read_stage(finished / f"round_{r:02d}/eval", Evaluation)
+    records = runs.read_stage(finished / f"round_{r:02d}/eval.truth", Grade)
     scores[r] = {x.prompt_id: x.score for x in records}
   differences = [scores[3][i] - scores[0][i] for i in scores[0]]
-  found = numbers.difference(numbers.answers(finished, 3), numbers.answers(finished, 0), "score")
+  found = graded.difference(graded.read(finished, 3), graded.read(finished, 0), "truth")
   assert found.n == 40
   assert found.value == pytest.approx(np.mean(differences))
   assert found.ci95 == pytest.approx(1.96 * np.std(differences, ddof=1) / math.sqrt(40))

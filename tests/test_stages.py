@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from alma_jax.corpus import draw as corpus_draw
 from alma_jax.corpus.normalise import prompt_id
 from alma_jax.engine import losses
-from alma_jax.errors import RunError
-from alma_jax.stages import drafts, draw, judge, trainset
-from alma_jax.stages.evaluation import summarised
+from alma_jax.errors import RunError, UserError
+from alma_jax.runtime.sampling import Decoding
+from alma_jax.stages import drafts, draw, evaluation, judge, trainset
 from alma_jax.stages.responses import _samples
 from alma_jax.store.records import Judgment, Prompt, Response
+from alma_jax.store.statistics import Mean
 
 
 def prompt(n, cluster=0):
@@ -217,17 +218,44 @@ def test_held_out_annotations_share_no_prompt_with_the_rest():
   assert not {prompt_id(r.messages) for r in train} & {prompt_id(r.messages) for r in held}
 
 
-def test_summary_has_the_mean_and_its_interval():
-  scores = [0.0, 2.0, 4.0, 10.0]
-  sums = dict(
-    n=4, graded=4, score=sum(scores), score_squared=sum(x * x for x in scores), judge_score=8.0,
-    judge_score_squared=16.0, finished=3, tokens=40,
-  )  # fmt: skip
-  found = summarised(sums)
-  assert found["score"] == 4.0 and found["judge_score_ci95"] == 0.0
-  assert found["score_ci95"] == pytest.approx(1.96 * (56 / 3) ** 0.5 / 2, abs=1e-4)
-  assert (found["finished"], found["tokens"]) == (0.75, 10)
-  assert "score" not in summarised(sums | dict(graded=0))
+def options_of_evaluation(**more):
+  return evaluation.Options(decoding=Decoding(4), max_prompt_tokens=4, **more)
+
+
+@pytest.mark.parametrize(
+  ("entries", "named"),
+  [
+    (("mini",), {"mini": "mini"}),
+    (("truth=mini", "again=mini"), {"truth": "mini", "again": "mini"}),
+  ],
+)
+def test_judges_of_evaluations_have_names(entries, named):
+  assert options_of_evaluation(judges=entries).named_judges == named
+
+
+@pytest.mark.parametrize(
+  ("more", "message"),
+  [
+    (dict(judges=("mini", "mini")), "names 'mini' twice"),
+    (dict(judges=("judge=mini",)), "that is the run's own"),
+    (dict(judges=("minni",)), "did you mean 'mini'"),
+    (dict(sets=("A B=x.jsonl",)), "NAME of a-z"),
+    (dict(patience=2), "name one"),
+  ],
+)
+def test_wrong_judges_and_sets_are_refused(more, message):
+  with pytest.raises(UserError, match=message):
+    options_of_evaluation(**more)
+
+
+def test_a_run_ends_after_rounds_without_a_better_score():
+  options = options_of_evaluation(judges=("truth=mini",), patience=2)
+
+  def stalled(*scores):
+    return evaluation.stalled([{"truth": Mean(x, 0.1, 9), "judge": Mean(9.0, 0.1, 9)} for x in scores], options)
+
+  assert not stalled(1.0, 2.0, 1.5) and stalled(1.0, 2.0, 1.5, 2.0) and not stalled(1.0, 2.0, 1.5, 2.1)
+  assert not evaluation.stalled([{"truth": Mean(1.0, 0.1, 9)}] * 9, dataclasses.replace(options, patience=0))
 
 
 def test_ordered_share_counts_pairs_as_brute_force_does():

@@ -2,7 +2,7 @@
 judgement of SPA (2406.04412).
 
   judge.kind = "implicit:runs/spa/round_02/policy/model,runs/spa/sft_1/model"
-  eval.evaluator = "implicit:models/tuned,models/base,per=token"
+  eval.judges = ("implicit:models/tuned,models/base,per=token",)
 
 Both directories hold a model in Hugging Face format. The text is that of the first one's tokenizer and chat template,
 or of the chat format that chat=NAME names; the second one's tokenizer must give its tokens the same ids. Counted are

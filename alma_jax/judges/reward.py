@@ -1,7 +1,7 @@
 """Reward models: a head on the hidden state of a conversation's last token.
 
   judge.kind = "reward:models/Skywork-Reward-Llama-3.1-8B"
-  eval.evaluator = "reward:models/beaver-dam-7b,score=-max,chat=my_formats:BEAVER"
+  eval.judges = ("reward:models/beaver-dam-7b,score=-max,chat=my_formats:BEAVER",)
 
 The directory has its own tokenizer and its own chat template, which are used whatever the policy has. After it may
 stand, with commas between them:

@@ -25,6 +25,7 @@ from alma_jax.runtime.session import Session as AnySession
 from alma_jax.stages import clusters, drafts, draw, evaluation, judge, judgments, policy, prompts, responses, trainset
 from alma_jax.stages import data as human
 from alma_jax.store import layout
+from alma_jax.store.data import load_examples
 from alma_jax.store.handles import Data, Pool, Trainset
 from alma_jax.store.records import Prompt
 from alma_jax.store.runs import Artefact
@@ -105,7 +106,7 @@ Session: TypeAlias = AnySession[Options]
 
 def run(s: Session) -> None:
   o = s.options
-  data = human.build(s, o.data)  # D_1, the annotations, the evaluation prompts
+  data = human.build(s, o.data, prompt_files(s.by_round))  # D_1, the annotations, the evaluation prompts
 
   # Initial SFT: base on D_1, once per seed                                    M_1^(1), M_1^(2)
   jobs = [policy.Job(layout.sft_name(i), s.base, o.sft, seed) for i, seed in enumerate(o.sft_seeds, start=1)]
@@ -118,8 +119,9 @@ def run(s: Session) -> None:
   # Judge (3.3): fine-tuned on the annotations, distilled on its own scores    J
   judge_, drawn = made_judge(s, data, sft, pools)
 
+  evaluation.overlap(s, data, o.eval, [pool.prompts for pool in pools])
   evaluation.build(s.at(0), s.base, judge_, data, o.eval, shots=o.eval.shots)
-  evaluation.build(s.at(1), sft[0], judge_, data, o.eval)
+  scores = [evaluation.build(s.at(1), sft[0], judge_, data, o.eval)]
 
   # Learning from feedback (3.4), rounds 2, 3, ...
   latest, trainsets, draws = None, [], o.draws
@@ -133,7 +135,15 @@ def run(s: Session) -> None:
     drawn.append(asked)
     trainsets.append(trainset.build(r, asked, answered, scored, r.options.trainset))  # D_r
     latest = trained(r, sft, latest, data, trainsets)  # M_r
-    evaluation.build(r, latest, judge_, data, r.options.eval)
+    scores.append(evaluation.build(r, latest, judge_, data, r.options.eval))
+    if evaluation.stalled(scores, r.options.eval):
+      s.display.say(f"round {r.round}: no better score for {r.options.eval.patience} rounds; the run ends here")
+      break
+
+
+def prompt_files(by_round: Mapping[int, Options]) -> list[str]:
+  """The files of all evaluation sets beside data.eval."""
+  return sorted({file for o in by_round.values() for file in o.eval.named_sets.values()})
 
 
 def embedder(o: Options) -> clusters.Embedder:
@@ -236,8 +246,10 @@ def checks(host: Host, by_round: Mapping[int, Options]) -> Iterator[Callable[[],
     yield functools.partial(policy.check_row_length, host, trained_with, where)
   if o.judge.kind not in names.JUDGES.words:
     yield lambda: contract.by_name(names.JUDGES, o.judge.kind, host, o.judge, "judge.kind")
-  if o.eval.evaluator not in names.EVALUATORS.words:
-    yield lambda: contract.by_name(names.EVALUATORS, o.eval.evaluator, host, o.eval, "eval.evaluator")
+  for name in o.eval.named_judges:
+    yield functools.partial(evaluation.made, host, o.eval, name)
+  for file in prompt_files(by_round):
+    yield functools.partial(load_examples, file, ())
 
 
 def _trainings(by_round: Mapping[int, Options]) -> dict[str, training.Options]:

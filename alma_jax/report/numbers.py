@@ -1,10 +1,9 @@
 """The numbers of a run, read from its directory at any moment of its life: what is missing yet is None or empty.
 
   state(run).word                                "running"
-  progress(run)[-1]["score"]                     8.14
-  difference(answers(run, 3), answers(run, 0), "score")
+  progress(run)[-1]["judge"]                     8.14
 
-The numbers of a round's responses are in `judged`.
+The numbers of a round's responses are in `judged`, those of its evaluation in `graded`.
 """
 
 import dataclasses
@@ -15,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from alma_jax.report import judged
+from alma_jax.report import graded, judged
 from alma_jax.store import layout, shards, statistics, verify
 from alma_jax.store import lock as lock_file
 from alma_jax.store.statistics import Mean
@@ -29,16 +28,6 @@ class State:
   rounds: int | None  # the last one that the config asks for
   start: dict[str, Any]  # the log's last "start"
   at: str  # time of the last event
-
-
-@dataclasses.dataclass(frozen=True)
-class Answers:
-  """A finished evaluation."""
-
-  prompts: list[str]  # ids
-  judge_score: np.ndarray  # [prompts]
-  score: np.ndarray  # [prompts], nan where no evaluator scored
-  characters: np.ndarray  # [prompts]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +48,7 @@ class Facts:
   state: State
   stages: list[layout.Found]
   progress: list[dict[str, Any]]
-  answers: dict[int, Answers]  # by round
+  answers: dict[int, graded.Answers]  # by round
   rounds: dict[int, judged.Round]
   damage: list[str]  # what could not be read
 
@@ -77,7 +66,7 @@ def facts(run: pathlib.Path, error: BaseException | None = None) -> Facts:
   stages = layout.stages(run)
   evaluated, rounds, damage = {}, {}, []
   for r in layout.rounds(run):
-    for read, found in ((answers, evaluated), (judged.read, rounds)):
+    for read, found in ((graded.read, evaluated), (judged.read, rounds)):
       try:
         if (value := read(run, r)) is not None:
           found[r] = value
@@ -93,7 +82,7 @@ def state(run: pathlib.Path, stages: list[layout.Found], error: BaseException | 
   turns = [row for row in log if row.get("event") in ("start", "end", "failed")]
   last = turns[-1] if turns else {}
   wanted = config(run).get("feedback_rounds")
-  evaluated = [s.name for s in stages if s.manifest and layout.kind_of(s.name) == layout.EVALUATION]
+  evaluated = [s.name for s in stages if s.manifest and layout.kind_of(s.name) == layout.grades_name(layout.EVALUATION)]
   reached = max((r for name in evaluated if (r := layout.round_of(name)) is not None), default=None)
   target = wanted + 1 if isinstance(wanted, int) else None
   if error is not None:
@@ -124,31 +113,6 @@ def progress(run: pathlib.Path) -> list[dict[str, Any]]:
   rows = [{key: _number(text) for key, text in row.items() if key and text} for row in layout.progress(run)]
   rows = [{k: v for k, v in row.items() if isinstance(v, str) or math.isfinite(v)} for row in rows]
   return sorted((row for row in rows if isinstance(row.get("round"), int)), key=_round_of_row)
-
-
-def answers(run: pathlib.Path, round: int) -> Answers | None:
-  parts = layout.parts_of(run / layout.stage_name(round, layout.EVALUATION))
-  if parts is None:
-    return None
-  prompts, columns = [], ([], [], [])
-  for batch in judged.batches(parts, ["prompt_id", "judge_score", "score", "response"]):
-    prompts += batch.column("prompt_id").to_pylist()
-    scores = (judged.floats(batch.column("judge_score")), judged.floats(batch.column("score")))
-    for column, values in zip(columns, (*scores, judged.characters(batch.column("response"))), strict=True):
-      column.append(values)
-  return Answers(prompts, *(np.concatenate(column or [np.zeros(0)]) for column in columns))
-
-
-def difference(these: Answers, those: Answers, column: str) -> Mean | None:
-  """The mean difference of a score over the prompts that both evaluations hold."""
-  left, right = (dict(zip(x.prompts, getattr(x, column).tolist(), strict=True)) for x in (these, those))
-  return statistics.paired(left, right)
-
-
-def agreement(found: Answers) -> Mean | None:
-  """The correlation of the judge's and the evaluator's scores over the prompts that both scored."""
-  graded = np.isfinite(found.score)
-  return statistics.correlation(found.judge_score[graded], found.score[graded], np.arange(graded.sum()))
 
 
 def stage_report(run: pathlib.Path, name: str) -> dict[str, Any] | None:

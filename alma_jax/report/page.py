@@ -19,7 +19,7 @@ import jinja2
 from markupsafe import Markup
 
 from alma_jax.errors import full_disk
-from alma_jax.report import numbers, pool, sections, wording
+from alma_jax.report import graded, numbers, pool, sections, wording
 from alma_jax.store import layout, shards
 
 HERE = pathlib.Path(__file__).parent
@@ -65,9 +65,8 @@ def summary(directory: str | pathlib.Path) -> str:
   """The rounds as a text table, the time they took and where the page is."""
   directory = pathlib.Path(directory)
   rows = numbers.progress(directory)
-  columns = [name for name in sections.SCORES if any(name in row for row in rows)]
-  titles = {"score": "score", "judge_score": "judge"}
-  head = ["round", f"{'checkpoint':<16}", f"{'n':>6}", *(f"{titles[name]:>15}" for name in columns)]
+  columns = graded.judges(rows)
+  head = ["round", f"{'checkpoint':<16}", f"{'n':>6}", *(f"{name:>15}" for name in columns)]
   out = [" ".join([*head, " tokens", " finished"])]
   for row in rows:
     cells = [f"{row['round']:>5}", f"{row.get('checkpoint', ''):<16}", f"{row.get('n', ''):>6}"]
@@ -78,6 +77,8 @@ def summary(directory: str | pathlib.Path) -> str:
     out.append(" ".join(cells).rstrip())
   if not rows:
     out = ["no checkpoint has been evaluated yet"]
+  elif best := graded.best(directory):
+    out.append(best.in_words())
   seconds = sum(s.manifest.get("seconds", 0) for s in layout.stages(directory) if s.manifest)
   page = directory / layout.PAGE
   out.append(f"all stages together {wording.duration(seconds)}" + (f"; report: {page}" if page.exists() else ""))

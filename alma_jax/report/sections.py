@@ -11,8 +11,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from alma_jax.report import charts, judged, numbers, wording
+from alma_jax.report import charts, graded, judged, numbers, wording
 from alma_jax.report.charts import ChartBar, Figure, Line, Point, Shares
+from alma_jax.report.graded import Grader
 from alma_jax.report.numbers import Facts
 from alma_jax.report.wording import Alarm, Table
 from alma_jax.store import layout, statistics
@@ -23,7 +24,6 @@ FINISHED_ALARM = 0.9  # share of answers that end before the length limit
 GROWTH_ALARM = 1.5  # of the answers' length since the first round
 LOST = ("context_too_long", "prompts_too_long", "examples_too_long", "dropped_without_target")  # counts worth a note
 LATEST = "policy of the round before"
-SCORES = {"score": "evaluator", "judge_score": "judge"}  # columns of progress.csv by who gives the score
 STATES = {
   "finished": "finished",
   "running": "running",
@@ -64,26 +64,34 @@ def recipe(facts: Facts) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-  chart: Markup
+  charts: list[Markup]  # judges with one scale share one
   prompts: str
   has_base: bool
   shots: int | None
 
 
 def progress(facts: Facts) -> Progress | None:
-  shown = []
-  for colour, (name, title) in enumerate(SCORES.items()):
+  shown: dict[str, list[Line]] = collections.defaultdict(list)
+  for colour, name in enumerate(graded.judges(facts.progress)):
     points = [Point(row["round"], row[name], row.get(f"{name}_ci95")) for row in facts.progress if name in row]
-    base = next((p.y for p in points if p.x == 0), None)
+    base = next((p for p in points if p.x == 0), None)
     later = [p for p in points if p.x > 0]
     if later:
-      shown.append(Line(f"{title} {later[-1].y:.2f}", later, colour, base, f"base, {title} {base or 0:.2f}"))
+      grader = graded.grader(facts.run, name)
+      scale = str(grader.scale if grader and grader.scale else name)
+      said = f"base, {name} {_with_interval(base)}" if base else ""
+      shown[scale].append(Line(f"{name} {later[-1].y:.2f}", later, colour, base and base.y, said))
   if not shown:
     return None
   n = sorted({row["n"] for row in facts.progress if "n" in row})
-  has_base = any(line.level is not None for line in shown)
+  has_base = any(line.level is not None for lines in shown.values() for line in lines)
   shots = facts.config.get("eval", {}).get("shots")
-  return Progress(charts.lines(shown, "round", "score"), wording.span(n) if n else "the", has_base, shots)
+  drawn = [charts.lines(lines, "round", "score") for lines in shown.values()]
+  return Progress(drawn, wording.span(n) if n else "the", has_base, shots)
+
+
+def _with_interval(point: Point) -> str:
+  return f"{point.y:.2f}" + ("" if point.ci95 is None else f" ± {point.ci95:.2f}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,17 +146,20 @@ def length_alarm(found: judged.Judged) -> float | None:
 class Rounds:
   table: Table
   compared: str  # whose score the differences are of
-  graded: bool  # both the judge and an evaluator scored
+  agreement: str  # "judge ~ truth"; empty if one judge alone graded
+  graders: list[Grader]
+  best: str
+  others: Table | None  # the means on the other sets of prompts
 
 
 def rounds(facts: Facts) -> Rounds | None:
   if not facts.progress:
     return None
-  present = [name for name in SCORES if any(name in row for row in facts.progress)]
-  main = present[0] if present else "judge_score"
-  graded = len(present) == 2
-  head = ["round", "checkpoint", "n", *(SCORES[name] for name in present), "− base", "− round before"]
-  head += [*(["judge ~ evaluator"] if graded else []), "tokens", "characters", "finished"]
+  present = graded.judges(facts.progress)
+  main = present[0] if present else layout.JUDGE
+  agreement = f"{present[-1]} ~ {main}" if len(present) > 1 else ""
+  head = ["round", "checkpoint", "n", *present, "− base", "− round before"]
+  head += [*([agreement] if agreement else []), "tokens", "characters", "finished"]
   rows, before = [], None
   for row in facts.progress:
     r = row["round"]
@@ -157,14 +168,29 @@ def rounds(facts: Facts) -> Rounds | None:
     cells = [f"{r}", str(row.get("checkpoint", "")), f"{row.get('n', '')}"]
     cells += [wording.measured(row, name) for name in present]
     for other in (base if r > 0 else None, previous):
-      cells.append(wording.mean(numbers.difference(own, other, main) if own and other else None, sign=True))
-    if graded:
-      cells.append(wording.mean(numbers.agreement(own) if own else None))
+      cells.append(wording.mean(graded.difference(own, other, main) if own and other else None, sign=True))
+    if agreement:
+      cells.append(wording.mean(graded.agreement(own, present[-1], main) if own else None))
     cells.append(f"{row['tokens']:.1f}" if "tokens" in row else "")
     cells.append(f"{own.characters.mean():.1f}" if own and len(own.characters) else "")
     cells.append(wording.share(row["finished"]) if "finished" in row else "")
     rows.append(cells)
-  return Rounds(Table(head, rows, text=2), SCORES[main], graded)
+  graders = [found for name in present if (found := graded.grader(facts.run, name))]
+  best = graded.best(facts.run)
+  return Rounds(Table(head, rows, text=2), main, agreement, graders, best.in_words() if best else "", _others(facts))
+
+
+def _others(facts: Facts) -> Table | None:
+  """The mean scores on the other sets of prompts, None where there is no other set."""
+  sets = graded.sets(facts.progress)
+  names = list(dict.fromkeys(name for chosen in sets for name in graded.judges(facts.progress, chosen)))
+  rows = [
+    [chosen, f"{row['round']}", f"{row[f'{chosen}/n']}", *(wording.measured(row, f"{chosen}/{name}") for name in names)]
+    for chosen in sets
+    for row in facts.progress
+    if f"{chosen}/n" in row
+  ]
+  return Table(["set", "round", "n", *names], rows, text=1) if rows else None
 
 
 @dataclasses.dataclass(frozen=True)

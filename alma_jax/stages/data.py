@@ -2,10 +2,14 @@
 
 Everything later reads this copy, so a run can be understood, resumed and moved without the files it began with. A known
 word of `names.DATA` stands for data that is made for the run's seed.
+
+The prompts of the other evaluation sets are copied too, as far as they are named when the run begins: they are kept out
+of everything that is trained on. A set that is named later changes nothing here.
 """
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from alma_jax import names
@@ -18,6 +22,7 @@ from alma_jax.store import layout, shards
 from alma_jax.store.data import SeedRow, load_examples
 from alma_jax.store.handles import Data
 
+HELD_OUT = "held_out"  # the prompts of other evaluation sets
 NEEDED = {"sft": ("response",), "judge": ("response", "score"), "eval": ()}  # what the rows of a file must have
 
 
@@ -41,23 +46,27 @@ class Options(Checked):
     return {name: getattr(self, name) for name in NEEDED}
 
 
-def build(s: Session[Any], options: Options) -> Data:
-  """The Data of the finished stage `seeds`."""
+def build(s: Session[Any], options: Options, sets: Sequence[str] = ()) -> Data:
+  """The Data of the finished stage `seeds`; `sets` are files of more evaluation prompts."""
   contents = {name: _content(source) for name, source in options.sources.items()}
   fields = {"config": {"data": fingerprint(options)}, "contents": contents}
   if _made(options):
     fields["config"]["seed"] = s.options.seed
   stage = s.run.stage(layout.SEEDS, fields)
   if not stage.done:
-    counts = _write(stage.dir, options, s.options.seed) if s.run.process == 0 else {}
-    stage.finish(counts=counts, files=[f"{name}.jsonl" for name in NEEDED])
+    counts = _write(stage.dir, options, s.options.seed, sets) if s.run.process == 0 else {}
+    stage.finish(counts=counts, files=[f"{name}.jsonl" for name in (*NEEDED, *([HELD_OUT] if sets else []))])
     for name, count in stage.manifest["counts"].items():
       s.run.log("data", file=name, **count)
-  rows = (load_examples(stage.dir / f"{name}.jsonl", need)[0] for name, need in NEEDED.items())
-  return Data(*rows, digests={name: stage.manifest["files"][f"{name}.jsonl"]["digest"] for name in NEEDED})
+  rows = {name: load_examples(stage.dir / f"{name}.jsonl", need)[0] for name, need in NEEDED.items()}
+  digests = {file.removesuffix(".jsonl"): facts["digest"] for file, facts in stage.manifest["files"].items()}
+  held_out = load_examples(stage.dir / f"{HELD_OUT}.jsonl", ())[0] if HELD_OUT in digests else []
+  return Data(**rows, held_out=held_out, digests=digests)
 
 
-def read(options: Options, directory: pathlib.Path, seed: int) -> tuple[dict[str, list[SeedRow]], dict[str, dict]]:
+def read(
+  options: Options, directory: pathlib.Path, seed: int, sets: Sequence[str] = ()
+) -> tuple[dict[str, list[SeedRow]], dict[str, dict]]:
   """The rows of each source, and counts of what was read, dropped and moved. `directory` takes what is made."""
   for made in dict.fromkeys(_made(options).values()):
     with writing(directory):
@@ -75,8 +84,11 @@ def read(options: Options, directory: pathlib.Path, seed: int) -> tuple[dict[str
     rows["eval"] = [r for r in rows["sft"] if prompt_id(r.messages) in held]
     rows["sft"] = [r for r in rows["sft"] if prompt_id(r.messages) not in held]
     counts["eval"] = {"held_out_of_sft": len(rows["eval"])}
+  if sets:
+    rows[HELD_OUT] = [row for file in sets for row in load_examples(file, ())[0]]
+    counts[HELD_OUT] = {"kept": len(rows[HELD_OUT])}
   # An evaluation prompt that is also a demonstration or an annotation would measure memory.
-  asked = {prompt_id(r.messages) for r in rows["eval"]}
+  asked = {prompt_id(r.messages) for name in ("eval", HELD_OUT) for r in rows.get(name, [])}
   for name in ("sft", "judge"):
     clean = [r for r in rows[name] if prompt_id(r.messages) not in asked]
     counts[name]["equals_eval_prompt"] = len(rows[name]) - len(clean)
@@ -84,12 +96,12 @@ def read(options: Options, directory: pathlib.Path, seed: int) -> tuple[dict[str
   return rows, counts
 
 
-def _write(directory: pathlib.Path, options: Options, seed: int) -> dict[str, dict]:
-  """Write the three files; the counts of `read`."""
-  rows, counts = read(options, directory / ".made", seed)
+def _write(directory: pathlib.Path, options: Options, seed: int, sets: Sequence[str]) -> dict[str, dict]:
+  """Write a file for each kind of row; the counts of `read`."""
+  rows, counts = read(options, directory / ".made", seed, sets)
   for name, kept in rows.items():
     with shards.atomic(directory / f"{name}.jsonl") as file:
-      file.write(shards.json_lines(_plain(row, NEEDED[name]) for row in kept))
+      file.write(shards.json_lines(_plain(row, NEEDED.get(name, ())) for row in kept))
   return counts
 
 

@@ -1,9 +1,21 @@
-"""How good a checkpoint is: its answers to the evaluation prompts, scored by the run's judge and, if the config names
-one, by an evaluator that the pipeline never sees. One row of progress.csv per round."""
+"""How good a checkpoint is: its answers to sets of prompts, and the scores that judges give them.
+
+The prompts `data.eval` are always asked; `eval.sets` names more sets. The run's judge always grades; `eval.judges`
+names more judges, whose scores nothing that is trained ever sees. Answers and grades are stages of their own, so a set
+or a judge that is added to a run later makes new evaluation stages and changes nothing else:
+
+  round_02/eval             round_02/eval.judge             round_02/eval.truth               data.eval
+  round_02/eval-mt_bench    round_02/eval-mt_bench.judge    round_02/eval-mt_bench.truth      another set
+
+Each round has one row in progress.csv.
+"""
 
 import dataclasses
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from alma_jax import names
 from alma_jax.corpus.normalise import prompt_id
@@ -11,29 +23,73 @@ from alma_jax.engine.sample import Request
 from alma_jax.judges import contract
 from alma_jax.judges.contract import Answered, Judge
 from alma_jax.keys import key_of
-from alma_jax.options import fingerprint, option
+from alma_jax.options import ConfigError, fingerprint, option, refuse
 from alma_jax.runtime import sampling
 from alma_jax.runtime.display import Bar
-from alma_jax.runtime.host import Checkpoint
+from alma_jax.runtime.host import Checkpoint, Host
 from alma_jax.runtime.session import Session
-from alma_jax.store import layout, statistics
+from alma_jax.store import layout, shards, statistics
 from alma_jax.store.data import SeedRow
-from alma_jax.store.handles import Data
-from alma_jax.store.records import Evaluation
+from alma_jax.store.handles import Data, PromptSet
+from alma_jax.store.records import Answer, Grade, Prompt
 from alma_jax.store.runs import Artefact
+from alma_jax.store.statistics import Mean
 from alma_jax.text import chat, fewshot
 
-Summary = dict[str, float]
+LABEL = re.compile(r"[a-z][a-z0-9_]*")
+Row = dict[str, Any]  # of progress.csv
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options(sampling.Options):
-  evaluator: str = option("none", names=names.EVALUATORS)
+  """Judges and sets are written "NAME=WHAT", where WHAT is a judge ("armo=reward:/models/ArmoRM", "my_judges:Polite")
+  or a file of prompts ("mt_bench=mt_bench.jsonl"). NAME stands in columns and in names of stages; without it the last
+  word of WHAT does."""
+
+  judges: tuple[str, ...] = ()  # beside the run's own judge; nothing that is trained sees their scores
+  sets: tuple[str, ...] = ()  # beside data.eval
+  # Stop after this many rounds in a row without a better score by the first of `judges`; 0: make all rounds
+  patience: int = option(0, least=0, practical=True)
   few_shot: str = option("dialogue", names=names.DIALOGUES)  # how a base model is shown its examples
   shots: int = option(3, least=0)
 
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    for field in ("judges", "sets"):
+      _labelled(field, getattr(self, field))
+    for spec in self.named_judges.values():
+      names.check(names.EVALUATORS, spec, "judges")
+    if layout.JUDGE in self.named_judges:
+      refuse("judges", self.judges, f"cannot name a judge {layout.JUDGE!r}: that is the run's own")
+    if self.patience and not self.judges:
+      raise ConfigError(f"patience is {self.patience}: the round to stop at is found by a judge of `judges`; name one")
+
+  @property
+  def named_judges(self) -> dict[str, str]:
+    return _labelled("judges", self.judges)
+
+  @property
+  def named_sets(self) -> dict[str, str]:
+    return _labelled("sets", self.sets)
+
   def template(self) -> fewshot.FewShot:
     return names.resolve(names.DIALOGUES, self.few_shot, "eval.few_shot")
+
+
+def _labelled(field: str, entries: Sequence[str]) -> dict[str, str]:
+  """name -> what it names: {"armo": "reward:/models/armo"} for "armo=reward:/models/armo" and "reward:/models/armo"."""
+  found: dict[str, str] = {}
+  for entry in entries:
+    name, equals, what = entry.partition("=")
+    if not equals:
+      last = re.split(r"[:/]", entry.rstrip("/"))[-1]
+      name, what = re.sub(r"\W", "_", last.removesuffix(".jsonl").removesuffix(".parquet").lower()), entry
+    if not LABEL.fullmatch(name) or not what:
+      raise ConfigError(f"{field} holds {entry!r}; write it as NAME=WHAT, NAME of a-z, 0-9 and _")
+    if name in found:
+      raise ConfigError(f"{field} names {name!r} twice; write NAME=WHAT with another NAME for one of them")
+    found[name] = what
+  return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,49 +115,60 @@ class Asker:
 
 def build(
   s: Session[Any], checkpoint: Checkpoint, judge: Judge, data: Data, options: Options, shots: int = 0
-) -> Summary:
-  """The round's `eval` on the prompts `data.eval`, summarised.
+) -> dict[str, Mean]:
+  """The round's answers to every set, graded by every judge; the mean score by each judge on `data.eval`.
 
   With `shots` the checkpoint is a base model that answers after that many of the demonstrations.
   """
-  seed, shares = s.options.seed, s.options.shards
-  evaluator = None
-  if options.evaluator != "none":
-    evaluator = contract.by_name(names.EVALUATORS, options.evaluator, s.host, options, "eval.evaluator")
   asker = Asker(s, options.template(), data.sft[:shots])
+  answered = {asked.name: answers(asker, checkpoint, asked, data, options) for asked in data.sets(options.named_sets)}
+  graders = {layout.JUDGE: judge} | {name: made(s.host, options, name) for name in options.named_judges}
+  found: dict[tuple[str, str], Mean] = {}
+  for name, grader in graders.items():  # all sets by one judge, then the next: each judge's model is loaded once
+    for chosen, artefact in answered.items():
+      graded = grades(s, artefact, name, grader, selects=grader.identity == judge.identity)
+      if (mean := mean_of(graded)) is not None:
+        found[chosen, name] = mean
+  row: Row = {"round": s.round, "checkpoint": checkpoint.name}
+  columns = [*options.named_judges, layout.JUDGE]  # who grades is read before who selects
+  for chosen, artefact in answered.items():
+    row |= _columns(chosen, described(artefact))
+    for name in columns:
+      if (chosen, name) in found:
+        row |= _columns(chosen, in_columns(name, found[chosen, name], graders[name].identity))
+  means = {name: found[layout.MAIN_SET, name] for name in columns if (layout.MAIN_SET, name) in found}
+  said = [f"{name} {mean.value:.2f} +- {mean.ci95 or 0.0:.2f}" for name, mean in means.items()]
+  s.display.say(f"round {s.round}, {checkpoint.name}: {', '.join(said)} ({row['n']} prompts)")
+  s.run.progress(row)
+  return means
+
+
+def made(host: Host, options: Options, name: str) -> Judge:
+  """A judge of `eval.judges`."""
+  return contract.by_name(names.EVALUATORS, options.named_judges[name], host, options, "eval.judges")
+
+
+def answers(asker: Asker, checkpoint: Checkpoint, asked: PromptSet, data: Data, options: Options) -> Artefact[Answer]:
+  """The round's answers to one set of prompts."""
+  s = asker.s
+  seed, shares = s.options.seed, s.options.shards
+  decides = fingerprint(options, without=("judges", "sets"))
   fields = {
-    "config": {"seed": seed, "eval": fingerprint(options), "shards": shares, "dtype": s.host.dtype},
+    "config": {"seed": seed, "eval": decides, "shards": shares, "dtype": s.host.dtype},
     "checkpoint": checkpoint.content,
-    "judge": judge.identity,
-    "evaluator": evaluator and evaluator.identity,
-    "data": {"eval": data.digests["eval"]} | ({"sft": data.digests["sft"]} if shots else {}),
-    "text": s.describe_text() | {"few_shot": dataclasses.asdict(asker.template) if shots else None},
+    "data": {"eval": asked.digest} | ({"sft": data.digests["sft"]} if asker.shots else {}),
+    "text": s.describe_text() | {"few_shot": dataclasses.asdict(asker.template) if asker.shots else None},
   }
-  stage = s.stage(layout.EVALUATION, fields)
+  stage = s.stage(layout.answers_name(asked.name), fields)
   if not stage.done:
     missing = stage.mine(shares)
-    with s.display.bar(stage.name, sum(len(data.eval[i::shares]) for i in missing), "answers") as bar:
+    with s.display.bar(stage.name, sum(len(asked.rows[i::shares]) for i in missing), "answers") as bar:
       for part in missing:
-        answers = _answers(asker, checkpoint, data.eval[part::shares], options, bar)
-        records = _graded(answers, judge, evaluator)
-        stage.write_part(part, shares, records, Evaluation, _sums(records))
-    scorers = {"judge": judge.identity, "evaluator": evaluator and evaluator.identity}
-    stage.finish(checkpoint=checkpoint.name, scorers=scorers)
-    s.display.say(in_words(s.round, checkpoint.name, summarised(stage.manifest["counts"])))
-  counts = Artefact(stage, Evaluation).manifest["counts"]
-  if evaluator:
-    contract.check_missing(evaluator.identity, counts["n"] - counts["graded"], counts["n"])
-  summary = summarised(counts)
-  s.run.progress({"round": s.round, "checkpoint": checkpoint.name, **summary})
-  return summary
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-  row: SeedRow
-  text: str
-  finished: bool
-  tokens: int
+        records = _answers(asker, checkpoint, asked.rows[part::shares], options, bar)
+        counts = {"finished": sum(r.finished for r in records), "tokens": sum(r.tokens for r in records)}
+        stage.write_part(part, shares, records, Answer, counts)
+    stage.finish(checkpoint=checkpoint.name)
+  return Artefact(stage, Answer)
 
 
 def _answers(asker: Asker, checkpoint: Checkpoint, rows: Sequence[SeedRow], options: Options, bar: Bar) -> list[Answer]:
@@ -115,52 +182,86 @@ def _answers(asker: Asker, checkpoint: Checkpoint, rows: Sequence[SeedRow], opti
     for i, id in zip(fit, ids, strict=True)
   ]
   written = sampling.drafts(s.host, checkpoint, requests, options, asker.stops, bar)
-  found = [Answer(row, "", False, 0) for row in rows]
+  found = [Answer(prompt_id(row.messages), tuple(row.messages), "", 0, False) for row in rows]
   for i, draft in zip(fit, written, strict=True):
-    found[i] = Answer(rows[i], draft.text, draft.finished, len(draft.tokens))
+    found[i] = dataclasses.replace(found[i], response=draft.text, tokens=len(draft.tokens), finished=draft.finished)
   return found
 
 
-def _graded(answers: Sequence[Answer], judge: Judge, evaluator: Judge | None) -> list[Evaluation]:
-  pairs = [
-    Answered(a.row.messages, a.text, a.finished, f"evaluation prompt {prompt_id(a.row.messages)}") for a in answers
-  ]
-  judged = contract.scores(judge, pairs)
-  scores = [v.score for v in contract.scores(evaluator, pairs, missing=True)] if evaluator else [None] * len(pairs)
-  return [
-    Evaluation(prompt_id(a.row.messages), a.row.messages, a.text, a.tokens, a.finished, verdict.number, score)
-    for a, verdict, score in zip(answers, judged, scores, strict=True)
-  ]
+def grades(s: Session[Any], answered: Artefact[Answer], name: str, judge: Judge, selects: bool) -> Artefact[Grade]:
+  """One judge's scores of a finished stage of answers, a part for each of its parts."""
+  fields = {"judge": judge.identity, "dtype": s.host.dtype}
+  stage = s.run.stage(layout.grades_name(answered.name, name), fields, {"answers": answered})
+  if not stage.done:
+    missing = stage.mine(answered.parts)
+    with s.display.bar(stage.name, sum(answered.sizes[i] for i in missing), "answers") as bar:
+      for part in missing:
+        stage.write_part(part, answered.parts, *_graded(answered.read(part), judge, bar, selects))
+    stage.finish(judge={"name": name, "identity": judge.identity, "scale": judge.scale, "selects": selects})
+  counts = stage.manifest["counts"]
+  contract.check_missing(judge.identity, counts["n"] - counts["graded"], counts["n"])
+  return Artefact(stage, Grade)
 
 
-def _sums(records: Sequence[Evaluation]) -> dict[str, float]:
-  graded = [r.score for r in records if r.score is not None]
-  return {
+def _graded(
+  records: Sequence[Answer], judge: Judge, bar: Bar, selects: bool
+) -> tuple[list[Grade], type[Grade], dict[str, float]]:
+  """The grades of a part, their class and their counts."""
+  pairs = [Answered(r.messages, r.response, r.finished, f"evaluation prompt {r.prompt_id}") for r in records]
+  verdicts = contract.scores(judge, pairs, bar, missing=not selects)
+  scored = [float(v.score) for v in verdicts if v.score is not None]
+  counts = {
     "n": len(records),
-    "graded": len(graded),
-    "score": float(sum(graded)),
-    "score_squared": float(sum(x * x for x in graded)),
-    "judge_score": float(sum(r.judge_score for r in records)),
-    "judge_score_squared": float(sum(r.judge_score**2 for r in records)),
-    "finished": sum(r.finished for r in records),
-    "tokens": sum(r.tokens for r in records),
+    "graded": len(scored),
+    "score": sum(scored),
+    "score_squared": sum(x * x for x in scored),
   }
+  return [Grade(r.prompt_id, v.score) for r, v in zip(records, verdicts, strict=True)], Grade, counts
 
 
-def summarised(sums: dict[str, Any]) -> Summary:
-  """Means with 95 % intervals from a manifest's sums."""
-  n = sums["n"]
-  out: Summary = {"n": n}
-  for name, count in (("score", sums["graded"]), ("judge_score", n)):
-    if mean := statistics.mean_of_sums(count, sums[name], sums[f"{name}_squared"]):
-      out |= {name: round(mean.value, 4), f"{name}_ci95": round(mean.ci95 or 0.0, 4)}
-  return out | {"finished": round(sums["finished"] / n, 4), "tokens": round(sums["tokens"] / n, 2)}
+def mean_of(graded: Artefact[Grade]) -> Mean | None:
+  counts = graded.manifest["counts"]
+  return statistics.mean_of_sums(counts["graded"], counts["score"], counts["score_squared"])
 
 
-def in_words(round: int, name: str, summary: Summary) -> str:
-  scores = [
-    f"{label} {summary[key]:.2f} +- {summary[f'{key}_ci95']:.2f}"
-    for key, label in (("score", "score"), ("judge_score", "judge"))
-    if key in summary
-  ]
-  return f"round {round}, {name}: {', '.join(scores)} ({summary['n']} prompts)"
+# Columns of progress.csv
+
+
+def described(answered: Artefact[Answer]) -> Row:
+  counts, n = answered.manifest["counts"], answered.manifest["rows"]
+  return {"n": n, "finished": round(counts["finished"] / n, 4), "tokens": round(counts["tokens"] / n, 2)} if n else {}
+
+
+def in_columns(name: str, mean: Mean, identity: str) -> Row:
+  """A mean score with its interval, its n and who gave it."""
+  found = {"": round(mean.value, 4), "_ci95": round(mean.ci95 or 0.0, 4), "_n": mean.n, "_by": identity}
+  return {f"{name}{ending}": value for ending, value in found.items()}
+
+
+def _columns(chosen: str, row: Row) -> Row:
+  """The columns of the set "mt_bench" begin with "mt_bench/"; those of data.eval have no prefix."""
+  return {f"{chosen}/{name}" if chosen != layout.MAIN_SET else name: value for name, value in row.items()}
+
+
+# What a run decides by evaluations
+
+
+def stalled(means: Sequence[Mapping[str, Mean]], options: Options) -> bool:
+  """True if the last `patience` rounds brought no better score by the first of `eval.judges`."""
+  if not options.patience:
+    return False
+  first = next(iter(options.named_judges))
+  scores = [of[first].value for of in means if first in of]
+  return len(scores) > options.patience and scores.index(max(scores)) < len(scores) - options.patience
+
+
+def overlap(s: Session[Any], data: Data, options: Options, pools: Sequence[Artefact[Prompt]]) -> None:
+  """Say which prompts of the sets are in the pool: those of a set that was named when the run began are not."""
+  if not options.sets or s.run.process != 0:
+    return
+  pooled = np.concatenate([pool.ids() for pool in pools])
+  for asked in data.sets(options.named_sets):
+    ids = shards.id_numbers(sorted({prompt_id(row.messages) for row in asked.rows}))
+    if met := int(np.isin(ids, pooled).sum()):
+      s.run.log("overlap", set=asked.name, prompts=met, of=len(ids))
+      s.display.say(f"{met:,} of {len(ids):,} prompts of the set {asked.name} are in the pool: it was named too late")

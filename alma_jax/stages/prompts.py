@@ -65,7 +65,7 @@ def _select(
   earlier: Sequence[Artefact[Prompt]],
   options: Options,
 ) -> None:
-  human = {"demonstration": data.sft, "annotation": data.judge, "eval_prompt": data.eval}
+  human = {"demonstration": data.sft, "annotation": data.judge, "eval_prompt": [*data.eval, *data.held_out]}
   taken = {name: shards.id_numbers(ids) for name, ids in _ids_of(human).items()}
   taken |= {f"prompt_of_{layout.parent_of(pool.name)}": pool.ids() for pool in earlier}
   fresh = _first_of_each(drafts, taken)

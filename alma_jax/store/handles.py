@@ -1,16 +1,25 @@
 """What stages give each other, beside plain `Artefact`s of records."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from alma_jax.errors import RunError
-from alma_jax.store import shards
-from alma_jax.store.data import SeedRow
+from alma_jax.store import layout, shards
+from alma_jax.store.data import SeedRow, load_examples
 from alma_jax.store.records import Example, Graded, Pair, Prompt
 from alma_jax.store.runs import Artefact, Stage
 
 T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptSet:
+  """Evaluation prompts; `digest` is that of their file."""
+
+  name: str
+  rows: list[SeedRow]
+  digest: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +30,12 @@ class Data:
   judge: list[SeedRow]
   eval: list[SeedRow]
   digests: Mapping[str, str]
+  held_out: Sequence[SeedRow] = ()  # the prompts of the other evaluation sets that were named when the run began
+
+  def sets(self, files: Mapping[str, str]) -> list[PromptSet]:
+    """The evaluation prompts, and the sets in these files by name."""
+    main = PromptSet(layout.MAIN_SET, self.eval, self.digests["eval"])
+    return [main, *(PromptSet(name, load_examples(file, ())[0], shards.digest(file)) for name, file in files.items())]
 
 
 @dataclasses.dataclass(frozen=True)

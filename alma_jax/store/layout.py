@@ -5,7 +5,8 @@
     seeds  sft_1  sft_2  judge  judge_distilled        stages made once
     pool/drafts ...  pool_03/drafts ...                the pool, and the prompts added before round 3
     round_02/config.json
-    round_02/prompts ...  round_02/policy  round_02/eval
+    round_02/prompts ...  round_02/policy
+  round_02/eval  round_02/eval.judge                 answers to the evaluation prompts, and a judge's grades of them
 
 `stage_name(2, RESPONSES)` is "round_02/responses", and `run / stage_name(2, POLICY) / MODEL` the directory of that
 policy's weights. Everything here can be read while the run goes on.
@@ -30,6 +31,7 @@ SEEDS, POOL, JUDGE, DISTILLED = "seeds", "pool", "judge", "judge_distilled"
 DRAFTS, PROMPTS, PROJECTION, EMBEDDINGS, CLUSTERS = "drafts", "prompts", "projection", "embeddings", "clusters"
 # Stages of a round, which has PROMPTS too
 RESPONSES, JUDGMENTS, TRAINSET, POLICY, EVALUATION = "responses", "judgments", "trainset", "policy", "eval"
+MAIN_SET = ""  # the evaluation prompts `data.eval`
 # Files of a run
 CONFIG, LOG, PROGRESS, PAGE, LOCK = "config.json", "log.jsonl", "progress.csv", "report.html", ".lock"
 DIGESTS = ".digests.json"  # of large files outside the run, so that a later start need not read them for it
@@ -76,6 +78,16 @@ def pool_stage(round: int, artefact: str) -> str:
   return f"{pool_name(round)}/{artefact}"
 
 
+def answers_name(chosen: str = MAIN_SET) -> str:
+  """The artefact of a round that holds the answers to a set of prompts: "eval", "eval-mt_bench"."""
+  return f"{EVALUATION}-{chosen}" if chosen != MAIN_SET else EVALUATION
+
+
+def grades_name(answers: str, judge: str = JUDGE) -> str:
+  """What holds the grades that a judge gives these answers: "round_02/eval.judge" for "round_02/eval"."""
+  return f"{answers}.{judge}"
+
+
 def parent_of(name: str) -> str:
   """The directory of a stage's pool or round: "pool_03" for "pool_03/drafts", "" for "judge"."""
   return name.rpartition("/")[0]
@@ -108,6 +120,17 @@ def rounds(run: pathlib.Path) -> list[int]:
 def pools(run: pathlib.Path) -> dict[int, str]:
   """The pool directories by the round they were added before: {0: "pool", 3: "pool_03"}."""
   return {round: pool_name(round) for round in (0, *_numbers(run, POOL))}
+
+
+def graders(run: pathlib.Path, round: int, chosen: str = MAIN_SET) -> list[str]:
+  """The judges whose grades of a round's answers to this set are finished."""
+  found = run.glob(f"{grades_name(stage_name(round, answers_name(chosen)), '*')}/{MANIFEST}")
+  return sorted(path.parent.name.rpartition(".")[2] for path in found)
+
+
+def policy_of(run: pathlib.Path, round: int) -> pathlib.Path:
+  """The stage of the model that a round's evaluation is of, which is the first initial SFT model in round 1."""
+  return run / (sft_name(1) if round == 1 else stage_name(round, POLICY))
 
 
 def stages(run: pathlib.Path) -> list[Found]:

@@ -75,11 +75,19 @@ class Graded:
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluation:
+class Answer:
+  """A checkpoint's answer to an evaluation prompt."""
+
   prompt_id: str
   messages: Turns
   response: str
   tokens: int
   finished: bool
-  judge_score: float
-  score: float | None  # of the evaluator; None where the judge is the only one
+
+
+@dataclasses.dataclass(frozen=True)
+class Grade:
+  """What one judge gives an Answer."""
+
+  prompt_id: str
+  score: float | None  # None: the judge's own answer held no score

@@ -1,6 +1,9 @@
-"""Writes a training's intermediate checkpoint as a Hugging Face directory that transformers and vLLM load.
+"""Writes a model of a run as a Hugging Face directory that transformers and vLLM load.
 
+  python -m alma_jax.tools.export --stage=runs/alma --best --output=models/alma                      the best round's
   python -m alma_jax.tools.export --stage=runs/alma/round_05/policy --step=400 --output=models/round_05_400
+
+The best round is the one that a judge which selects nothing puts first: see eval.judges; --by names another such judge.
 
 Trainings keep one checkpoint in `checkpoint_keep` steps (config.policy.checkpoint_keep=100, say); without --step the
 command lists those that are there. A finished stage's own model needs no export: it is STAGE/model. The run's config
@@ -9,6 +12,7 @@ says which tokenizer, chat format and precision the model gets. Any number of de
 
 import dataclasses
 import pathlib
+import shutil
 import sys
 from collections.abc import Sequence
 
@@ -17,6 +21,7 @@ import jax
 from alma_jax.errors import RunError
 from alma_jax.llama import sharding
 from alma_jax.options import Checked, build, fields_of, option
+from alma_jax.report import graded
 from alma_jax.runtime import training
 from alma_jax.runtime.host import EngineOptions, Host, ModelOptions
 from alma_jax.store import layout
@@ -25,7 +30,9 @@ from alma_jax.tools import command
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options(Checked):
-  stage: str = option(doc="a training of a run, finished or not")
+  stage: str = option(doc="a training of a run, finished or not; with --best a run")
+  best: bool = option(False, doc="the model of the best round, by a judge that selects nothing")
+  by: str = option("", doc="that judge's name in eval.judges; the first one if not given")
   step: int | None = option(None, least=1, doc="which checkpoint; none: list them")
   output: str = option("", doc="a new directory")
 
@@ -41,6 +48,9 @@ def main(arguments: Sequence[str]) -> int:
 
 def run(options: Options) -> None:
   stage, output = pathlib.Path(options.stage).expanduser(), pathlib.Path(options.output).expanduser()
+  if options.best:
+    export_best(stage, output, options.by)
+    return
   checkpoints = stage / layout.CHECKPOINTS
   found = sorted(int(path.name) for path in checkpoints.glob("*") if path.name.isdigit())
   if not found:
@@ -54,14 +64,32 @@ def run(options: Options) -> None:
     return
   if options.step not in found:
     raise RunError(f"{stage} has no checkpoint after step {options.step:,}; there are {listed}")
-  if not options.output or (output.exists() and any(output.iterdir())):
-    raise RunError(f"--output: {f'{output} is not empty' if options.output else 'give a new directory'}")
+  _check_output(output)
   config = layout.config_of(stage)["model"]
   known = {name: value for name, value in config.items() if name in fields_of(ModelOptions)}  # of any version
   host = Host(build(ModelOptions, known, "config.model"), EngineOptions(), sharding.make_mesh())
   mesh = sharding.make_mesh(data=1, fsdp=-1, devices=jax.local_devices())
   training.export(host, training.checkpoint_model(host, checkpoints, options.step, mesh), output)
   print(f"{output}: {stage.name} of {stage.parent} after step {options.step:,}, {host.save_dtype}")
+
+
+def export_best(run: pathlib.Path, output: pathlib.Path, by: str) -> None:
+  """Copy the model of the run's best round."""
+  best = graded.best(run, by or None)
+  if best is None:
+    named = f"{by!r}, or that judge selects" if by else "eval.judges; the run's own judge selects and cannot tell"
+    raise RunError(f"{run}: no trained round was graded by a judge of {named}: name one and start the run again")
+  _check_output(output)
+  model = layout.policy_of(run, best.round) / layout.MODEL
+  if not model.is_dir():
+    raise RunError(f"{model} is missing: the model of the best round, {best.round}, was deleted")
+  shutil.copytree(model, output, dirs_exist_ok=True)
+  print(f"{output}: {model}\n{best.in_words()}")
+
+
+def _check_output(output: pathlib.Path) -> None:
+  if output == pathlib.Path() or (output.exists() and any(output.iterdir())):
+    raise RunError(f"--output: {'give a new directory' if output == pathlib.Path() else f'{output} is not empty'}")
 
 
 if __name__ == "__main__":
