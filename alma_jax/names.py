@@ -58,6 +58,7 @@ JUDGE_TEMPLATES = Names(
 GRADERS: Mapping[str, str] = {  # judges that work as a run's judge, as an evaluator and from the command line
   "reward:DIR": "alma_jax.judges.reward:named",
   "implicit:DIR,REF": "alma_jax.judges.implicit:named",
+  "rules:NAME": "alma_jax.judges.rules:rule",
 }
 JUDGES = Names("a judge", {"finetuned": "", "few_shot": "", **GRADERS})  # the first two are made by stages/judge.py
 EVALUATORS = Names("an evaluator", {"mini": "alma_jax.mini.truth:Truth", **GRADERS})

@@ -51,8 +51,8 @@ def test_loose_variants_leave_out_first_and_last_line_and_stars():
 
 
 def test_accuracies_by_prompt_instruction_and_kind():
-  verdicts = [ifeval.Verdict((True, True), (True, True)), ifeval.Verdict((False,), (True,)),
-              ifeval.Verdict((False, True, True), (False, True, True))]  # fmt: skip
+  verdicts = [ifeval.Followed((True, True), (True, True)), ifeval.Followed((False,), (True,)),
+              ifeval.Followed((False, True, True), (False, True, True))]  # fmt: skip
   assert ifeval.accuracies(verdicts) == {
     "prompt_strict": 1 / 3, "instruction_strict": 4 / 6, "prompt_loose": 2 / 3, "instruction_loose": 5 / 6
   }  # fmt: skip

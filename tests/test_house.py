@@ -29,7 +29,7 @@ ARROWS = """
   corpus    -> keys errors
   text      -> errors
   store     -> errors
-  evals     -> errors
+  evals     -> store errors
   keys      ->
   errors    ->
   config_files ->

@@ -496,6 +496,15 @@ def test_a_judge_in_a_users_file_may_ask_for_the_model(mine, tmp_path, capsys):
   assert re.search("error: --mode=argmax needs probabilities, and the judge 'short .*' none", capsys.readouterr().err)
 
 
+def test_a_judge_by_rule_reads_the_fields_of_the_row(tmp_path, capsys):
+  rows = [{"prompt": "6 * 7?", "response": "42", "reference": "42"},
+          {"prompt": "2+2?", "responses": [{"text": "five"}, {"text": " 4"}], "reference": ["four", "4"]}]  # fmt: skip
+  assert judged(tmp_path, rows, "--judge=rules:exact_match") == 0
+  assert [x["score"] for x in read_rows(tmp_path / "out.jsonl")] == [1, 0, 1]
+  assert judged(tmp_path, [{"prompt": "a", "response": "b"}], "--judge=rules:exact_match", output="lacking") == 1
+  assert "rules:exact_match reads the field `reference` of a set's row" in capsys.readouterr().err
+
+
 def test_an_evaluator_of_the_package_scores_without_a_model(tmp_path):
   rows = [{"prompt": "country : lyon", "response": r} for r in ("answer: lyon france .", "norway")]
   assert judged(tmp_path, rows, "--judge=mini") == 0

@@ -1,7 +1,7 @@
 """IFEval's verdicts and accuracies: strict on the response as it is, loose on it without first or last line or stars.
 
   asked = instructions_of(row, "set.jsonl, line 1")  # a row with "instruction_id_list" and "kwargs"
-  verdict = verdict_of(asked, response)              # Verdict(strict=(True, False), loose=(True, True))
+  verdict = verdict_of(asked, response)              # Followed(strict=(True, False), loose=(True, True))
   accuracies([verdict])["prompt_strict"]             # 0.0
 
 A prompt counts as followed where all of its instructions are.
@@ -15,7 +15,7 @@ from alma_jax.evals.instructions import Instruction, InstructionError, checked
 
 
 @dataclasses.dataclass(frozen=True)
-class Verdict:
+class Followed:
   """Whether each of a prompt's instructions was followed."""
 
   strict: tuple[bool, ...]
@@ -41,14 +41,14 @@ def _list(row: Mapping[str, Any], field: str, where: str) -> list[Any]:
   return value
 
 
-def verdict_of(instructions: Sequence[Instruction], response: str) -> Verdict:
+def verdict_of(instructions: Sequence[Instruction], response: str) -> Followed:
   texts = variants(response)
   strict = tuple(instruction.followed(response) for instruction in instructions)
   loose = tuple(
     followed or any(instruction.followed(text) for text in texts[1:])
     for instruction, followed in zip(instructions, strict, strict=True)
   )
-  return Verdict(strict, loose)
+  return Followed(strict, loose)
 
 
 def variants(response: str) -> list[str]:
@@ -58,7 +58,7 @@ def variants(response: str) -> list[str]:
   return list(dict.fromkeys(text for whole in cut for text in (whole, whole.replace("*", ""))))
 
 
-def accuracies(verdicts: Sequence[Verdict]) -> dict[str, float]:
+def accuracies(verdicts: Sequence[Followed]) -> dict[str, float]:
   """The four accuracies: of prompts, all of whose instructions were followed, and of instructions."""
   if not verdicts:
     raise ValueError("no verdicts")
@@ -70,7 +70,7 @@ def accuracies(verdicts: Sequence[Verdict]) -> dict[str, float]:
   return found
 
 
-def by_kind(instructions: Sequence[Sequence[Instruction]], verdicts: Sequence[Verdict]) -> dict[str, dict[str, float]]:
+def by_kind(instructions: Sequence[Sequence[Instruction]], verdicts: Sequence[Followed]) -> dict[str, dict[str, float]]:
   """For each kind of instruction: how many there were, and the shares that were followed, strictly and loosely."""
   found: dict[str, list[tuple[bool, bool]]] = {}
   for asked, verdict in zip(instructions, verdicts, strict=True):

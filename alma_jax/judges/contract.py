@@ -47,14 +47,22 @@ class Verdict:
 
 class Answered(tuple):
   """A pair (messages, response). `finished` is False for a response that the length limit cut; `name` is for
-  messages."""
+  messages; `row` has the fields of the prompt's row in its set, for judges that need a reference."""
 
   finished: bool
   name: str
+  row: Mapping[str, Any] | None
 
-  def __new__(cls, messages: Messages, response: str, finished: bool = True, name: str = "") -> "Answered":
+  def __new__(
+    cls,
+    messages: Messages,
+    response: str,
+    finished: bool = True,
+    name: str = "",
+    row: Mapping[str, Any] | None = None,
+  ) -> "Answered":
     pair = super().__new__(cls, (messages, response))
-    pair.finished, pair.name = finished, name
+    pair.finished, pair.name, pair.row = finished, name, row
     return pair
 
 
@@ -120,6 +128,25 @@ def _lost(identity: str, missing: int, total: int) -> str:
 def name_of(pairs: Sequence[Answered], i: int) -> str:
   """The name of a pair for messages; a list of plain tuples has none."""
   return getattr(pairs[i], "name", "") or f"response {i + 1} of {len(pairs)}"
+
+
+def row_field(pair: Answered, name: str, judge: str, field: str) -> Any:
+  """What the row of a pair has in a field; an error that begins with the pair's name where it has nothing."""
+  row = getattr(pair, "row", None)
+  if row is None or row.get(field) is None:
+    present = "the prompt has no row of a set" if row is None else f"the prompt's row has {', '.join(row) or 'none'}"
+    raise ConfigError(f"{name}: {judge} reads the field `{field}` of a set's row; {present}")
+  return row[field]
+
+
+def without_rows(judge: Judge, field: str) -> Judge:
+  """The judge, if it reads no rows of sets: `field` names it for prompts that have none."""
+  if needs := getattr(judge, "needs", ()):
+    raise ConfigError(
+      f"{field}: the judge {judge.identity!r} reads the fields {', '.join(needs)} of a set's rows, and these prompts"
+      " have none; it grades sets that have them"
+    )
+  return judge
 
 
 def _not_finite(verdict: Verdict) -> str:

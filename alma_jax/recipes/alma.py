@@ -245,7 +245,9 @@ def checks(host: Host, by_round: Mapping[int, Options]) -> Iterator[Callable[[],
   for where, trained_with in _trainings(by_round).items():
     yield functools.partial(policy.check_row_length, host, trained_with, where)
   if o.judge.kind not in names.JUDGES.words:
-    yield lambda: contract.by_name(names.JUDGES, o.judge.kind, host, o.judge, "judge.kind")
+    yield lambda: contract.without_rows(
+      contract.by_name(names.JUDGES, o.judge.kind, host, o.judge, "judge.kind"), "judge.kind"
+    )
   for name in o.eval.named_judges:
     yield functools.partial(evaluation.made, host, o.eval, name)
   for file in prompt_files(by_round):

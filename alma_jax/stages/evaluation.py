@@ -144,8 +144,9 @@ def build(
 
 
 def made(host: Host, options: Options, name: str) -> Judge:
-  """A judge of `eval.judges`."""
-  return contract.by_name(names.EVALUATORS, options.named_judges[name], host, options, "eval.judges")
+  """A judge of `eval.judges`; the prompts of a run have no rows of a benchmark."""
+  found = contract.by_name(names.EVALUATORS, options.named_judges[name], host, options, "eval.judges")
+  return contract.without_rows(found, "eval.judges")
 
 
 def answers(asker: Asker, checkpoint: Checkpoint, asked: PromptSet, data: Data, options: Options) -> Artefact[Answer]:

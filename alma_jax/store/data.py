@@ -45,7 +45,7 @@ def load_examples(
   source: str | pathlib.Path, need: Sequence[str] = ("response",)
 ) -> tuple[list[SeedRow], dict[str, Any]]:
   """Reads and checks all rows; returns (rows, report). `need` names what a row has besides its prompt."""
-  unit, items = _items(str(source))
+  unit, items = objects(str(source))
   rows, seen, total = [], set(), 0
   dropped: dict[str, list[int]] = {"empty": [], "duplicate": []}
   ignored: set[str] = set()
@@ -164,8 +164,8 @@ def _require(fields: Sequence[str], present: Collection[str], where: str) -> Non
     raise DataError(f"{where}: {wanted} is missing or null; present: {found}.{''.join(near)}")
 
 
-def _items(source: str) -> tuple[str, Iterable[tuple[int, Any]]]:
-  """What a row of the source is called, and the rows with their numbers."""
+def objects(source: str) -> tuple[str, Iterable[tuple[int, Any]]]:
+  """What a row of the source is called, and the rows with their numbers; they are not checked."""
   if source.startswith("tfds:"):
     return "row", enumerate(_tfds_rows(source), 1)
   path = pathlib.Path(source)

@@ -14,6 +14,8 @@ together before `probs` were made to sum to 1: far below 1, the judge was not tr
 sample_id and the response alone.
 
 --judge=reward:DIR is a reward model, --judge=implicit:DIR,REF two checkpoints (docs/judges.md); neither needs --model.
+--judge=rules:NAME judges by rule: rules:ifeval by the row's `instruction_id_list` and `kwargs`, rules:exact_match by
+its `reference` (docs/benchmarks.md).
 --judge=my_judges:NAME names a judge of your own (docs/your_own_judge.md). It is called with the model, if --model names
 one, and with these flags. Its scores are in its own unit; `probs` and `mass` are null where it has none, and a line has
 its `details` where it gives some. `score` is null where the judge's answer could not be read; the command fails if that
@@ -27,7 +29,7 @@ the last digits differ). Delete both to have the file made again.
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NoReturn
 
 import numpy as np
@@ -101,7 +103,7 @@ def run(options: Options) -> None:
     with host.display.bar("scoring", parts.total, "responses", done=parts.done) as bar:
       for numbers, rows in parts.missing(_in_parts(options)):
         pairs = [
-          Answered(row.messages, a.text, a.finished, f"{options.input}, id {row.id}" + _of_sample(a))
+          Answered(row.messages, a.text, a.finished, f"{options.input}, id {row.id}" + _of_sample(a), row.fields)
           for part in rows
           for row in part
           for a in row.answers
@@ -184,6 +186,7 @@ class Row:
   id: str | int
   messages: Messages
   answers: tuple[Answer, ...]
+  fields: Mapping[str, Any]  # as the file has them, for judges that need a reference
 
 
 def _in_parts(options: Options) -> Iterator[list[Row]]:
@@ -199,7 +202,7 @@ def rows_of(path: str) -> Iterator[Row]:
       raise DataError(f"{where}: both `response` and `responses`; remove one")
     row = data.row_of(item, () if many else ("response",), line, where)
     answers = _answers(item["responses"], f"{where}, field responses") if many else (Answer(None, row.response or ""),)
-    yield Row(line, jsonl.id_of(item, row.messages, where), row.messages, answers)
+    yield Row(line, jsonl.id_of(item, row.messages, where), row.messages, answers, item)
 
 
 def _answers(value: Any, where: str) -> tuple[Answer, ...]:
