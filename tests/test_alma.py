@@ -306,27 +306,16 @@ def test_a_rounds_override_applies_to_that_round_only(run, data, tmp_path):
 
 
 def test_run_killed_again_and_again_equals_one_that_was_not(run, data, tmp_path):
-  """SIGKILL at random moments, aimed so that different stages are hit, then the same command until it ends."""
-  workdir, rng, kills = tmp_path / "run", random.Random(), 0
-  print("kill seed state", rng.getstate()[1][0])
-  while kills < 5:
-    process = subprocess.Popen(
-      small_run.command(workdir, *data), cwd=small_run.ROOT, env=small_run.environment(),
-      stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    parts = len(list(workdir.rglob("*.parquet")))
-    deadline = time.monotonic() + 120
-    while process.poll() is None and len(list(workdir.rglob("*.parquet"))) <= parts and time.monotonic() < deadline:
-      time.sleep(0.02)  # until it gets somewhere
-    time.sleep(rng.uniform(0, 3))
-    if process.poll() is not None:
-      break
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    kills += 1
-  assert kills >= 2
-  small_run.finished(workdir, *data)
-  assert small_run.artefacts(workdir) == small_run.artefacts(run)
+  """Three signals at random moments; `python -m benchmarks.kills` is the long form."""
+  flags, seed = small_run.command("", *data), random.randrange(10**6)
+  flags = [flag for flag in flags if flag.startswith("--config")]
+  done = subprocess.run(
+    [sys.executable, "-m", "benchmarks.kills", "--kills=3", f"--seed={seed}", f"--workdir={tmp_path}",
+     f"--straight={run}", *flags],
+    cwd=small_run.ROOT, env=small_run.environment(), text=True, timeout=400, capture_output=True,
+  )  # fmt: skip
+  assert done.returncode == 0, (seed, done.stdout, done.stderr[-3000:])
+  assert "3 kills" in done.stdout and "0 files differ" in done.stdout, (seed, done.stdout)
 
 
 def two_hosts(workdir, values):
