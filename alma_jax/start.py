@@ -25,11 +25,11 @@ from ml_collections import ConfigDict
 import alma_jax
 from alma_jax import options as options_lib
 from alma_jax import recipes
-from alma_jax.errors import UserError, full_disk
+from alma_jax.errors import DiskError, UserError, full_disk
 from alma_jax.llama import sharding
 from alma_jax.options import ConfigError
 from alma_jax.report import page
-from alma_jax.runtime import room
+from alma_jax.runtime import peers, room
 from alma_jax.runtime.display import Display
 from alma_jax.runtime.host import Host
 from alma_jax.runtime.sampling import Options as SamplingOptions
@@ -78,6 +78,7 @@ def status(work: Callable[[], None], memory: str, more: Callable[[UserError], st
     print(f"error: {error}", file=sys.stderr)
     if line := more and more(error):
       print(line, file=sys.stderr)
+    peers.failed(error)
     return 1
   except KeyboardInterrupt:
     print("\nstopped; the same command goes on from here", file=sys.stderr)
@@ -85,10 +86,13 @@ def status(work: Callable[[], None], memory: str, more: Callable[[UserError], st
   except Exception as error:
     if why := full_disk(error):
       print(f"error: {why}: make room, then start the same command again; what is finished is kept", file=sys.stderr)
+      peers.failed(DiskError(why))
       return 1
     if not isinstance(error, jax.errors.JaxRuntimeError) or "RESOURCE_EXHAUSTED" not in str(error):
+      peers.failed(error)
       raise
     print(f"error: a device is out of memory: {str(error).splitlines()[0]}\n{memory}", file=sys.stderr)
+    peers.failed(UserError("a device is out of memory"))
     return 1
 
 
@@ -215,14 +219,18 @@ def join_hosts() -> None:
   names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
   address, count, index = (os.environ.get(name) for name in names)
   if address and count and index:
-    jax.distributed.initialize(address, int(count), int(index))
+    jax.distributed.initialize(address, int(count), int(index), heartbeat_timeout_seconds=peers.heartbeat())
   elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
     # JAX gives each Slurm task one GPU; a task that is alone on its node takes all of them.
     alone = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").split("(")[0] == "1"
     gpus = int(os.environ.get("SLURM_GPUS_ON_NODE", "0"))
-    jax.distributed.initialize(local_device_ids=list(range(gpus)) if alone and gpus else None)
+    local = list(range(gpus)) if alone and gpus else None
+    jax.distributed.initialize(local_device_ids=local, heartbeat_timeout_seconds=peers.heartbeat())
   elif len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1:
-    jax.distributed.initialize()
+    jax.distributed.initialize(heartbeat_timeout_seconds=peers.heartbeat())
+  else:
+    return
+  peers.watch()
 
 
 def cache_compilations() -> None:

@@ -37,7 +37,7 @@ REDUCED = [
   for value in (
     "feedback_rounds=2", "prompts.draws=192", "clusters.k=24", "draw.prompts=6", "responses.n=6",
     "judge.distil.prompts=24", "sft.epochs=2.0", "policy.epochs=2.0", "policy.checkpoint_every=4",
-    "sft.checkpoint_every=10", "judge.train.epochs=1.0",
+    "sft.checkpoint_every=10", "judge.train.epochs=1.0", "data.eval=", "data.held_out=24",
   )
 ]  # fmt: skip
 VOLATILE = {"log.jsonl", "report.html", "speed.jsonl"}
