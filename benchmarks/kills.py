@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
 
 os.environ |= {"JAX_PLATFORMS": "cpu", "TQDM_DISABLE": "1"}
 
@@ -97,7 +98,7 @@ def killed(run: pathlib.Path, flags: Sequence[str], rng: random.Random, most: in
     return kills
 
 
-def begun(run: pathlib.Path, flags: Sequence[str]) -> multiprocessing.process.BaseProcess:
+def begun(run: pathlib.Path, flags: Sequence[str]) -> BaseProcess:
   """A start of the run in a process of its own."""
   process = multiprocessing.get_context("fork").Process(target=_start, args=(run, flags))
   process.start()
