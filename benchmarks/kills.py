@@ -41,7 +41,7 @@ REDUCED = [
     "sft.checkpoint_every=10", "judge.train.epochs=1.0", "data.eval=", "data.held_out=24",
   )
 ]  # fmt: skip
-VOLATILE = {"log.jsonl", "report.html", "speed.jsonl"}
+VOLATILE = {"log.jsonl", "report.html", "speed.jsonl", ".digests.json"}
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -4,7 +4,6 @@ Where a tmpfs cannot be mounted (it takes root), the tests that need one are ski
 """
 
 import errno
-import json
 import os
 import pathlib
 import subprocess
@@ -192,7 +191,7 @@ def test_a_run_says_that_its_models_do_not_fit(tmp_path, monkeypatch, capsys):
   stage = tmp_path / "sft_1"
   (stage / layout.MODEL).mkdir(parents=True)
   for name in (layout.FINGERPRINT, layout.MANIFEST):
-    (stage / name).write_text(json.dumps({}))
+    shards.write_sealed(stage / name, {})
   monkeypatch.setattr(room, "free_bytes", lambda path: 4 * CONFIG.parameters + 36 * CONFIG.parameters)
   room.foresee(tmp_path, host, 2)
   assert capsys.readouterr().err == ""
