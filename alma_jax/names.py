@@ -60,7 +60,7 @@ GRADERS: Mapping[str, str] = {  # judges that work as a run's judge, as an evalu
   "implicit:DIR,REF": "alma_jax.judges.implicit:named",
   "rules:NAME": "alma_jax.judges.rules:rule",
 }
-JUDGES = Names("a judge", {"finetuned": "", "few_shot": "", **GRADERS})  # the first two are made by stages/judge.py
+JUDGES = Names("a judge", {"finetuned": "", "few_shot": "", "regression": "", **GRADERS})  # "": by stages/judge.py
 EVALUATORS = Names("an evaluator", {"mini": "alma_jax.mini.truth:Truth", **GRADERS})
 MODELS = Names("a model", {"mini": "alma_jax.mini:CHECKPOINT"})  # -> a directory
 DATA = Names("data", {"mini": "alma_jax.mini.seeds:make"})  # called with (directory, seed)

@@ -9,6 +9,8 @@ turns, with several batch sizes, and the best process time of each counts:
   full forward    transformers on prompt and response as one row, logits_to_keep=1
   prefix cache    transformers on every prompt once, then on the responses with its cache repeated for them
   alma_jax        engine.score.next_logprobs, with all that it does on the host
+  reward, full    transformers' LlamaForSequenceClassification on prompt and response as one row
+  reward          the same head in alma_jax: engine.score.last_states and llama.heads
 
 What to expect: wall-clock time depends on what else the machine does, process time and the ratios hardly do. It ends
 with an AssertionError where a log-probability differs by more than 1e-4.
@@ -17,7 +19,7 @@ with an AssertionError where a log-probability differs by more than 1e-4.
 import argparse
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 os.environ |= {
@@ -35,13 +37,15 @@ import torch
 import transformers
 
 from alma_jax.engine import score
-from alma_jax.llama import weights
+from alma_jax.llama import heads, weights
 from benchmarks import sampling
 
 COLUMNS = list(range(100, 111))  # where eleven scores might be
 BATCHES = (8, 16, 32, 64)  # rows per call
 FULL, CACHED, OURS = "transformers, full forward", "transformers, prefix cache", "alma_jax"
-TARGETS = {FULL: 3.5, CACHED: 1.2}
+REWARD_FULL, REWARD = "transformers, reward model", "alma_jax, reward model"
+TARGETS = {FULL: 3.5, CACHED: 1.2, REWARD_FULL: 3.0}
+OF = {FULL: OURS, CACHED: OURS, OURS: OURS, REWARD_FULL: REWARD, REWARD: REWARD}  # what each is compared with
 
 
 def main() -> None:
@@ -52,6 +56,11 @@ def main() -> None:
   torch.set_num_threads(1)
   with tempfile.TemporaryDirectory() as directory:
     hf, model = sampling.saved_model(directory), weights.load(directory)
+  with tempfile.TemporaryDirectory() as directory:
+    classifier = reward_model(hf, directory)
+    head = heads.read(directory)
+    assert isinstance(head, heads.Scalar)
+    trunk = heads.trunk(directory, head, None, {}, "float32")
 
   def draw(*shape: int) -> np.ndarray:
     return np.random.default_rng(sum(shape)).integers(1, hf.config.vocab_size, shape)
@@ -62,6 +71,8 @@ def main() -> None:
     FULL: lambda batch: full_forward(hf, prefixes, responses, batch),
     CACHED: lambda batch: prefix_cache(hf, prefixes, responses, batch),
     OURS: lambda batch: score.next_logprobs(model, rows, COLUMNS, 1, score.Setup(batch))[:, 0],
+    REWARD_FULL: lambda batch: classified(classifier, prefixes, responses, batch),
+    REWARD: lambda batch: head.values(score.last_states(trunk, rows, score.Setup(batch))),
   }
   found = {}
 
@@ -69,13 +80,16 @@ def main() -> None:
     return sampling.cpu(lambda: found.update({(name, batch): peers[name](batch)}))
 
   seconds = sampling.best({(name, batch): piece(name, batch) for name in peers for batch in BATCHES}, flags.repeats)
-  worst = {key: float(np.abs(x - found[FULL, BATCHES[0]]).max()) for key, x in found.items()}
+  theirs = {OURS: FULL, REWARD: REWARD_FULL}
+  worst = {
+    (name, batch): float(np.abs(x - found[theirs[OF[name]], BATCHES[0]]).max()) for (name, batch), x in found.items()
+  }
   assert max(worst.values()) < 1e-4, f"the scores differ: {worst}"
   best = {name: min(BATCHES, key=lambda batch: seconds[name, batch]) for name in peers}
   print(f"{len(rows)} responses of {flags.response} tokens, {flags.responses} to each prefix of {flags.prefix}")
   print(f"{'':28} {'responses/s':>11} {'batch':>6} {'alma_jax':>9} {'target':>7} {'differs by':>11}")
   for name, batch in best.items():
-    ratio, target = seconds[name, batch] / seconds[OURS, best[OURS]], TARGETS.get(name)
+    ratio, target = seconds[name, batch] / seconds[OF[name], best[OF[name]]], TARGETS.get(name)
     print(
       f"{name:28} {len(rows) / seconds[name, batch]:11.1f} {batch:6d} {ratio:8.2f}x"
       f" {f'{target}x' if target else '':>7} {worst[name, batch]:11.1e}"
@@ -83,11 +97,30 @@ def main() -> None:
   print(f"jax {jax.__version__}, torch {torch.__version__}, transformers {transformers.__version__}; fp32, one core")
 
 
+def reward_model(hf: Any, directory: str) -> Any:
+  """The transformer below a random head with one value, saved for the others."""
+  config = transformers.LlamaConfig(**{**hf.config.to_dict(), "num_labels": 1})
+  classifier = transformers.LlamaForSequenceClassification(config).eval()
+  classifier.model.load_state_dict(hf.model.state_dict())
+  classifier.save_pretrained(directory)
+  return classifier
+
+
+def whole_rows(prefixes: np.ndarray, responses: np.ndarray, batch: int) -> Sequence[torch.Tensor]:
+  rows = np.concatenate([np.repeat(prefixes[:, None], responses.shape[1], axis=1), responses], axis=2)
+  return torch.from_numpy(rows.reshape(-1, rows.shape[2])).split(batch)
+
+
 @torch.inference_mode()
 def full_forward(hf: Any, prefixes: np.ndarray, responses: np.ndarray, batch: int) -> np.ndarray:
-  rows = np.concatenate([np.repeat(prefixes[:, None], responses.shape[1], axis=1), responses], axis=2)
-  parts = torch.from_numpy(rows.reshape(-1, rows.shape[2])).split(batch)
+  parts = whole_rows(prefixes, responses, batch)
   return scores([hf(part, logits_to_keep=1, use_cache=False).logits for part in parts])
+
+
+@torch.inference_mode()
+def classified(hf: Any, prefixes: np.ndarray, responses: np.ndarray, batch: int) -> np.ndarray:
+  parts = whole_rows(prefixes, responses, batch)
+  return torch.cat([hf(part, use_cache=False).logits for part in parts]).numpy()
 
 
 @torch.inference_mode()

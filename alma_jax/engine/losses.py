@@ -72,6 +72,22 @@ def sft(model: llama.Llama, batch: Batch, how: How = How(), whole: Totals | None
   return loss, {"loss": loss, "target_tokens": (batch["weights"] > 0).sum()}
 
 
+@dataclasses.dataclass(frozen=True)
+class Regression:
+  """The squared error of a head that scores texts, read at the last token of every example."""
+
+
+def regression(
+  model: llama.Llama, batch: Batch, how: How = How(), whole: Totals | None = None
+) -> tuple[Array, Metrics]:
+  """Loss and metrics: the mean squared error of the examples' scores, `weights` being 1 at their last places."""
+  values = llama.logits(model, _hidden(model, batch, how))[..., 0]
+  error, total = values - batch["score"], (whole or totals(batch))["weight"]
+  loss = (batch["weights"] * error**2).sum() / total
+  absolute = (batch["weights"] * jnp.abs(error)).sum() / total
+  return loss, {"loss": loss, "absolute_error": absolute, "target_tokens": (batch["weights"] > 0).sum()}
+
+
 # Preferences
 
 # Every preference loss and the parameters it has beside beta and nll_weight.

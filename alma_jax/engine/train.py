@@ -55,7 +55,7 @@ class Stopped(Exception):
 class Objective(Checked):
   """What a step minimises, and how the model is run for that."""
 
-  kind: losses.Preference | losses.Grpo | None = None  # None: the NLL of SFT
+  kind: losses.Preference | losses.Grpo | losses.Regression | None = None  # None: the NLL of SFT
   remat: Literal["auto", "none", "products", "full"] = "none"  # what is kept for the backward pass; auto: see `planned`
   dropout: float = option(0.0, least=0)  # residual dropout of the last layer; it rises evenly from 0 in the first
   compute_dtype: str = "float32"
@@ -72,6 +72,8 @@ class Objective(Checked):
       return losses.preference(model, batch, self.kind, how, whole)
     if isinstance(self.kind, losses.Grpo):
       return losses.grpo(model, batch, self.kind, how, whole)
+    if isinstance(self.kind, losses.Regression):
+      return losses.regression(model, batch, how, whole)
     return losses.sft(model, batch, how, whole)
 
 

@@ -50,7 +50,7 @@ class ImplicitJudge:
   def scale(self) -> None:
     return None
 
-  @functools.cached_property
+  @property
   def identity(self) -> str:
     text = [self.written.prompt([{"role": "user", "content": "?"}]), self.written.response("!")]
     digest = hashlib.sha256(json.dumps([self.policy.content, self.reference.content, text]).encode()).hexdigest()

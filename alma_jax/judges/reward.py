@@ -36,8 +36,9 @@ from alma_jax.llama.model import Llama
 from alma_jax.options import ConfigError
 from alma_jax.runtime.display import Bar
 from alma_jax.runtime.host import Host, content_of, model_directory
+from alma_jax.store import verify
 from alma_jax.text import published
-from alma_jax.text.chat import Messages
+from alma_jax.text.chat import ChatFormat, Messages
 from alma_jax.text.tokenizer import TextError, load_tokenizer
 
 GATE = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"  # ArmoRM's gate reads the first token of its last
@@ -81,7 +82,7 @@ class RewardJudge:
   def content(self) -> str:
     return content_of(self.directory)
 
-  @functools.cached_property
+  @property
   def identity(self) -> str:
     text = [self.written.prompt([{"role": "user", "content": "?"}]), self.written.response("!")]
     decides = [self.content, text, self.pad, dataclasses.asdict(self.choice)]
@@ -135,7 +136,8 @@ class RewardJudge:
         bar.advance(step, tokens)
 
     def load() -> Llama:
-      return heads.trunk(self.directory, self.head, self.host.local_mesh, sharding.DECODE, self.host.dtype)
+      mesh, dtype = self.host.local_mesh, self.host.dtype
+      return heads.trunk(self.directory, self.head, mesh, sharding.DECODE, dtype, verify.check)
 
     model = self.host.held((self.content, "below a head"), load)
     return score.last_states(
@@ -180,15 +182,23 @@ def named(host: Host, options: Any, argument: str) -> RewardJudge:
   """The judge 'reward:DIR'; its files' headers are checked, and no weight is read."""
   said = arguments.parsed("reward", argument, ("DIR",), ("score", "chat", "times"))
   directory = model_directory(said.places[0])
-  head = heads.read(directory)
-  hf = read_hf(directory)
+  head = heads.read(directory, verify.check)
+  return _of(host, directory, head, said.chat(), _choice(said, head))
+
+
+def trained(host: Host, directory: pathlib.Path) -> RewardJudge:
+  """The judge of a directory that holds a head with one value, trained in the host's chat format."""
+  return _of(host, directory, heads.read(directory, verify.check), host.chat, Choice(column=0))
+
+
+def _of(host: Host, directory: pathlib.Path, head: heads.Head, fmt: ChatFormat | None, choice: Choice) -> RewardJudge:
   return RewardJudge(
     host=host,
     directory=directory,
     head=head,
-    written=published.written_by(load_tokenizer(directory), said.chat()),
-    choice=_choice(said, head),
-    pad=hf.get("pad_token_id"),
+    written=published.written_by(load_tokenizer(directory), fmt),
+    choice=choice,
+    pad=read_hf(directory).get("pad_token_id"),
     positions=read_config(directory).max_positions,
   )
 

@@ -50,6 +50,7 @@ class LlamaConfig:
   rope_scaling: RopeScaling | None  # None: plain rotary frequencies
   tied: bool  # the embedding table is the output head as well
   max_positions: int  # the context length that the model was made for
+  outputs: int | None = None  # values of a head that scores texts; None: the head has one for each token
 
   @property
   def parameters(self) -> int:
@@ -144,7 +145,10 @@ def to_hf(c: LlamaConfig) -> dict[str, Any]:
   if s is not None:
     scaling = {"rope_type": s.kind} | {theirs: getattr(s, ours) for ours, theirs in _SCALINGS[s.kind].items()}
   fields = {theirs: getattr(c, ours) for ours, theirs in _KEYS.items()}
-  kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+  kind: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+  if c.outputs:
+    labels = {str(i): f"score_{i}" for i in range(c.outputs)}
+    kind |= {"architectures": ["LlamaForSequenceClassification"], "id2label": labels, "problem_type": "regression"}
   return kind | fields | {"rope_scaling": scaling} | _FIXED
 
 

@@ -19,8 +19,8 @@ from jax.sharding import Mesh
 from alma_jax.llama import weights
 from alma_jax.llama.config import Directory, ModelError, read_hf
 from alma_jax.llama.model import Llama
+from alma_jax.llama.weights import SCORE
 
-SCORE = "score.weight"
 ATTRIBUTES = (  # what ArmoRM's nineteen rewards are about, in its order
   "helpsteer-helpfulness",
   "helpsteer-correctness",
@@ -92,26 +92,36 @@ class Armo:
 Head: TypeAlias = Scalar | Armo
 
 
-def read(directory: Directory) -> Head:
-  """The head of a reward model. All files' headers are checked: missing and unknown tensors are a ModelError."""
+def read(directory: Directory, check: weights.Check | None = None) -> Head:
+  """The head of a reward model. All files' headers are checked: missing and unknown tensors are a ModelError.
+
+  `check` as in weights.load.
+  """
   hf = read_hf(directory)
   where = f"{pathlib.Path(directory) / 'config.json'}"
   kinds = hf.get("architectures") or []
   if kinds == ["LlamaForSequenceClassification"]:
     labels = _labels(hf, where)
-    found = _tensors(directory, {SCORE: (len(labels), hf["hidden_size"])})
+    found = _tensors(directory, {SCORE: (len(labels), hf["hidden_size"])}, check)
     return Scalar(found[SCORE], labels)
   if kinds == ["LlamaForRewardModelWithGating"]:
-    return _armo(directory, hf, where)
+    return _armo(directory, hf, where, check)
   raise ModelError(
     f"{where}: architectures is {kinds}, which is no reward model that this code computes:"
     " LlamaForSequenceClassification (one value or several), LlamaForRewardModelWithGating (ArmoRM)"
   )
 
 
-def trunk(directory: Directory, head: Head, mesh: Mesh | None, rules: Mapping[str, str], dtype: str) -> Llama:
-  """The Llama below the head, whose hidden states the head reads."""
-  return weights.load(directory, mesh, rules, dtype, head.tensors)
+def trunk(
+  directory: Directory,
+  head: Head,
+  mesh: Mesh | None,
+  rules: Mapping[str, str],
+  dtype: str,
+  check: weights.Check | None = None,
+) -> Llama:
+  """The Llama below the head, whose hidden states the head reads; `check` as in weights.load."""
+  return weights.load(directory, mesh, rules, dtype, head.tensors, check)
 
 
 def _labels(hf: Mapping[str, Any], where: str) -> tuple[str, ...]:
@@ -126,7 +136,7 @@ def _labels(hf: Mapping[str, Any], where: str) -> tuple[str, ...]:
     raise ModelError(f"{where}: id2label must name the labels 0, 1, ...; found {str(names)[:80]}") from None
 
 
-def _armo(directory: Directory, hf: Mapping[str, Any], where: str) -> Armo:
+def _armo(directory: Directory, hf: Mapping[str, Any], where: str, check: weights.Check | None) -> Armo:
   keys = ("num_objectives", "gating_temperature", "gating_hidden_dim", "gating_n_hidden")
   missing = [key for key in keys if not isinstance(hf.get(key), int | float)]
   if missing:
@@ -141,7 +151,7 @@ def _armo(directory: Directory, hf: Mapping[str, Any], where: str) -> Armo:
     "gating.logit_scale": (1,),
   }
   shapes = others | gate | biases
-  found = _tensors(directory, shapes)
+  found = _tensors(directory, shapes, check)
   return Armo(
     regression=found["regression_layer.weight"],
     transform=found["reward_transform_matrix"],
@@ -153,9 +163,11 @@ def _armo(directory: Directory, hf: Mapping[str, Any], where: str) -> Armo:
   )
 
 
-def _tensors(directory: Directory, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+def _tensors(
+  directory: Directory, shapes: Mapping[str, tuple[int, ...]], check: weights.Check | None
+) -> dict[str, np.ndarray]:
   """The head's tensors as fp32."""
-  found = weights.files(directory, shapes).tensors
+  found = weights.files(directory, shapes, check).tensors
   for name, shape in shapes.items():
     if found[name].x.shape != shape:
       raise ModelError(f"{directory}: {name} has shape {found[name].x.shape}, config.json asks for {shape}")

@@ -68,7 +68,8 @@ class Llama(nnx.Module):
     self.embed = param(rngs, (c.vocab, c.width), ("vocab", "embed"), 0.02)
     self.blocks: Any = nnx.data(jax.vmap(lambda key: Block(c, nnx.Rngs(key)))(jax.random.split(rngs.params(), c.depth)))
     self.norm = param(rngs, (c.width,), ("norm",), None)
-    head = None if c.tied else param(rngs, (c.width, c.vocab), ("embed", "vocab"), c.width**-0.5)
+    columns = c.outputs or (None if c.tied else c.vocab)
+    head = param(rngs, (c.width, columns), ("embed", "vocab"), c.width**-0.5) if columns else None
     self.head: nnx.Param[Array] | None = nnx.data(head)
 
 
@@ -188,7 +189,7 @@ def embedded(model: Llama, tokens: Array) -> Array:
 
 
 def logits(model: Llama, hidden: Array) -> Array:
-  """fp32 logits [..., V]."""
+  """fp32 logits [..., V], or the values [..., outputs] of a head that scores texts."""
   if model.head is None:
     return jnp.einsum("...d,vd->...v", hidden, model.embed[...], preferred_element_type=jnp.float32)
   return jnp.einsum("...d,dv->...v", hidden, model.head[...], preferred_element_type=jnp.float32)

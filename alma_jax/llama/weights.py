@@ -59,6 +59,7 @@ NAMES = {
   "norm": ("model.norm.weight", 0),
   "head": ("lm_head.weight", 1),
 }
+SCORE = "score.weight"  # stands for "lm_head.weight" where the head scores texts
 
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
@@ -388,6 +389,7 @@ def _their_tensors(model: llama.Llama, dtype: np.dtype) -> list[_Tensor]:
 
   def one(path: str, layer: int | None = None) -> _Tensor:
     name, inputs = NAMES[path]
+    name = SCORE if path == "head" and model.c.outputs else name
     owner, skip = (model, 0) if layer is None else (model.blocks, 1)
     x = getattr(owner, path.removeprefix("blocks."))[...]
     shape = _their_shape(x.shape[skip:], inputs)
@@ -395,7 +397,7 @@ def _their_tensors(model: llama.Llama, dtype: np.dtype) -> list[_Tensor]:
 
   in_block = [path for path in NAMES if _stacked(path)]
   layers = [one(path, layer) for layer in range(model.c.depth) for path in in_block]
-  return [one("embed"), *layers, one("norm"), *([] if model.c.tied else [one("head")])]
+  return [one("embed"), *layers, one("norm"), *([] if model.head is None else [one("head")])]
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
@@ -491,6 +493,21 @@ def resize(model: llama.Llama, vocab: int, mesh: Mesh | None = None, rules: Mapp
 
   places = None if mesh is None else shardings(jax.eval_shape(change, model), mesh, rules)
   return jax.jit(change, out_shardings=places)(model)
+
+
+def with_scores(
+  model: llama.Llama, head: np.ndarray, mesh: Mesh | None = None, rules: Mapping[str, str] = TRAIN
+) -> llama.Llama:
+  """The model with the head [D, outputs] that scores texts instead of its output head."""
+
+  def change(model: llama.Llama, head: Array) -> llama.Llama:
+    new = nnx.clone(model)
+    new.c = dataclasses.replace(model.c, outputs=head.shape[1])
+    new.head = nnx.data(nnx.Param(head.astype(model.embed[...].dtype), axes=("embed", "vocab")))
+    return new
+
+  places = None if mesh is None else shardings(jax.eval_shape(change, model, head), mesh, rules)
+  return jax.jit(change, out_shardings=places)(model, head)
 
 
 def reinit_untrained(model: llama.Llama, token_ids: Iterable[int]) -> tuple[llama.Llama, list[int]]:

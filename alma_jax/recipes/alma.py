@@ -158,6 +158,8 @@ def made_judge(
   o = s.options.judge
   if o.kind == "few_shot":
     return judge.few_shot(s, data, o), []
+  if o.kind == "regression":
+    return judge.regression(s, data, o), []
   if o.kind != "finetuned":
     return judge.of_user(s, o), []
   own = judge.finetuned(s, data, o)
@@ -268,7 +270,7 @@ def _trainings(by_round: Mapping[int, Options]) -> dict[str, training.Options]:
 def models(by_round: Mapping[int, Options]) -> int:
   """How many trained models a run keeps."""
   o = by_round[0]
-  judges = 0 if o.judge.kind != "finetuned" else 1 + o.judge.distils
+  judges = (o.judge.kind in ("finetuned", "regression")) + o.judge.distils
   return len(o.sft_seeds) + judges + len(by_round) - 1
 
 

@@ -1,4 +1,4 @@
-"""What is trained on, as the steps' packed batches: examples, pairs, or graded responses.
+"""What is trained on, as the steps' packed batches: examples, pairs, graded responses, or rated conversations.
 
   data = Examples([compact(*example) for example in encoded], names)    names: what errors call them
   batches = Batches(data, options, seed, unit=8)        batches(step) -> dict of arrays, of one shape for all steps
@@ -137,7 +137,27 @@ class GradedResponses(_Sequences):
     return made
 
 
-TrainingData = Examples | Pairs | GradedResponses
+@dataclasses.dataclass(frozen=True)
+class Rated(_Sequences):
+  """For regression: whole conversations and their scores."""
+
+  sequences: Sequence[Encoded]
+  names: Sequence[object]
+  scores: np.ndarray  # [sequences]
+  head: np.ndarray  # fp32 [D, 1], what the head begins as
+
+  def rows(
+    self, members: np.ndarray, packings: Sequence[Packing], row_length: int, counts: Sequence[int], batch: int
+  ) -> Arrays:
+    """The packed rows; at each example's last place `weights` is 1 and `score` its score, elsewhere both are 0."""
+    made = self.packed(members, packings, row_length, counts)
+    last = np.array([len(self.sequences[i][0]) - 1 for i in members] + [-1])  # the last one is padding's
+    made["weights"] = (made["positions"] == last[made["example"]]).astype(np.float32)
+    made["score"] = made["weights"] * np.append(self.scores[members], 0.0)[made["example"]].astype(np.float32)
+    return made
+
+
+TrainingData = Examples | Pairs | GradedResponses | Rated
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,7 @@ from alma_jax.llama import model as llama
 from alma_jax.llama import sharding, weights
 from alma_jax.options import ConfigError, option, spread
 from alma_jax.runtime import room
-from alma_jax.runtime.batches import Batches, Examples, Pairs, Sizes, TrainingData
+from alma_jax.runtime.batches import Batches, Examples, Pairs, Rated, Sizes, TrainingData
 from alma_jax.runtime.checkpoints import Checkpoints
 from alma_jax.runtime.host import Checkpoint, Host
 from alma_jax.runtime.metrics import StepLog
@@ -122,16 +122,19 @@ def train(
   s.host.free()
   passes = min(options.passes, max(1, options.batch))
   batches = Batches(data, options, seed, sharding.replicas(s.mesh) * passes)
-  task = TrainingTask(options.optimizer, options.objective(s.host.dtype), s.mesh, batches.steps, seed)
+  c, o, objective = s.host.trained_config, options, options.objective(s.host.dtype)
+  if isinstance(data, Rated):
+    c = dataclasses.replace(c, outputs=data.head.shape[1])
+    objective = dataclasses.replace(objective, kind=losses.Regression())
+  task = TrainingTask(options.optimizer, objective, s.mesh, batches.steps, seed)
   # All hosts must compile the same program, and stop together: the host with the least memory, or disk, decides.
-  c, o = s.host.trained_config, options
   checkpoint, saved = room.checkpoint_bytes(c, o.optimizer.moments), room.model_bytes(c, s.host.save_dtype)
   disk = room.training_bytes(checkpoint, saved, batches.steps, o.checkpoint_every, o.checkpoint_keep)
   memory, there = float(s.host.training_bytes), float(room.there(stage.dir))
   if jax.process_count() > 1:
     memory, there = multihost_utils.process_allgather(np.array([memory, there])).min(0).tolist()
   room.check(stage.name, stage.dir, disk, int(there), s.display)
-  plan = planned(s.host.trained_config, task, batches(0), passes, memory)
+  plan = planned(c, task, batches(0), passes, memory)
   s.run.log("memory", stage=stage.name, state=plan.state, working=plan.working, there=memory, remat=plan.remat)
   if plan.bytes > memory / 10:
     s.display.say(
@@ -177,6 +180,10 @@ def train(
         start, reset = s.host.load(init, s.mesh, sharding.TRAIN, "float32"), []
         if markers := chat.special_ids(s.host.tokenizer, s.host.chat):
           start, reset = weights.reinit_untrained(start, markers)
+        if isinstance(data, Rated):
+          several = jax.process_count() > 1  # all hosts begin with the bits of the first one
+          head = multihost_utils.broadcast_one_to_all(data.head) if several else data.head
+          start = weights.with_scores(start, np.asarray(head), s.mesh)
         hooks = Hooks(restore, save, options.checkpoint_every, report, failed, stop)
         model = fit(start, batches, task, plan, hooks)
     except Stopped:
@@ -207,7 +214,10 @@ def _asked_to_stop() -> Iterator[Callable[[], bool]]:
 def _failure(
   s: Session, model: llama.Llama, data: TrainingData, members: np.ndarray, options: Options
 ) -> list[dict[str, Any]]:
-  """The examples of a step whose loss was not finite, the likeliest culprits first."""
+  """The examples of a step whose loss was not finite, the likeliest culprits first. A model that scores texts has no
+  log-probs."""
+  if isinstance(data, Rated):
+    return [{"id": data.names[i], "logprobs": [], "tokens": data.lengths(i), "score": data.scores[i]} for i in members]
   sides = [data.sides[i] if isinstance(data, Pairs) else (data.sequences[i],) for i in members]
   logprobs = _sequence_logprobs(s, model, [sequence for pair in sides for sequence in pair], options)
   rows = [

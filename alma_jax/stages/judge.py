@@ -14,14 +14,16 @@ import numpy as np
 
 from alma_jax import names
 from alma_jax.corpus.normalise import prompt_id
+from alma_jax.engine import score
 from alma_jax.errors import RunError
-from alma_jax.judges import contract
+from alma_jax.judges import contract, reward
 from alma_jax.judges.contract import Answered, Judge
 from alma_jax.judges.own import OwnJudge
+from alma_jax.judges.reward import RewardJudge
 from alma_jax.keys import key_of
 from alma_jax.options import Checked, ConfigError, fingerprint, option
 from alma_jax.runtime import sampling, training
-from alma_jax.runtime.batches import Examples, compact
+from alma_jax.runtime.batches import Examples, Rated, compact
 from alma_jax.runtime.host import Checkpoint, Host
 from alma_jax.runtime.session import Session
 from alma_jax.store import layout
@@ -29,6 +31,7 @@ from alma_jax.store.data import SeedRow
 from alma_jax.store.handles import Data
 from alma_jax.store.records import Judgment, Prompt, Response
 from alma_jax.store.runs import Artefact
+from alma_jax.text import chat
 from alma_jax.text import judge as templates
 from alma_jax.text.chat import Messages
 
@@ -43,7 +46,7 @@ class DistilOptions(Checked):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options(Checked):
-  # "finetuned", "few_shot": the base model with three examples (Table 3), or "package.module:NAME"
+  # "finetuned"; "few_shot": the base model with three examples (Table 3); "regression": a scalar head; docs/judges.md
   kind: str = option("finetuned", names=names.JUDGES)
   mode: Literal["expected", "integer"] = "expected"  # "integer": the likeliest score (Table 3)
   template: str = option("a2", names=names.JUDGE_TEMPLATES)
@@ -77,6 +80,10 @@ def check(host: Host, options: Options) -> None:
   least = _around(host, options)
   if options.kind == "finetuned":
     training.check_row_length(host, options.train, "config.judge.train", least, what)
+  if options.kind == "regression":
+    shortest = chat.encode_example(host.tokenizer, host.chat, [{"role": "user", "content": "a"}], "a")[0]
+    what = "a prompt and a response of one word take"
+    training.check_row_length(host, options.train, "config.judge.train", len(shortest), what)
   if options.distils:
     training.check_row_length(host, options.distil.train, "config.judge.distil.train", least, what)
 
@@ -131,6 +138,54 @@ def finetuned(s: Session[Any], data: Data, options: Options) -> OwnJudge:
   return OwnJudge(s.host, training.trained(stage), options.judge_template(), options.mode)
 
 
+RIDGE = 0.1  # of the mean square of a hidden state's numbers
+
+
+def regression(s: Session[Any], data: Data, options: Options) -> RewardJudge:
+  """The paper's reward modeling (3.3): a scalar head on the base model, trained on the annotations' scores with the
+  squared error. The stage's model is a reward model like others, reward:RUN/judge/model."""
+  seed = s.options.seed
+  train, held_out = _split(data.judge, options.held_out, seed)
+  fields = _fields(s, s.base, options, kind=options.kind, train=fingerprint(options.train))
+  fields |= {"data": {"judge": data.digests["judge"]}}
+  stage = s.run.stage(layout.JUDGE, fields)
+  if not stage.done:
+    rated, counts = _rated(s, train, options.train)
+    model, facts = training.train(s, stage, s.base, rated, options.train, key_of(seed, "judge")[0])
+    order, error = agreement(reward.trained(s.host, model), held_out)
+    s.host.free()
+    counts |= {"annotations": len(train), "held_out": len(held_out)}
+    held = {"rows": len(held_out), "agreement": order, "error": error}
+    training.finish(s, stage, counts | facts, options.train, held_out=held)
+  return reward.trained(s.host, training.trained(stage).directory)
+
+
+def _rated(s: Session[Any], train: Sequence[SeedRow], options: training.Options) -> tuple[Rated, dict[str, int]]:
+  """The annotated conversations in the chat format, and counts: those that are too long are dropped."""
+  tok, fmt, host, rows, kept = s.host.tokenizer, s.host.chat, s.host, [], []
+  for row in train:
+    prompt, response = chat.encode_prompt(tok, fmt, row.messages), chat.encode_response(tok, fmt, row.response or "")
+    if len(prompt) + len(response) <= options.row_length:
+      rows.append((tuple(prompt[:-1]), (*prompt[-1:], *response)))
+      kept.append(row)
+  if not kept:
+    raise RunError(f"no annotation fits into {options.row_length} tokens (row_length)")
+  scores = np.array([row.score for row in kept])
+  setup = score.Setup(host.engine.rows, (), host.local_mesh)
+  hidden = score.last_states(host.model(s.base, "stacked"), rows, setup)
+  sequences = [compact(prefix + suffix, [True] * len(prefix + suffix)) for prefix, suffix in rows]
+  called = [f"annotation of {prompt_id(row.messages)}" for row in kept]
+  return Rated(sequences, called, scores, _least_squares(hidden, scores)), {"examples_too_long": len(train) - len(kept)}
+
+
+def _least_squares(hidden: np.ndarray, scores: np.ndarray) -> np.ndarray:
+  """fp32 [D, 1]: the head that training begins with, fitted to the base model's hidden states [n, D]."""
+  x = hidden.astype(np.float64)
+  gram = x.T @ x
+  ridge = RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram))
+  return np.linalg.solve(gram + ridge, x.T @ scores).astype(np.float32)[:, None]
+
+
 def real_valued(judge: OwnJudge) -> OwnJudge:
   """The judge with the probability-weighted score, whatever score the rounds are to use."""
   return dataclasses.replace(judge, mode="expected")
@@ -169,8 +224,8 @@ def distilled(s: Session[Any], judge: OwnJudge, data: Data, practice: Practice, 
     order = key_of(seed, "judge_distilled")[0]
     model, facts = training.train(s, stage, judge.checkpoint, examples, how.train, order)
     candidate = Checkpoint(layout.DISTILLED, model, f"candidate of {judge.checkpoint.content}")
-    before, error_before = agreement(judge, held_out)
-    after, error_after = agreement(dataclasses.replace(judge, checkpoint=candidate), held_out)
+    before, error_before = agreement(real_valued(judge), held_out)
+    after, error_after = agreement(real_valued(dataclasses.replace(judge, checkpoint=candidate)), held_out)
     s.host.free()
     held = {"rows": len(held_out), "before": before, "after": after}
     held |= {"error_before": error_before, "error_after": error_after}
@@ -188,11 +243,11 @@ def targets(score: float, kind: str) -> list[tuple[int, float]]:
   return [(s, w) for s, w in ((low, low + 1 - score), (low + 1, score - low)) if w > 0]
 
 
-def agreement(judge: OwnJudge, rows: Sequence[SeedRow]) -> tuple[float, float]:
+def agreement(judge: Judge, rows: Sequence[SeedRow]) -> tuple[float, float]:
   """The share of pairs of annotated rows that the judge orders as the annotator did, a tie counting half, and the mean
-  absolute error of the judge's mean score."""
+  absolute error of the judge's score."""
   pairs = [Answered(row.messages, row.response or "") for row in rows]
-  scores = np.array([v.number for v in real_valued(judge).scores(pairs)])
+  scores = np.array([v.number for v in judge.scores(pairs)])
   labels = np.array([row.score for row in rows])
   return ordered_share(scores, labels), float(np.abs(scores - labels).mean())
 
