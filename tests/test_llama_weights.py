@@ -214,6 +214,35 @@ def test_known_harmless_tensors_are_passed_over(tmp_path):
     load(tmp_path / "model")
 
 
+def test_a_tied_model_may_store_its_embedding_as_the_head_alone(tmp_path):
+  """As safetensors' `save_model` does, which keeps one name of a shared tensor."""
+  shutil.copytree(FIXTURES / "llama32", tmp_path / "model")
+  held = tensors(tmp_path / "model")
+  held["lm_head.weight"] = held.pop("model.embed_tokens.weight")
+  safetensors.numpy.save_file(held, tmp_path / "model" / "model.safetensors")
+  assert_same_models(load(tmp_path / "model"), load(FIXTURES / "llama32"))
+
+
+@pytest.mark.parametrize("mesh", [None, (1, 8, 1)])
+def test_every_byte_is_checked_before_it_is_read(mesh, copy):
+  directory, _ = copy
+  path, checked = directory / "model.safetensors", []
+  load(directory, mesh and make_mesh(*mesh), check=lambda file, begin, end: checked.append((file, begin, end)))
+  assert {file for file, _, _ in checked} == {path}
+  covered = np.zeros(path.stat().st_size, bool)
+  for _, begin, end in checked:
+    assert 0 <= begin < end <= len(covered)
+    covered[begin:end] = True
+  assert covered.all()
+
+  def refuse(file, begin, end):
+    if begin <= len(covered) - 1 < end:
+      raise ModelError("damaged at its end")
+
+  with pytest.raises(ModelError, match="damaged at its end"):
+    load(directory, mesh and make_mesh(*mesh), check=refuse)
+
+
 @pytest.mark.parametrize("kind", ["llama3", "llama32"])
 def test_resize_adds_mean_rows_and_keeps_the_others(kind, tmp_path):
   model, original = load(FIXTURES / kind), tensors(FIXTURES / kind)

@@ -8,6 +8,8 @@
 """
 
 import time
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -45,8 +47,11 @@ def fitted(
   """The clustering by all processes of the stage together; it goes on from what a killed start has saved."""
   path, saved = stage.dir / ITERATION, None
   if path.exists():
-    with np.load(path, allow_pickle=False) as file:
-      saved = int(file["step"]), {name: file[name] for name in file.files if name != "step"}
+    try:
+      with np.load(path, allow_pickle=False) as file:
+        saved = int(file["step"]), {name: file[name] for name in file.files if name != "step"}
+    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error):  # zip files have check sums
+      display.say(f"{path} is damaged; k-means begins again")
   stage.run.barrier(f"{stage.name}: begun")  # all have read the same
   last = time.monotonic()
 

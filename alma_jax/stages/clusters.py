@@ -6,6 +6,7 @@ shards, and the 12 bytes of a prompt that a draw reads.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -132,25 +133,25 @@ def _projection(s: Session[Any], prompts: Artefact[Prompt], embedder: Embedder) 
 def _embeddings(s: Session[Any], prompts: Artefact[Prompt], projection: Stage, embedder: Embedder) -> Stage:
   """Stage `POOL/embeddings`: one .npy for each part of the prompts, rows in its order, 16 bits."""
   name = layout.beside(prompts.name, layout.EMBEDDINGS)
-  stage = s.run.stage(name, embedder.fields(s), {"prompts": prompts, "projection": projection})
+  inputs = {"prompts": prompts, "projection": projection}
+  stage = s.run.stage(name, embedder.fields(s), inputs, suffix=".npy")
   if stage.done:
     return stage
-  files = [f"rows-{part:05d}-of-{prompts.parts:05d}.npy" for part in range(prompts.parts)]
-  rows = [part["rows"] for part in prompts.manifest["parts"]]
-  mine = range(s.run.process, prompts.parts, s.run.processes)
-  missing = [i for i in mine if not (stage.dir / files[i]).exists()]
+  rows, missing = prompts.sizes, stage.mine(prompts.parts)
   how = embed.Projection(*(np.array(shards.load_array(projection.dir / f"{x}.npy")) for x in ("mean", "matrix")))
   with s.display.bar("pool: embeddings", sum(rows[i] for i in missing), "prompts") as bar:
     for part in missing:
       found = embedder.points(s, prompts.read(part), how, bar.update)
-      shards.save_array(stage.dir / files[part], found.astype(np.float16))
-      stage.beat()
-  stage.finish(files=files)
+      half = found.astype(np.float16)
+      stage.write_file(part, prompts.parts, functools.partial(shards.save_array, array=half), len(half))
+  stage.finish()
   return stage
 
 
 def _points(embedded: Stage) -> embed.Rows:
-  return embed.Rows(tuple(shards.ArrayRows(embedded.dir / name) for name in sorted(embedded.manifest["files"])))
+  return embed.Rows(
+    tuple(shards.ArrayRows(embedded.dir / name) for name in (p["name"] for p in embedded.manifest["parts"]))
+  )
 
 
 def _nearest(points: embed.Rows, centroids: np.ndarray, spherical: bool, key: Key) -> np.ndarray:

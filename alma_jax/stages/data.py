@@ -19,7 +19,7 @@ from alma_jax.keys import key_of
 from alma_jax.options import Checked, ConfigError, fingerprint, option
 from alma_jax.runtime.session import Session
 from alma_jax.store import layout, shards
-from alma_jax.store.data import SeedRow, load_examples
+from alma_jax.store.data import SeedRow, is_tfds, load_examples
 from alma_jax.store.handles import Data
 
 HELD_OUT = "held_out"  # the prompts of other evaluation sets
@@ -48,7 +48,7 @@ class Options(Checked):
 
 def build(s: Session[Any], options: Options, sets: Sequence[str] = ()) -> Data:
   """The Data of the finished stage `seeds`; `sets` are files of more evaluation prompts."""
-  contents = {name: _content(source) for name, source in options.sources.items()}
+  contents = {name: _content(source) for name, source in options.sources.items()} | _gone(s, options)
   fields = {"config": {"data": fingerprint(options)}, "contents": contents}
   if _made(options):
     fields["config"]["seed"] = s.options.seed
@@ -112,6 +112,21 @@ def _made(options: Options) -> dict[str, str]:
 
 def _plain(row: SeedRow, need: tuple[str, ...]) -> dict[str, Any]:
   return {"messages": list(row.messages)} | {key: getattr(row, key) for key in need}
+
+
+def _gone(s: Session[Any], options: Options) -> dict[str, str]:
+  """Of files that are missing, though the run has its copy of them, the digests that they had."""
+  directory = s.run.dir / layout.SEEDS
+  files = {name: x for name, x in options.sources.items() if x and x not in names.DATA.words and not is_tfds(x)}
+  missing = {name: x for name, x in files.items() if not pathlib.Path(x).is_file()}
+  if not missing or not (directory / layout.MANIFEST).exists():
+    return {}
+  made = layout.load_manifest(directory)["fingerprint"]
+  kept = {name: x for name, x in missing.items() if made.get(f"config.data.{name}") == x}  # else the value has changed
+  for name, x in kept.items():
+    s.display.say(f"data.{name}: the file {x} is missing; the run goes on with its own copy, {directory}/{name}.jsonl")
+    s.run.log("data file missing", file=name, path=x)
+  return {name: made[f"contents.{name}"] for name in kept}
 
 
 def _content(source: str) -> str:

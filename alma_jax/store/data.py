@@ -164,14 +164,19 @@ def _require(fields: Sequence[str], present: Collection[str], where: str) -> Non
     raise DataError(f"{where}: {wanted} is missing or null; present: {found}.{''.join(near)}")
 
 
+def is_tfds(source: str) -> bool:
+  """True for the name of a data set, False for a file."""
+  return source.startswith("tfds:")
+
+
 def objects(source: str) -> tuple[str, Iterable[tuple[int, Any]]]:
   """What a row of the source is called, and the rows with their numbers; they are not checked."""
-  if source.startswith("tfds:"):
+  if is_tfds(source):
     return "row", enumerate(_tfds_rows(source), 1)
   path = pathlib.Path(source)
+  verify.check(path)  # of a run's own copy
   if not path.exists():
     raise DataError(f"{source}: no such file.{_neighbours(path)}")
-  verify.check(path)  # of a run's own copy
   if path.suffix == ".parquet":
     return "row", enumerate(_parquet_rows(path), 1)
   if path.suffix not in (".jsonl", ".json") or not path.is_file():

@@ -18,6 +18,7 @@ from alma_jax.store import layout
 BEAT = 15.0  # seconds between two signs of life of the lock's holder
 SILENCE = 120.0  # how long a lock from another machine is watched before it counts as abandoned
 ABANDONED = 600.0  # a lock from another machine this old is abandoned without watching
+UNREADABLE = 5.0  # how long a lock without a holder's name may be one that is being written
 _logger = logging.getLogger(__name__)
 
 
@@ -68,7 +69,7 @@ class Lock:
 
   def _read(self) -> str | None:
     try:
-      return self.path.read_text()
+      return self.path.read_text(errors="replace")
     except FileNotFoundError:
       return None
 
@@ -77,10 +78,15 @@ class Lock:
     text = self._read()
     if text is None:
       return
-    try:
-      holder: dict[str, Any] = json.loads(text)
-    except json.JSONDecodeError:
-      holder = {"pid": "unknown", "host": "an unknown machine"}  # being written, or cut short
+    holder = _holder(text)
+    if holder is None:  # being written just now, or by a process that was killed at it
+      end = time.monotonic() + UNREADABLE
+      while self._read() == text and time.monotonic() < end:
+        time.sleep(min(0.1, UNREADABLE / 10))
+      if self._read() == text:
+        _logger.warning("%s is damaged and names no process; it is made again", self.path)
+        self._remove(text)
+      return
     where = f"{self.path.parent} (pid {holder['pid']} on {holder['host']})"
     if holder["host"] == socket.gethostname():
       if not _is_alive(holder["pid"]) or _process_mark(holder["pid"]) != holder["process"]:
@@ -127,6 +133,16 @@ class Lock:
       with contextlib.suppress(OSError):
         if self._read() == self.text:
           os.utime(self.path)
+
+
+def _holder(text: str) -> dict[str, Any] | None:
+  """The process that a lock names; None for a damaged lock."""
+  try:
+    holder = json.loads(text)
+  except ValueError:
+    return None
+  named = isinstance(holder, dict) and {"pid", "host", "process"} <= holder.keys() and isinstance(holder["pid"], int)
+  return holder if named else None
 
 
 def _is_alive(pid: int) -> bool:

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 from alma_jax.errors import RunError
 from alma_jax.store import digests, layout
-from alma_jax.store.digests import BLOCK, Digest, Path, Stamp
+from alma_jax.store.digests import Digest, Path, Stamp
 
 _DEPTH = 3  # directories above a file where its stage's manifest may lie: stage/model/files
 
@@ -37,7 +37,7 @@ class Voucher:
     """Raise a DamageError unless the blocks with these bytes are as they were written."""
     mark = self.found()
     end = mark.size if end is None else end
-    blocks = range(begin // BLOCK, max(begin // BLOCK + 1, -(-end // BLOCK)))
+    blocks = range(begin // digests.BLOCK, max(begin // digests.BLOCK + 1, -(-end // digests.BLOCK)))
     new = [i for i in blocks if (mark, i, self.digest.blocks[i]) not in _checked]
     digests.over_blocks(new, lambda i: self._check_block(mark, i))
 
@@ -61,7 +61,7 @@ class Voucher:
         return
       found = digests.of_block(self.path, i)
       if found != self.digest.blocks[i]:
-        where = f"between bytes {i * BLOCK} and {min((i + 1) * BLOCK, mark.size)}"
+        where = f"between bytes {i * digests.BLOCK} and {min((i + 1) * digests.BLOCK, mark.size)}"
         raise self._damage(f"is damaged {where}: their SHA-256 is {found}", f"has {self.digest.blocks[i]} there")
       _checked.add(key)
     with _guard:
@@ -106,6 +106,7 @@ def opened(path: Path) -> BinaryIO:
   """The file for reading, each read verified."""
   found = voucher(path)
   if found and len(found.digest.blocks) > 1:
+    found.found()
     return io.BufferedReader(_Reader(found))
   if found:
     found.check()

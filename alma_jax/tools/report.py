@@ -7,6 +7,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
+from alma_jax.errors import UserError
 from alma_jax.report import page
 from alma_jax.store import layout
 
@@ -22,7 +23,11 @@ def main(arguments: Sequence[str]) -> int:
     print(f"error: {directory} {what}.", file=sys.stderr)
     return 1
   made = page.write(directory)
-  print(page.summary(directory))
+  try:
+    print(page.summary(directory))
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
   return 0 if made else 1
 
 
