@@ -153,9 +153,7 @@ def test_a_data_file_that_is_gone_is_named_and_the_run_goes_on_with_its_copy(tmp
     (tmp_path / "sft.jsonl").unlink()
     assert human.build(s, options) == first
     assert len(said) == 1 and f"the file {tmp_path}/sft.jsonl is missing" in said[0]
-    with pytest.raises(
-      runs.ChangedError, match=r"config\.data\.sft"
-    ):  # another name is a change
+    with pytest.raises(runs.ChangedError, match=r"config\.data\.sft"):  # another name is a change
       human.build(s, dataclasses.replace(options, sft="other.jsonl"))
     (tmp_path / "sft.jsonl").write_text(json.dumps(rows[0]) + "\n")
     with pytest.raises(runs.ChangedError, match=r"contents\.sft"):
