@@ -59,6 +59,7 @@ GRADERS: Mapping[str, str] = {  # judges that work as a run's judge, as an evalu
   "reward:DIR": "alma_jax.judges.reward:named",
   "implicit:DIR,REF": "alma_jax.judges.implicit:named",
   "rules:NAME": "alma_jax.judges.rules:rule",
+  "api:MODEL@URL": "alma_jax.judges.api:judge",
 }
 JUDGES = Names("a judge", {"finetuned": "", "few_shot": "", "regression": "", **GRADERS})  # "": by stages/judge.py
 EVALUATORS = Names("an evaluator", {"mini": "alma_jax.mini.truth:Truth", **GRADERS})
