@@ -27,9 +27,11 @@ import jax
 from alma_jax import names, start
 from alma_jax.engine.slots import SlotsError
 from alma_jax.errors import RunError, UserError
+from alma_jax.judges.own import OwnJudge
 from alma_jax.llama import sharding
 from alma_jax.llama.config import ModelError, read_config
 from alma_jax.options import Checked, ConfigError, build, fields_of, option, spread
+from alma_jax.runtime.display import Display
 from alma_jax.runtime.host import (
   Checkpoint,
   EngineOptions,
@@ -43,6 +45,7 @@ from alma_jax.store import digests, layout, shards
 from alma_jax.store.lock import LockedError
 from alma_jax.store.runs import ChangedError, Run
 from alma_jax.text import chat
+from alma_jax.text import judge as templates
 from alma_jax.text.tokenizer import TextError, load_tokenizer
 
 MEMORY = "Lower --slots (sampling) or --rows (scoring), or share the model among devices: --tensor."
@@ -95,14 +98,15 @@ class Flags(argparse.ArgumentParser, Generic[T]):
     for name, of in self.kinds.items():
       field, metavar = fields_of(kind)[name], METAVARS.get(name, METAVARS.get(of, "NAME"))
       default, said = defaults.get(name, field.default), field.metadata.get("doc") or HELP[name]
+      flag = f"--{name.rstrip('_')}"  # `with_`: `with` is no name of a field
       if default is dataclasses.MISSING:
-        needed.append(f"--{name}={metavar}")
+        needed.append(f"{flag}={metavar}")
       elif default not in (None, "", ()):
         said += f" ({default})"
       how: dict[str, Any] = {"action": "append"} if typing.get_origin(of) is tuple else {}
       how |= {"nargs": "?", "const": "true", "metavar": "true|false"} if of is bool else {"metavar": metavar}
       required = default is dataclasses.MISSING
-      self.add_argument(f"--{name}", required=required, default=argparse.SUPPRESS, help=said, **how)
+      self.add_argument(flag, dest=name, required=required, default=argparse.SUPPRESS, help=said, **how)
     self.usage = f"python -m alma_jax.tools.{tool} {' '.join(needed)} [--flag=value ...]"
 
   def error(self, message: str) -> NoReturn:
@@ -120,7 +124,7 @@ class Flags(argparse.ArgumentParser, Generic[T]):
     try:
       return build(self.kind, values, "flags")
     except ConfigError as error:
-      self.error(str(error).replace("flags.", "--", 1))
+      self.error(str(error).replace("flags.", "--", 1).replace("_ is ", " is ", 1))
 
   def _value(self, name: str, text: Any) -> Any:
     of = self.kinds[name]
@@ -186,6 +190,31 @@ def open_model(options: Shared, stage_of: Callable[[pathlib.Path], pathlib.Path]
   for directory in (pathlib.Path(options.output), parts_of(pathlib.Path(options.output))):
     digests.recall(directory / layout.DIGESTS)  # before the model is read for its content
   return Opened(model, host, Checkpoint(options.model, host.directory, content_of(host.directory)))
+
+
+class WithoutModel(Host):
+  """This host's devices, for a judge that needs no model; `flag` named it."""
+
+  def __init__(self, options: Shared, flag: str) -> None:
+    self.engine, self.local_mesh, self.display, self.flag = options.engine, local_mesh(options), Display(), flag
+    self.options, self._held = ModelOptions(), {}
+
+  @property
+  def models_kept(self) -> int:
+    return 2  # an implicit reward has two
+
+  def __getattr__(self, name: str) -> NoReturn:
+    if name in ("directory", "config", "tokenizer", "_chat"):
+      raise ConfigError(f"{self.flag} names a judge that asks for a model (its {name.strip('_')}): give --model, too")
+    raise AttributeError(name)
+
+
+def own_judge(opened: Opened, template: str | None) -> OwnJudge:
+  """The model as a judge; `template` is the flag's, else that of the model's run."""
+  word = template or opened.model.template or "a2"
+  asked = names.resolve(names.JUDGE_TEMPLATES, word, "--template")
+  templates.check_writable(opened.host.tokenizer, asked)
+  return OwnJudge(opened.host, opened.checkpoint, asked, "expected")
 
 
 def local_mesh(options: Shared) -> jax.sharding.Mesh:

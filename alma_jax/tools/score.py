@@ -30,7 +30,7 @@ import dataclasses
 import pathlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import numpy as np
 
@@ -40,8 +40,7 @@ from alma_jax.judges.contract import Answered, Judge, Verdict
 from alma_jax.judges.own import OwnJudge
 from alma_jax.keys import random_numbers
 from alma_jax.options import ConfigError, option
-from alma_jax.runtime.display import Display
-from alma_jax.runtime.host import Host, ModelOptions
+from alma_jax.runtime.host import Host
 from alma_jax.store import data, layout
 from alma_jax.store.data import DataError
 from alma_jax.text import judge as templates
@@ -90,7 +89,7 @@ def run(options: Options) -> None:
   output = pathlib.Path(options.output)
   jsonl.check_output(output)
   opened = command.open_model(options, layout.judge_of) if options.model else None
-  host = opened.host if opened else WithoutModel(options)
+  host = opened.host if opened else command.WithoutModel(options, "--judge")
   judge = _judge(options, opened, host)
   sizes = _survey(options, judge)
   together = max(1, FILLINGS * options.engine.rows * host.local_ways // max(1, sizes[0]))
@@ -133,32 +132,12 @@ def run(options: Options) -> None:
 # The judge
 
 
-class WithoutModel(Host):
-  """This host's devices, for a judge that needs no model."""
-
-  def __init__(self, options: Options) -> None:
-    self.engine, self.local_mesh, self.display = options.engine, command.local_mesh(options), Display()
-    self.options, self._held = ModelOptions(), {}
-
-  @property
-  def models_kept(self) -> int:
-    return 2  # an implicit reward has two
-
-  def __getattr__(self, name: str) -> NoReturn:
-    if name in ("directory", "config", "tokenizer", "_chat"):
-      raise ConfigError(f"--judge names a judge that asks for a model (its {name.strip('_')}): give --model, too")
-    raise AttributeError(name)
-
-
 def _judge(options: Options, opened: command.Opened | None, host: Host) -> Judge:
   if options.has_judge:
     return contract.by_name(names.EVALUATORS, str(options.judge), host, options, "--judge")
   if opened is None:
     raise RuntimeError("neither a model nor a judge")
-  word = options.template or opened.model.template or "a2"
-  template = names.resolve(names.JUDGE_TEMPLATES, word, "--template")
-  templates.check_writable(opened.host.tokenizer, template)
-  judge = OwnJudge(opened.host, opened.checkpoint, template, "expected")
+  judge = command.own_judge(opened, options.template)
   return judge  # pyright: ignore[reportReturnType]  # a cached_property is a property
 
 
