@@ -232,6 +232,15 @@ def test_a_judge_in_a_users_file(tmp_path, monkeypatch):
   assert [line["score"] for line in grades("g")] == [1, 5] and numbers("g")["mean"]["value"] == 3
 
 
+def test_a_rule_reads_the_row_of_the_question(tmp_path):
+  kinds = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+  questions = jsonl(tmp_path / "q.jsonl", [{"key": 7 + i, "prompt": f"q{i}", **kinds} for i in range(2)])
+  source = jsonl(tmp_path / "a.jsonl", [{"prompt": f"q{i}", "response": x} for i, x in ((1, "one, two"), (0, "one"))])
+  assert grade(f"--input={source}", f"--set={questions}", "--with=rules:ifeval", f"--output={tmp_path / 'g'}") == 0
+  found = [(x["key"], x["score"], x["strict"], x["loose"]) for x in grades(tmp_path / "g")]
+  assert found == [(8, 0, [False], [False]), (7, 1, [True], [True])]
+
+
 def test_the_packages_own_judge_gives_the_scores_of_the_scorer(tmp_path):
   rows = [{"prompt": "country : lyon", "response": r} for r in ("answer: lyon france .", "norway", "rome")]
   source = jsonl(tmp_path / "a.jsonl", rows)

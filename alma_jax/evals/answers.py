@@ -41,6 +41,7 @@ class Row:
   answers: tuple[str, ...] = ()
   category: str = ""
   references: tuple[str, ...] = ()
+  said: Mapping[str, Any] | None = None  # the row itself
 
   @property
   def prompt(self) -> str:
@@ -82,6 +83,7 @@ def joined(
       other.answers if other else (),
       (reference.answers or reference.references) if reference else row.references,
       row.category,
+      row.said,
     )
     for at, (row, other, reference) in enumerate(zip(rows, others, told, strict=True))
   ]
@@ -103,6 +105,7 @@ def _rows(item: Mapping[str, Any], where: str) -> list[Row]:
     where,
     id,
     category=str(item.get("category") or ""),
+    said=item,
     references=_texts([reference] if isinstance(reference, str) else reference, where, "reference"),
   )
   if "choices" in item:
@@ -181,8 +184,14 @@ def _at(values: Any, at: int, where: str, field: str) -> dict[str, Any]:
 def _with_question(row: Row, question: Row | None) -> Row:
   if question is None:
     return row
-  category, references = row.category or question.category, row.references or question.references
-  return dataclasses.replace(row, turns=question.turns, category=category, references=references)
+  return dataclasses.replace(
+    row,
+    id=row.id or question.id,
+    turns=question.turns,
+    category=row.category or question.category,
+    references=row.references or question.references,
+    said={**(question.said or {}), **(row.said or {})},
+  )
 
 
 # Joins

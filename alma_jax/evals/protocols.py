@@ -41,6 +41,7 @@ class Item:
   baseline: tuple[str, ...] = ()  # of the model that it is compared with
   references: tuple[str, ...] = ()
   category: str = ""
+  row: Mapping[str, Any] | None = None  # the fields of its row and of its question's, for judges by rule
 
 
 @dataclasses.dataclass(frozen=True)

@@ -200,7 +200,7 @@ def _limits(options: Options) -> Limits:
 def _with_judge(options: Options, items: Sequence[Item], directory: pathlib.Path) -> None:
   host, judge = _opened_judge(options)
   directory.mkdir(exist_ok=True)
-  pairs = [contract.Answered(_messages(item), item.answers[-1]) for item in items]
+  pairs = [contract.Answered(_messages(item), item.answers[-1], name=item.id, row=item.row) for item in items]
   with host.display.bar("judging", len(pairs), "answers") as bar:
     verdicts = contract.scores(judge, pairs, bar, missing=True)
   lines = [
@@ -215,6 +215,9 @@ def _with_judge(options: Options, items: Sequence[Item], directory: pathlib.Path
     }
     for item, verdict in zip(items, verdicts, strict=True)
   ]
+  if options.with_ == "rules:ifeval":  # as its official checker's lines
+    keys = [(item.row or {}).get("key", item.id) for item in items]
+    lines = [{"key": key, **(line["details"] or {}), **line} for key, line in zip(keys, lines, strict=True)]
   _finish(options, directory, judge.identity, "rating", lines, {"scale": judge.scale})
 
 
