@@ -194,6 +194,14 @@ def test_the_metrics_are_those_of_a_training(straight):
   assert all(np.isfinite(list(row.values())).all() for row in rows)
 
 
+def test_an_exported_model_keeps_the_ids_that_the_base_model_names(session, straight):
+  base = json.loads((session.host.directory / "config.json").read_text())
+  exported = json.loads((straight[0].dir / "model" / "config.json").read_text())
+  generation = json.loads((straight[0].dir / "model" / "generation_config.json").read_text())
+  for name in ("bos_token_id", "pad_token_id"):
+    assert exported[name] == generation[name] == base[name] is not None
+
+
 def test_times_and_curves_are_logged_for_people(session, straight):
   stage, facts = straight
   speed = [json.loads(line) for line in (stage.dir / "speed.jsonl").read_text().splitlines()]

@@ -12,15 +12,21 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
+from alma_jax import start
 from alma_jax.corpus import draw as corpus_draw
 from alma_jax.corpus.normalise import prompt_id
 from alma_jax.engine import losses
 from alma_jax.errors import RunError, UserError
+from alma_jax.recipes import alma as alma_recipe
+from alma_jax.runtime.display import Display
 from alma_jax.runtime.sampling import Decoding
+from alma_jax.runtime.session import Session
 from alma_jax.stages import drafts, draw, evaluation, judge, trainset
 from alma_jax.stages.responses import _samples
+from alma_jax.store.data import SeedRow
 from alma_jax.store.records import Judgment, Prompt, Response
 from alma_jax.store.statistics import Mean
+from configs import alma
 
 
 def prompt(n, cluster=0):
@@ -203,6 +209,64 @@ def test_distillation_targets(score, two_hot, rounded):
   assert [w for _, w in found] == pytest.approx([w for _, w in two_hot])
   assert sum(s * w for s, w in found) == pytest.approx(score)  # the mean is kept
   assert judge.targets(score, "rounded") == rounded
+
+
+@pytest.mark.parametrize(
+  ("prompts", "kind", "message"),
+  [
+    ([0], "finetuned", "data.judge gives 1 annotated response, all to one prompt.*two prompts or more"),
+    ([0, 0, 0], "finetuned", "data.judge gives 3 annotated responses, all to one prompt"),
+    ([0, 1], "finetuned", None),
+    ([0, 1], "few_shot", "data.judge gives 2 annotated responses, and judge.kind 'few_shot' shows three"),
+    ([0, 1, 1], "few_shot", None),
+  ],
+)
+def test_too_few_annotations_are_said_before_anything_is_trained(prompts, kind, message):
+  options = dataclasses.replace(start.checked_options(alma.mini())[0].judge, kind=kind)
+  rows = [SeedRow(prompt(n).messages, f"answer {i}", 5.0, i) for i, n in enumerate(prompts)]
+  if message is None:
+    judge.check_annotations(rows, options, 0)
+  else:
+    with pytest.raises(RunError, match=message):
+      judge.check_annotations(rows, options, 0)
+
+
+def of_rows(rows):
+  return types.SimpleNamespace(prompts=types.SimpleNamespace(manifest={"rows": rows}))
+
+
+def test_a_pool_that_is_too_small_for_all_rounds_is_said_when_it_is_made():
+  config = alma.mini()  # 384 prompts for the judge, then 24 for each of nine rounds: 600
+  by_round = start.checked_options(config)
+  alma_recipe.check_pool(by_round, [of_rows(600)], 1536)
+  with pytest.raises(RunError, match="the pool has 599 different prompts, and up to round 10 600 are drawn") as error:
+    alma_recipe.check_pool(by_round, [of_rows(599)], 1536)
+  assert "{10: {'prompts': {'draws': NUMBER}}}" in str(error.value)
+  config.rounds = {9: {"prompts": {"draws": 1546}}}  # ten drafts more, which may be ten prompts
+  by_round = start.checked_options(config)
+  alma_recipe.check_pool(by_round, [of_rows(590)], 1536)
+  with pytest.raises(RunError, match="the pool has 589 "):
+    alma_recipe.check_pool(by_round, [of_rows(589)], 1536)
+  with pytest.raises(RunError, match="the pool has 599 "):  # they were seven prompts
+    alma_recipe.check_pool(by_round, [of_rows(592), of_rows(7)], 1546)
+
+
+def test_responses_that_models_do_not_share_evenly_are_said():
+  config = alma.mini()
+  assert list(alma_recipe.notes(start.checked_options(config))) == [
+    "rounds 3 .. 10: 16 responses per prompt from 3 checkpoints are 5 or 6 from each; which ones write one more rotates"
+    " from prompt to prompt"
+  ]
+  config.rounds = {r: {"responses": {"checkpoints": ("sft",)}} for r in range(3, 11)}
+  assert list(alma_recipe.notes(start.checked_options(config))) == []
+
+
+def test_shares_above_a_twentieth_are_said(capsys):
+  s = dataclasses.make_dataclass("View", ["display"])(Display())
+  Session.tell(
+    s, "round_02/responses", {"truncated": 6, "empty": 5}, 100, {"truncated": "are cut", "empty": "are empty"}
+  )
+  assert capsys.readouterr().err.strip() == "round_02/responses: 6 of 100 are cut (6.0%)"
 
 
 def test_held_out_annotations_share_no_prompt_with_the_rest():

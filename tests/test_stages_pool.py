@@ -351,6 +351,20 @@ def test_an_empty_pool_says_where_to_look(session, tmp_path):
     clustered_in(session, Artefact(stage, Prompt))
 
 
+@pytest.mark.parametrize("more", [0, 1])
+def test_more_clusters_than_prompts_are_said(more, session, pool, tmp_path, monkeypatch, capsys):
+  rows, begun = pool.manifest["rows"], RuntimeError("k-means begins")
+  for name in ("_projection", "_embeddings"):
+    monkeypatch.setattr(clusters, name, lambda *_: pool)
+  monkeypatch.setattr(clusters, "_points", lambda _: np.zeros((rows, 2)))
+  monkeypatch.setattr(clusters.clustering, "fitted", lambda *_: (_ for _ in ()).throw(begun))
+  s = dataclasses.replace(session, run=Run(tmp_path))
+  with pytest.raises(RuntimeError, match="k-means begins"):
+    clusters.build(s, pool, None, dataclasses.replace(s.options.clusters, k=rows + more))
+  said = f"pool/clusters: clusters.k is {rows + more:,} and the pool has {rows:,} prompts"
+  assert (said in capsys.readouterr().err) == bool(more)
+
+
 # What is added later
 
 

@@ -54,7 +54,8 @@ def test_all_containers_and_both_shapes_give_the_same_rows(suffix, tmp_path):
       "kept": 4,
       "empty": 0,
       "duplicate": 0,
-      "examples": {"empty": [], "duplicate": []},
+      "odd_turns": 0,
+      "examples": {"empty": [], "duplicate": [], "odd_turns": []},
       "ignored_fields": [],
     }
 
@@ -108,10 +109,39 @@ def test_empty_rows_and_exact_duplicates_are_counted(tmp_path):
   assert [(r.line, r.score) for r in found] == [(1, 7.0), (4, 8.0)]
   assert report["rows"] == 27
   assert report["kept"] + report["empty"] + report["duplicate"] == 27
-  assert report["examples"] == {"empty": [2, 5, 6], "duplicate": [3, 7, 8, 9, 10, 11, 12, 13, 14, 15]}
+  assert report["examples"]["empty"] == [2, 5, 6]
+  assert report["examples"]["duplicate"] == [3, 7, 8, 9, 10, 11, 12, 13, 14, 15]
   assert report["ignored_fields"] == ["id"]
   found, _ = data.load_examples(path)  # without scores both annotators say the same
   assert [r.line for r in found] == [1]
+
+
+def test_dialogues_whose_turns_do_not_alternate_are_left_out_and_counted(tmp_path):
+  odd = [[USER, USER, REPLY], [REPLY, USER, REPLY], [SYSTEM, REPLY, USER, REPLY], [USER, REPLY, REPLY, USER, REPLY]]
+  even = [[USER, REPLY], [SYSTEM, USER, REPLY], [USER, REPLY, USER, REPLY]]
+  path = write(tmp_path / "a.jsonl", [{"messages": list(turns)} for turns in (*odd, *even)])
+  for need in (("response",), ()):
+    rows, report = data.load_examples(path, need)
+    assert [len(row.messages) for row in rows] == [1, 2, 3] and [row.line for row in rows] == [5, 6, 7]
+    assert report["odd_turns"] == 4 and report["examples"]["odd_turns"] == [1, 2, 3, 4] and report["kept"] == 3
+  write(path, [{"messages": odd[0]}])
+  assert "the turns of 1 of 1 rows do not alternate" in mistake(path, ())
+  with pytest.raises(data.DataError, match=r"line 3, field messages: the turns must alternate.*found user, user"):
+    data.check_turns((USER, USER), "a.jsonl, line 3")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
+def test_a_row_that_is_no_conversation_by_its_size_is_named(suffix, tmp_path, monkeypatch):
+  monkeypatch.setattr(data, "LONGEST", 2_000_000)
+  path, rows = tmp_path / f"a.{suffix}", [GOOD, {"prompt": "x" * 3_000_000, "response": "y", "score": 1}]
+  if suffix == "parquet":
+    pq.write_table(pa.Table.from_pylist(rows), path)
+  else:
+    path.write_text(json.dumps(rows) if suffix == "json" else "".join(json.dumps(row) + "\n" for row in rows))
+  what = {"jsonl": "line", "json": "item", "parquet": "row"}[suffix]
+  assert f"{path}, {what} 2: a row of 3.0 MB; a row is one conversation, of at most 2 MB" in mistake(path)
+  monkeypatch.setattr(data, "LONGEST", 4_000_000)
+  assert len(data.load_examples(path)[0]) == 2
 
 
 @pytest.mark.parametrize(
@@ -134,6 +164,9 @@ def test_empty_rows_and_exact_duplicates_are_counted(tmp_path):
     ({"messages": [USER, REPLY, REPLY]}, ["a user's turn before the answer, found role 'assistant'"]),
     ({"messages": [USER, SYSTEM, REPLY]}, ["messages[1].role", "only as the first"]),
     ({"messages": []}, ["field messages", "expected a list"]),
+    ({"messages": {"role": ["user", "assistant"], "content": ["Hi"]}}, ["field messages", "2 roles and 1 contents"]),
+    ({"messages": {"role": "user", "content": "Hi"}}, ["field messages", "an object whose role is no list"]),
+    ({"messages": {"role": ["user"], "content": None}}, ["field messages", "an object whose content is no list"]),
     ({"messages": "Hi"}, ["field messages", "expected a list", "found a string"]),
     (
       {"messages": [USER, REPLY], "response": "Other"},

@@ -9,6 +9,7 @@ import text_tokenizers as tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from alma_jax.text import chat, fewshot, judge
 from alma_jax.text.tokenizer import TextError, add_token, load_tokenizer
 
 
@@ -94,6 +95,38 @@ def test_saved_directory_is_for_every_transformers_release(tmp_path):
   hf = AutoTokenizer.from_pretrained(tmp_path)
   assert hf.eos_token == "<|eot_id|>" and hf.chat_template == "{{ bos_token }}hello"
   assert hf.encode("Hello there") == [tiny.byte_bpe().bos_id, *tiny.byte_bpe().encode("Hello there")]
+
+
+@pytest.mark.parametrize(
+  ("about", "begins"),
+  [
+    ({}, True),
+    ({"add_bos_token": True}, True),
+    ({"add_bos_token": False}, False),
+    ({"add_bos_token": None}, True),
+    ({"tokenizer_class": "GPT2Tokenizer"}, False),  # whose own default is to add none
+    ({"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True}, True),
+    ({"tokenizer_class": "LlamaTokenizer"}, True),
+  ],
+)
+def test_the_tokenizers_own_rule_says_whether_a_text_begins_with_bos(about, begins, tmp_path):
+  shutil.copytree(tiny.byte_bpe().source, tmp_path / "copy")
+  path = tmp_path / "copy" / "tokenizer_config.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | about))
+  tok, message = load_tokenizer(tmp_path / "copy"), [{"role": "user", "content": "Hello"}]
+  bos = [tok.bos_id] if begins else []
+  assert tok.bos_id == tiny.byte_bpe().bos_id and list(tok.opening) == bos
+  plain, llama3 = (chat.suited(tok, fmt) for fmt in (chat.PLAIN, chat.LLAMA3))
+  assert chat.encode_prompt(tok, plain, message) == bos + tok.encode("User: Hello\n\nAssistant:")
+  assert chat.encode_prompt(tok, llama3, message).count(tok.bos_id) == 1  # the format is the model's own
+  assert fewshot.few_shot_ids(tok, fewshot.REQUESTS, [{"prompt": "a"}]).count(tok.bos_id) == len(bos)
+  assert judge.few_shot_prefix(tok, judge.A2, [], message).count(tok.bos_id) == len(bos)
+  # What is exported keeps the rule, and its template gives the same ids.
+  tok.save(tmp_path / "out", chat_template=chat.jinja(plain))
+  again = load_tokenizer(tmp_path / "out")
+  assert again.opening == tok.opening
+  theirs = again.hf.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+  assert theirs == chat.encode_prompt(tok, plain, message)
 
 
 def test_fingerprint_is_that_of_the_files(tmp_path):

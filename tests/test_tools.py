@@ -36,7 +36,7 @@ from alma_jax.runtime.display import Display
 from alma_jax.store import layout
 from alma_jax.store.runs import Run
 from alma_jax.text import chat
-from alma_jax.text.tokenizer import load_tokenizer
+from alma_jax.text.tokenizer import TextError, load_tokenizer
 from alma_jax.tools import command, export, jsonl, sample, score
 from configs.alma import get_config
 
@@ -658,6 +658,11 @@ LONG = json.dumps({"prompt": "paris " * 300, "response": "x"})
       [],
       "must be the user's",
     ),
+    (
+      '{"messages": [' + ", ".join(['{"role": "user", "content": "a"}'] * 2) + "]}",
+      [],
+      "must alternate.*found user, user",
+    ),
     ('{"prompt": "a", "id": true}', [], "line 1, field id: expected a string or a whole number, found true"),
     ('{"prompt": " "}', [], "line 1: the prompt is empty"),
     (HELLO + LONG, [], r"line 2: a prompt of 30\d tokens; .* leave 240"),
@@ -677,6 +682,33 @@ def test_mistakes_in_sampling_are_named(text, flags, message, tmp_path, capsys):
   assert sample.main([*known, *flags]) == 1
   assert_said(capsys, message)
   assert not out.exists()
+
+
+def test_the_default_length_is_at_most_half_of_the_models_positions(tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(sample, "_sampled", lambda options, *_: (_ for _ in ()).throw(TextError(str(options.decoding))))
+  assert started(sample, tmp_path, [{"prompt": "country of paris"}]) == 1
+  said = capsys.readouterr().err
+  assert "--max_new_tokens=128: half of the model's 256 positions" in said and "max_new_tokens=128," in said
+  assert started(sample, tmp_path, [{"prompt": "country of paris"}], "--max_new_tokens=1024") == 1
+  assert_said(capsys, "--max_new_tokens=1024: ask for less, the model has 256 positions")
+
+
+def test_responses_that_are_too_long_to_score_are_left_out_and_counted_where_that_is_asked_for(tmp_path, capsys):
+  long = {"sample_id": 7, "text": "paris " * 300}
+  rows = [
+    {"prompt": "country of paris", "response": "paris france ."},
+    json.loads(LONG),
+    {"prompt": "food of turin", "responses": [long, {"sample_id": 8, "text": "turin pasta ."}]},
+  ]
+  assert started(score, tmp_path, rows) == 1
+  assert_said(capsys, "line 2: prompt and response are 3.. tokens .* or give --skip to leave such rows out")
+  short = made(score, tmp_path, [rows[0], rows[2] | {"responses": rows[2]["responses"][1:]}], output="short.jsonl")
+  found = made(score, tmp_path, rows, "--skip")
+  assert [line.get("sample_id") for line in found] == [None, 8]
+  assert [line["score"] for line in found] == pytest.approx([line["score"] for line in short], abs=1e-5)
+  assert "2 responses left out (50.0%): too long for the 256 positions" in capsys.readouterr().out
+  manifest = json.loads((tmp_path / "out.jsonl.parts" / "lines" / "manifest.json").read_text())
+  assert manifest["skipped"] == 2
 
 
 @pytest.mark.parametrize(

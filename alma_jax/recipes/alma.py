@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 from alma_jax import names
+from alma_jax.errors import RunError
 from alma_jax.judges import contract
 from alma_jax.judges.contract import Judge
 from alma_jax.options import Checked, ConfigError, option, refuse, spread
@@ -106,7 +107,11 @@ Session: TypeAlias = AnySession[Options]
 
 def run(s: Session) -> None:
   o = s.options
+  for line in notes(s.by_round):
+    s.display.say(line)
   data = human.build(s, o.data, prompt_files(s.by_round))  # D_1, the annotations, the evaluation prompts
+
+  judge.check_annotations(data.judge, o.judge, o.seed)
 
   # Initial SFT: base on D_1, once per seed                                    M_1^(1), M_1^(2)
   jobs = [policy.Job(layout.sft_name(i), s.base, o.sft, seed) for i, seed in enumerate(o.sft_seeds, start=1)]
@@ -115,6 +120,8 @@ def run(s: Session) -> None:
   # Prompts (3.1): few-shot synthesis, each once, clustered                    P
   drafted = drafts.build(s, data, o.prompts.writing, layout.pool_name())
   pools = [clusters.build(s, prompts.build(s, data, drafted, o.prompts.entering), embedder(o), o.clusters)]
+
+  check_pool(s.by_round, pools, o.draws)
 
   # Judge (3.3): fine-tuned on the annotations, distilled on its own scores    J
   judge_, drawn = made_judge(s, data, sft, pools)
@@ -129,6 +136,7 @@ def run(s: Session) -> None:
     if r.options.draws > draws:
       pools.append(grown(r, data, pools, draws))
       draws = r.options.draws
+      check_pool(s.by_round, pools, draws)
     asked = draw.build(r, pools, drawn, r.options.draw)  # K unused prompts
     answered = responses.build(r, asked, writers(r, sft, latest), r.options.responses.sampling)  # N responses each
     scored = judgments.build(r, asked, answered, judge_)  # J
@@ -228,6 +236,25 @@ def check(by_round: Mapping[int, Options]) -> None:
       )
 
 
+def check_pool(by_round: Mapping[int, Options], pools: Sequence[Pool], draws: int) -> None:
+  """Raise a RunError if the rounds draw more prompts than there can be in `pools`, which `draws` drafts have made. A
+  later round with more drafts adds a prompt for each of them at most."""
+  first = by_round[0]
+  asked = first.judge.distil.prompts if first.judge.distils else 0
+  there = made = sum(pool.prompts.manifest["rows"] for pool in pools)
+  for round in sorted(by_round.keys() - {0}):
+    o = by_round[round]
+    there, draws = there + max(0, o.draws - draws), max(draws, o.draws)
+    asked += o.draw.prompts
+    if asked > there:
+      override = f"{{{round}: {{'prompts': {{'draws': NUMBER}}}}}}"
+      raise RunError(
+        f"the pool has {made:,} different prompts, and up to round {round} {asked:,} are drawn, each once. What helps:"
+        f' a smaller draw.prompts or judge.distil.prompts, or more drafts from a round on: --config.rounds="{override}"'
+        f" (pool/prompts/manifest.json says how many drafts of {first.draws:,} made how many prompts)"
+      )
+
+
 # What is checked at the start, and what `--check` says
 
 
@@ -267,6 +294,23 @@ def _trainings(by_round: Mapping[int, Options]) -> dict[str, training.Options]:
   return found
 
 
+def notes(by_round: Mapping[int, Options]) -> Iterator[str]:
+  """What a user may not expect: rounds whose responses are not shared evenly by the models that write them."""
+  rounds: dict[tuple[int, int], list[int]] = {}
+  for round in sorted(by_round.keys() - {0}):
+    r = by_round[round]
+    sizes = {"sft": len(r.sft_seeds), "latest": int(round > 2)}
+    writers = max(1, sum(sizes.get(name, 1) for name in r.responses.checkpoints))
+    if r.responses.sampling.n % writers:
+      rounds.setdefault((r.responses.sampling.n, writers), []).append(round)
+  for (n, writers), of in rounds.items():
+    span = f"round {of[0]}" if len(of) == 1 else f"rounds {of[0]} .. {of[-1]}"
+    yield (
+      f"{span}: {n} responses per prompt from {writers} checkpoints are {n // writers} or {n // writers + 1} from each;"
+      " which ones write one more rotates from prompt to prompt"
+    )
+
+
 def models(by_round: Mapping[int, Options]) -> int:
   """How many trained models a run keeps."""
   o = by_round[0]
@@ -289,3 +333,4 @@ def plan(by_round: Mapping[int, Options]) -> Iterator[str]:
         f" {', '.join(r.responses.checkpoints)}, of at most {r.responses.sampling.decoding.max_new_tokens:,} tokens;"
         f" {r.trainset.method}"
       )
+  yield from notes(by_round)

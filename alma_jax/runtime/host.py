@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import json
 import os
 import pathlib
 from collections.abc import Callable, Mapping
@@ -106,6 +107,7 @@ class Host:
     if self._chat:
       try:
         self.tokenizer, _ = chat.prepare(self.tokenizer, self._chat)
+        self._chat = chat.suited(self.tokenizer, self._chat)
       except tokenizer.TextError as error:
         fitting = " or ".join(map(repr, fitting_chats(self.tokenizer))) or "a chat format of your own"
         raise tokenizer.TextError(
@@ -134,6 +136,14 @@ class Host:
     if self.options.dtype != "auto":
       return self.options.dtype
     return "float32" if self.local_mesh.devices.flat[0].platform == "cpu" else "bfloat16"
+
+  @functools.cached_property
+  def pad_id(self) -> int | None:
+    """The token that the model's config.json names for padding, else its tokenizer's; None where neither names one."""
+    named = json.loads((self.directory / "config.json").read_text(encoding="utf-8")).get("pad_token_id")
+    if isinstance(named, int) and 0 <= named < self.tokenizer.size:
+      return named
+    return self.tokenizer.hf.pad_token_id
 
   @functools.cached_property
   def base(self) -> Checkpoint:

@@ -20,6 +20,8 @@ from alma_jax.runtime.host import Checkpoint, EngineOptions, Host, ModelOptions
 from alma_jax.store import layout, shards
 from alma_jax.store.runs import Run, Stage
 
+LOST = 0.05  # a share of rows that are cut or dropped which is worth a line on the screen
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshOptions(Checked):
@@ -94,6 +96,13 @@ class Session(Generic[O]):
   def stage(self, artefact: str, fields: dict[str, Any], inputs: Mapping[str, Any] | None = None) -> Stage:
     """The stage of this round that makes `artefact`."""
     return self.run.stage(layout.stage_name(self.round, artefact), fields, inputs)
+
+  def tell(self, name: str, counts: Mapping[str, int], total: int, lost: Mapping[str, str]) -> None:
+    """Print those of the counts that are more than LOST of `total`; `lost` says what each of them means."""
+    for count, meaning in lost.items():
+      n = counts.get(count, 0)
+      if n > LOST * total:
+        self.display.say(f"{name}: {n:,} of {total:,} {meaning} ({n / total:.1%})")
 
   def describe_text(self) -> dict[str, Any]:
     """The part of every fingerprint that says how text becomes tokens."""

@@ -235,6 +235,7 @@ def export(host: Host, model: llama.Llama, directory: pathlib.Path) -> pathlib.P
     eos_token=None if host.chat.stop == chat.EOS else host.chat.stop,
     stop_ids=chat.stop_ids(host.tokenizer, host.chat),
     bos_id=host.tokenizer.bos_id,
+    pad_id=host.pad_id,
   )
   weights.save(directory, model, text, host.save_dtype)
   return directory

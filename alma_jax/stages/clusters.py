@@ -87,6 +87,11 @@ def build(s: Session[Any], prompts: Artefact[Prompt], embedder: Embedder, option
   if not stage.done:
     points = _points(embedded)
     k = min(options.k, len(points))
+    if k < options.k:
+      s.display.say(
+        f"{stage.name}: clusters.k is {options.k:,} and the pool has {k:,} prompts: each is a cluster of its own, and a"
+        " draw is as good as random. Lower clusters.k, or raise prompts.draws"
+      )
     if len(points) < clustering.FEW * k:
       s.run.log("few prompts per cluster", prompts=len(points), clusters=k)
     settings = kmeans.Settings(**dataclasses.asdict(dataclasses.replace(options, k=k)))

@@ -23,6 +23,11 @@ from alma_jax.store.data import SeedRow, is_tfds, load_examples
 from alma_jax.store.handles import Data
 
 HELD_OUT = "held_out"  # the prompts of other evaluation sets
+LOST = {  # counts of rows that are left out
+  "empty": "rows are left out: their prompt or response is empty",
+  "duplicate": "rows are left out: they repeat an earlier one",
+  "equals_eval_prompt": "rows are left out: their prompt is an evaluation prompt, too",
+}
 NEEDED = {"sft": ("response",), "judge": ("response", "score"), "eval": ()}  # what the rows of a file must have
 
 
@@ -58,6 +63,9 @@ def build(s: Session[Any], options: Options, sets: Sequence[str] = ()) -> Data:
     stage.finish(counts=counts, files=[f"{name}.jsonl" for name in (*NEEDED, *([HELD_OUT] if sets else []))])
     for name, count in stage.manifest["counts"].items():
       s.run.log("data", file=name, **count)
+      s.tell(f"data.{name}", count, count.get("rows", 0), LOST)
+      if odd := count.get("odd_turns", 0):
+        s.display.say(f"data.{name}: {odd:,} rows are left out: their turns do not alternate, user, assistant, user")
   rows = {name: load_examples(stage.dir / f"{name}.jsonl", need)[0] for name, need in NEEDED.items()}
   digests = {file.removesuffix(".jsonl"): facts["digest"] for file, facts in stage.manifest["files"].items()}
   held_out = load_examples(stage.dir / f"{HELD_OUT}.jsonl", ())[0] if HELD_OUT in digests else []
@@ -77,7 +85,7 @@ def read(
       continue
     path = directory / f"{name}.jsonl" if name in _made(options) else source
     rows[name], report = load_examples(path, NEEDED[name])
-    counts[name] = {key: report[key] for key in ("rows", "kept", "empty", "duplicate")}
+    counts[name] = {key: report[key] for key in ("rows", "kept", "empty", "duplicate", "odd_turns")}
   if not options.eval:  # some demonstrations' prompts become the evaluation prompts
     ids = sorted({prompt_id(r.messages) for r in rows["sft"]}, key=lambda i: key_of("eval", i))
     held = set(ids[: max(1, min(options.held_out, len(ids) // 10))])

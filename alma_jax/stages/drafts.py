@@ -76,6 +76,13 @@ def build(s: Session[Any], data: Data, options: Options, pool: str, first: int =
           records.append(Prompt(prompt_id(messages), messages, "synthetic"))
       stage.write_part(part, parts, records, Prompt, {"draws": len(shares[part]), **counts})
   stage.finish()
+  lost = {
+    "context_too_long": f"draws have no room: their examples take more than {options.max_prompt_tokens:,} tokens",
+    "cut_off": f"drafts are dropped: they are cut off at {options.decoding.max_new_tokens:,} tokens",
+    "empty": "drafts are dropped: they are empty",
+    "too_long": f"drafts are dropped: they have more than {options.max_characters:,} characters",
+  }
+  s.tell(stage.name, stage.manifest["counts"], stage.manifest["counts"]["draws"], lost)
   return Artefact(stage, Prompt)
 
 

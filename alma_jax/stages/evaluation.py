@@ -167,8 +167,11 @@ def answers(asker: Asker, checkpoint: Checkpoint, asked: PromptSet, data: Data, 
       for part in missing:
         records = _answers(asker, checkpoint, asked.rows[part::shares], options, bar)
         counts = {"finished": sum(r.finished for r in records), "tokens": sum(r.tokens for r in records)}
+        counts["prompts_too_long"] = sum(not (r.finished or r.tokens) for r in records)  # who is asked writes a token
         stage.write_part(part, shares, records, Answer, counts)
     stage.finish(checkpoint=checkpoint.name)
+    left_out = f"prompts get an empty answer: they have more than {options.max_prompt_tokens:,} tokens"
+    s.tell(stage.name, stage.manifest["counts"], len(asked.rows), {"prompts_too_long": left_out})
   return Artefact(stage, Answer)
 
 

@@ -88,6 +88,18 @@ def check(host: Host, options: Options) -> None:
     training.check_row_length(host, options.distil.train, "config.judge.distil.train", least, what)
 
 
+def check_annotations(annotations: Sequence[SeedRow], options: Options, seed: int) -> None:
+  """Raise a RunError if the annotations are too few for the judge."""
+  there = f"data.judge gives {len(annotations)} annotated response{'s' * (len(annotations) != 1)}"
+  if options.kind == "finetuned" and not _split(annotations, options.held_out, seed)[0]:
+    raise RunError(
+      f"{there}, all to one prompt. The judge is measured on held-out prompts, at least one, and none is left to train"
+      " on: give annotated responses to two prompts or more"
+    )
+  if options.kind == "few_shot" and len(annotations) < 3:
+    raise RunError(f"{there}, and judge.kind 'few_shot' shows three: give three or more")
+
+
 def check_lengths(host: Host, options: Options, written: sampling.Options, where: str) -> None:
   """Raise a ConfigError if the longest prompt and response do not fit into the model's positions with the template."""
   around, positions = _around(host, options), host.config.max_positions
@@ -283,7 +295,12 @@ def _examples(
       kept.append(compact(ids, np.asarray(mask, np.float32) * row.weight))
       row_names.append(row.name)
   if not kept:
-    raise RunError(f"no judge example fits into {options.row_length} tokens (row_length)")
+    raise RunError(
+      f"the judge has {len(rows):,} rows to learn from, and none of them fits with the template into"
+      f" {options.row_length} tokens: raise row_length, in judge.train or judge.distil.train"
+    )
+  meaning = f"rows are dropped: with the template they are longer than {options.row_length:,} tokens (row_length)"
+  s.tell("judge", {"dropped": dropped}, len(rows), {"dropped": meaning})
   return Examples(kept, row_names, options.average), {"examples_too_long": dropped}
 
 

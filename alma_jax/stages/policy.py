@@ -1,7 +1,7 @@
 """Training a policy: SFT on everything so far, on preference pairs, or by policy gradients on graded responses."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -58,6 +58,7 @@ def sft(s: Session[Any], job: Job, data: Data, trainsets: Sequence[Trainset] = (
   examples += [(x.prompt_id, x.messages, x.response) for trainset in trainsets for x in trainset.in_order(Example)]
   sequences = [compact(*chat.encode_example(s.host.tokenizer, s.host.chat, m, r)) for _, m, r in examples]
   kept, sequences, counts = _clipped(sequences, job.options.row_length)
+  _tell(s, job, counts, len(examples), "examples")
   chosen = Examples(sequences, [examples[i][0] for i in kept], job.options.average)
   _, facts = training.train(s, stage, job.init, chosen, job.options, job.seed)
   return training.finish(s, stage, counts | facts, job.options)
@@ -81,6 +82,7 @@ def dpo(
     counts = {k: counts.get(k, 0) + n for k, n in found.counts.items()}
     if references:
       logprobs.append(_stored(references[i], len(found.sides), loss.sides))
+  _tell(s, job, counts, len(sides) + counts.get("dropped_without_target", 0), "pairs")
   pairs = Pairs(
     sides=[tuple(of[:2]) for of in sides],
     names=names,
@@ -104,6 +106,7 @@ def grpo(s: Session[Any], job: Job[training.GrpoOptions], reference: Checkpoint,
     cut = len(ids) if row.finished else len(ids) - 1  # a response that was cut off did not choose the stop token
     sequences.append(compact(ids[:cut], mask[:cut]))
   kept, sequences, counts = _clipped(sequences, job.options.row_length)
+  _tell(s, job, counts, len(rows), "responses")
   names = [f"{rows[i].prompt_id}/{rows[i].sample_id}" for i in kept]
 
   def logprobs(model: Checkpoint) -> list[np.ndarray]:
@@ -118,6 +121,13 @@ def grpo(s: Session[Any], job: Job[training.GrpoOptions], reference: Checkpoint,
   graded = GradedResponses(sequences, names, advantages, old, old if same else logprobs(reference))
   _, facts = training.train(s, stage, job.init, graded, job.options, job.seed)
   return training.finish(s, stage, counts | facts, job.options)
+
+
+def _tell(s: Session[Any], job: Job, counts: Mapping[str, int], total: int, items: str) -> None:
+  room = f"{job.options.row_length:,} tokens (row_length)"
+  lost = {"truncated": f"{items} have a text that is cut to {room}"}
+  lost["dropped_without_target"] = f"{items} are dropped: no token of the response lies within {room}"
+  s.tell(job.name, counts, total, lost)
 
 
 def _clipped(sequences: Sequences, row_length: int, group: int = 1) -> tuple[list[int], Sequences, dict[str, int]]:

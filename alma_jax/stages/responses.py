@@ -67,6 +67,10 @@ def build(
       }
       stage.write_part(part, parts, records, Response, counts)
   stage.finish()
+  counts, room = stage.manifest["counts"], options.decoding.max_new_tokens
+  s.tell(stage.name, counts, counts["samples"], {"truncated": f"responses are cut off at {room:,} tokens"})
+  left_out = f"prompts are left out: they are longer than {options.max_prompt_tokens:,} tokens (max_prompt_tokens)"
+  s.tell(stage.name, counts, len(prompts) * len(writers), {"prompts_too_long": left_out})  # counted once per writer
   return Artefact(stage, Response)
 
 

@@ -4,8 +4,13 @@
 the file has `messages`, a list of {"role", "content"} whose last turn is the assistant's, or `prompt` and
 `response`; the judge's seeds also need a `score` from 0 to 10: `need=("response", "score")`. With `need=()`
 only prompts are read. A row that cannot be read raises a DataError that names file, line and field. Rows
-with an empty prompt or response and exact repetitions of earlier rows are left out; the report counts them
-and names the first lines of each kind.
+with an empty prompt or response, exact repetitions of earlier rows, and dialogues with turns out of order are
+left out; the report counts them and names the first lines of each kind.
+
+The turns of a dialogue alternate: after a system turn, if there is one, the user's comes first, then the
+assistant's, and so on; the last one before the answer is the user's. A row without a user's turn to answer is
+an error. A row whose earlier turns do not alternate (user, user; assistant first) counts as `odd_turns`: chat
+formats disagree on what it would mean. A row may hold 16 MB of text.
 """
 
 import dataclasses
@@ -26,6 +31,7 @@ from alma_jax.store.records import Turns
 ROLES = ("system", "user", "assistant")
 FIELDS = ("messages", "prompt", "response", "score")
 _TFDS = re.compile(r"tfds:(?P<name>[^:]+(:\d+\.\d+\.\d+)?):(?P<split>.+)")
+LONGEST = 16_000_000  # bytes of a JSONL line, characters of a row: a row is one conversation
 _SHOWN = 10  # first lines of each kind that the report lists
 
 
@@ -47,7 +53,7 @@ def load_examples(
   """Reads and checks all rows; returns (rows, report). `need` names what a row has besides its prompt."""
   unit, items = objects(str(source))
   rows, seen, total = [], set(), 0
-  dropped: dict[str, list[int]] = {"empty": [], "duplicate": []}
+  dropped: dict[str, list[int]] = {"empty": [], "duplicate": [], "odd_turns": []}
   ignored: set[str] = set()
   for line, item in items:
     total += 1
@@ -58,6 +64,8 @@ def load_examples(
     texts = [m["content"] for m in row.messages if m["role"] != "system"]
     if not all(text.strip() for text in [*texts, "-" if row.response is None else row.response]):
       dropped["empty"].append(line)
+    elif not alternates(row.messages):
+      dropped["odd_turns"].append(line)
     elif key in seen:
       dropped["duplicate"].append(line)
     else:
@@ -65,6 +73,8 @@ def load_examples(
       rows.append(row)
   if not rows:
     what = f"all {total} rows have an empty prompt or response" if total else "it holds no rows"
+    if odd := len(dropped["odd_turns"]):
+      what = f"the turns of {odd} of {total} rows do not alternate between user and assistant, and the others are empty"
     raise DataError(f"{source}: nothing to read: {what}.")
   counts = {why: len(lines) for why, lines in dropped.items()}
   examples = {why: lines[:_SHOWN] for why, lines in dropped.items()}
@@ -85,6 +95,7 @@ def row_of(item: Any, need: Sequence[str], line: int, where: str) -> SeedRow:
     messages, answer = _split(_messages(item["messages"], where), answer, where)
   else:
     messages = ({"role": "user", "content": text_of(item["prompt"], f"{where}, field prompt")},)
+  check_size(sum(len(turn["content"]) for turn in messages) + len(answer or ""), where)
   if "response" not in need:
     return SeedRow(messages, None, None, line)
   if answer is None:
@@ -96,6 +107,28 @@ def row_of(item: Any, need: Sequence[str], line: int, where: str) -> SeedRow:
     _require(("score",), item, where)
     score = _score(item["score"], f"{where}, field score")
   return SeedRow(messages, answer, score, line)
+
+
+def alternates(messages: Turns) -> bool:
+  """True if the turns, after a system turn, are the user's and the assistant's in turn, the user's first."""
+  roles = [turn["role"] for turn in messages if turn["role"] != "system"]
+  return all(role == ("assistant" if i % 2 else "user") for i, role in enumerate(roles))
+
+
+def check_turns(messages: Turns, where: str) -> None:
+  """Raise a DataError for turns that do not alternate, where a row cannot be left out."""
+  if not alternates(messages):
+    found = ", ".join(turn["role"] for turn in messages[:6]) + (", ..." if len(messages) > 6 else "")
+    raise DataError(f"{where}, field messages: the turns must alternate, user, assistant, user; found {found}.")
+
+
+def check_size(size: int, where: str) -> None:
+  """Raise a DataError for a row that is too large to be one conversation."""
+  if size > LONGEST:
+    raise DataError(
+      f"{where}: a row of {size / 1e6:,.1f} MB; a row is one conversation, of at most {LONGEST / 1e6:,.0f} MB: split"
+      " it, or see whether line ends are missing in the file."
+    )
 
 
 def _split(messages: Turns, answer: str | None, where: str) -> tuple[Turns, str | None]:
@@ -114,8 +147,7 @@ def _split(messages: Turns, answer: str | None, where: str) -> tuple[Turns, str 
 def _messages(value: Any, where: str) -> Turns:
   where = f"{where}, field messages"
   if isinstance(value, dict) and value.keys() >= {"role", "content"}:  # TFDS turns a list of dicts inside out
-    pairs = zip(value["role"], value["content"], strict=False)
-    value = [{"role": role, "content": content} for role, content in pairs]
+    value = _turned(value["role"], value["content"], where)
   if not isinstance(value, list | tuple) or not value:
     raise DataError(f'{where}: expected a list of {{"role", "content"}}, found {_kind(value) if value else "none"}.')
   turns = []
@@ -133,6 +165,16 @@ def _messages(value: Any, where: str) -> Turns:
       raise DataError(f"{here}.role: a system turn is allowed only as the first.")
     turns.append({"role": role, "content": text_of(turn["content"], f"{here}.content")})
   return tuple(turns)
+
+
+def _turned(roles: Any, contents: Any, where: str) -> list[dict[str, Any]]:
+  """A list of turns from a list of roles and one of contents, as TFDS and a Parquet struct of lists hold them."""
+  for name, found in (("role", roles), ("content", contents)):
+    if isinstance(found, str | bytes | dict) or not hasattr(found, "__len__"):
+      raise DataError(f'{where}: expected a list of {{"role", "content"}}, found an object whose {name} is no list.')
+  if len(roles) != len(contents):
+    raise DataError(f"{where}: {len(roles)} roles and {len(contents)} contents; every turn needs one of each.")
+  return [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
 
 
 def text_of(value: Any, where: str) -> str:
@@ -190,13 +232,16 @@ def objects(source: str) -> tuple[str, Iterable[tuple[int, Any]]]:
   if not text.strip():
     raise DataError(f"{source}: the file is empty.")
   if text.lstrip().startswith("["):
-    return "item", enumerate(_json(text, f"{source}", 1), 1)
+    return "item", enumerate(_json(text, source, 1, whole=True), 1)
   # Not splitlines: it also breaks at characters that JSON allows inside strings.
   lines = enumerate(text.split("\n"), 1)
   return "line", ((i, _json(line, source, i)) for i, line in lines if line.strip())
 
 
-def _json(text: str, source: str, line: int) -> Any:
+def _json(text: str, source: str, line: int, whole: bool = False) -> Any:
+  """The value of a line, or of a whole file."""
+  if not whole:
+    check_size(len(text), f"{source}, line {line}")
   try:
     return json.loads(text)
   except json.JSONDecodeError as e:

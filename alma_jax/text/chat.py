@@ -5,9 +5,10 @@
   ids, mask = encode_example(tok, LLAMA3, messages, response)  # mask: assistant turns with their stop tokens
   stop_ids(tok, LLAMA3); jinja(LLAMA3)          # for the sampler; for exported checkpoints
 
-There is exactly one BOS, and contents are stripped. Special tokens are put in by id, never read from a content. The
-text between two special tokens is tokenised as one string, except that an assistant's turn always starts a new one: so
-the prompt's ids are a literal prefix of the example's, and `apply_chat_template` with `jinja(fmt)` gives the same ids.
+There is exactly one BOS (`suited` names the exception), and contents are stripped. Special tokens are put in by id,
+never read from a content. The text between two special tokens is tokenised as one string, except that an assistant's
+turn always starts a new one: so the prompt's ids are a literal prefix of the example's, and `apply_chat_template` with
+`jinja(fmt)` gives the same ids.
 A header's trailing spaces are tokenised with the content that follows, since models have not seen a lone space token:
 
   <bos>User: Hello⏎⏎Assistant:| Hi!<eos>       # PLAIN: the prompt ends at the bar, the loss lies behind it
@@ -78,8 +79,15 @@ LLAMA2 = ChatFormat(
 PLAIN = ChatFormat(name="plain", system=Turn("", "\n\n"), user=Turn("User: ", "\n\n"), header="Assistant: ", stop=EOS)
 
 
+def suited(tok: Tokenizer, fmt: ChatFormat) -> ChatFormat:
+  """The format, without its BOS if the tokenizer's own rule puts none in front of a text. A format with special tokens
+  of its own is a model's own: there the BOS belongs to the format."""
+  return fmt if tok.begins or fmt.specials else dataclasses.replace(fmt, begin=fmt.begin.removeprefix(BOS))
+
+
 def prepare(tok: Tokenizer, fmt: ChatFormat) -> tuple[Tokenizer, tuple[str, ...]]:
   """A tokenizer that can write the format, and the tokens that were added to it; a TextError if it cannot."""
+  fmt = suited(tok, fmt)
   added: list[str] = []
   for content in fmt.add_tokens:
     tok, new = add_token(tok, content)

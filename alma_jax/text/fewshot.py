@@ -46,7 +46,7 @@ def few_shot_ids(
   ask = template.ask if prompt is None else template.ask.replace("{prompt}", prompt)
   text = template.header + "".join(_filled(template.shot, shot) for shot in shots) + ask
   # A trailing space would be a token of its own, which no text continues naturally.
-  return (*(() if tok.bos_id is None else (tok.bos_id,)), *tok.encode(text.rstrip(" ")))
+  return (*tok.opening, *tok.encode(text.rstrip(" ")))
 
 
 def check_writable(tok: Tokenizer, template: FewShot) -> None:

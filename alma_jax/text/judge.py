@@ -133,7 +133,7 @@ def few_shot_prefix(tok: Tokenizer, template: JudgeTemplate, shots: Sequence[Sho
     text += item.before + conversation_text(shown) + item.between + said.strip() + item.after + template.gap
     text += template.answer(_checked(score)) + template.between_shots
   text += item.before + conversation_text(messages) + cut_spaces(item.between)[0]
-  return ([] if tok.bos_id is None else [tok.bos_id]) + tok.encode(text)
+  return [*tok.opening, *tok.encode(text)]
 
 
 def few_shot_suffix(tok: Tokenizer, template: JudgeTemplate, response: str) -> list[int]:

@@ -7,6 +7,8 @@
 
 `encode` gives the same ids wherever the text stands. Sentencepiece tokenizers put a dummy space in front of every
 string they are given; here they add none, so a piece from the middle of a conversation gains no "_".
+A raw text begins with `tok.opening`: the BOS, or nothing where the model's files say that none goes in front of a text
+(`add_bos_token` false in tokenizer_config.json, or the class GPT2Tokenizer without that key).
 `decode(encode(text)) == text` for every tokenizer that can spell the text. The string of a special token inside a text
 ("<|eot_id|>" typed by a user) never becomes that token.
 """
@@ -40,11 +42,17 @@ class Tokenizer:
   eos_id: int | None
   unk_id: int | None
   special_ids: frozenset[int]
+  begins: bool = True  # False: by the tokenizer's own rule no BOS goes in front of a text
 
   @property
   def size(self) -> int:
     """The number of ids, added tokens included."""
     return len(self.hf)
+
+  @property
+  def opening(self) -> tuple[int, ...]:
+    """What begins a raw text: the BOS, where there is one and the tokenizer's own rule puts it in front."""
+    return () if self.bos_id is None or not self.begins else (self.bos_id,)
 
   def encode(self, text: str) -> list[int]:
     ids = self.exact.encode(text, add_special_tokens=False).ids
@@ -83,6 +91,8 @@ class Tokenizer:
     for key in ("backend", "is_local", "local_files_only"):
       config.pop(key, None)
     config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the one name every release reads tokenizer.json by
+    if not self.begins:
+      config["add_bos_token"] = False
     if eos_token is not None:
       config["eos_token"] = self.exact.id_to_token(self.token_id(eos_token))
     if chat_template is not None:
@@ -105,7 +115,7 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
   try:
     hf = kind.from_pretrained(str(directory), local_files_only=True)
     _modernise(hf.backend_tokenizer)
-    return _wrap(hf, str(directory), _digest(directory))
+    return _wrap(hf, str(directory), _digest(directory), _begins(directory))
   except Exception as e:
     raise TextError(f"cannot read {directory / found[0]}: {type(e).__name__}: {e}") from e
 
@@ -118,7 +128,16 @@ def add_token(tok: Tokenizer, content: str) -> tuple[Tokenizer, bool]:
   before = len(hf)
   hf.add_tokens([AddedToken(content, special=True, normalized=False)], special_tokens=True)
   fingerprint = hashlib.sha256(f"{tok.fingerprint} + {content}".encode()).hexdigest()
-  return _wrap(hf, tok.source, fingerprint), len(hf) > before
+  return _wrap(hf, tok.source, fingerprint, tok.begins), len(hf) > before
+
+
+def _begins(directory: pathlib.Path) -> bool:
+  """Whether the tokenizer puts its BOS, if it names one, in front of a text."""
+  path = directory / "tokenizer_config.json"
+  about = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+  if about.get("add_bos_token") is not None:
+    return bool(about["add_bos_token"])
+  return about.get("tokenizer_class") not in ("GPT2Tokenizer", "GPT2TokenizerFast")
 
 
 def _modernise(backend: Any) -> None:
@@ -137,7 +156,7 @@ def _modernise(backend: Any) -> None:
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
 
 
-def _wrap(hf: Any, source: str, fingerprint: str) -> Tokenizer:
+def _wrap(hf: Any, source: str, fingerprint: str, begins: bool) -> Tokenizer:
   from tokenizers import Tokenizer as Backend
 
   spec = json.loads(hf.backend_tokenizer.to_str())
@@ -156,6 +175,7 @@ def _wrap(hf: Any, source: str, fingerprint: str) -> Tokenizer:
     eos_id=hf.eos_token_id,
     unk_id=hf.unk_token_id,
     special_ids=frozenset(special - {hf.unk_token_id}),
+    begins=begins,
   )
 
 

@@ -59,7 +59,7 @@ HELP = {  # of fields of the engine and of stages
   "top_k": "sample from the k likeliest tokens; 0: from all",
   "repetition_penalty": "above 1: tokens that were there are less likely",
   "penalize_prompt": "the penalty also counts the prompt's tokens",
-  "max_new_tokens": "length limit of a response",
+  "max_new_tokens": "length limit of a response; without it at most half of the model's positions",
   "min_new_tokens": "no stop token before that many",
   "tensor": "devices that share one copy of the model",
   "slots": "responses written together, per copy of the model; 0: what fits",
@@ -125,6 +125,10 @@ class Flags(argparse.ArgumentParser, Generic[T]):
       return build(self.kind, values, "flags")
     except ConfigError as error:
       self.error(str(error).replace("flags.", "--", 1).replace("_ is ", " is ", 1))
+
+  def given(self, arguments: Sequence[str]) -> frozenset[str]:
+    """The flags that these arguments set."""
+    return frozenset(vars(self.parse_known_args(arguments)[0]))
 
   def _value(self, name: str, text: Any) -> Any:
     of = self.kinds[name]
@@ -258,11 +262,11 @@ def _recognised(directory: pathlib.Path) -> str | None:
   template = json_of(directory / "tokenizer_config.json").get("chat_template")
   if (directory / "chat_template.jinja").is_file():
     template = (directory / "chat_template.jinja").read_text(encoding="utf-8")
-  return next((word for word, fmt in _formats() if chat.jinja(fmt) == template), None)
-
-
-def _formats() -> Iterator[tuple[str, chat.ChatFormat]]:
-  return ((word, names.resolve(names.CHAT_FORMATS, word, "--chat")) for word in names.CHAT_FORMATS.words)
+  for word in names.CHAT_FORMATS.words:
+    fmt = names.resolve(names.CHAT_FORMATS, word, "--chat")
+    if template in (chat.jinja(fmt), chat.jinja(dataclasses.replace(fmt, begin=""))):  # without BOS: see chat.suited
+      return word
+  return None
 
 
 def _which_chat(directory: pathlib.Path) -> str:

@@ -47,6 +47,7 @@ def read(path: str | pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
   with open(path, "rb") as file:
     for number, line in enumerate(file, 1):
       if line.strip():
+        data.check_size(len(line), f"{path}, line {number}")
         yield number, _object(line, f"{path}, line {number}")
 
 
@@ -79,6 +80,7 @@ def prompts(path: str, host: Host) -> Iterator[Asked]:
     messages, turns = data.row_of(item, (), line, where).messages, item.get("messages")
     if isinstance(turns, list) and turns[-1]["role"] == "assistant":
       raise DataError(f"{where}, field messages: the last turn must be the user's, found role 'assistant'; remove it")
+    data.check_turns(messages, where)
     said = {"prompt": messages[0]["content"]} if turns is None else {"messages": list(messages)}
     yield Asked(line, id_of(item, messages, where), said, _ids(host, messages, said, where))
 
@@ -89,7 +91,7 @@ def _ids(host: Host, messages: Messages, said: Mapping[str, Any], where: str) ->
     raise DataError(f"{where}: --raw takes a text, the field `prompt`; `messages` need a chat format")
   try:
     if host.raw:
-      ids = ([] if tok.bos_id is None else [tok.bos_id]) + tok.encode(said["prompt"])
+      ids = [*tok.opening, *tok.encode(said["prompt"])]
     else:
       ids = chat.encode_prompt(tok, host.chat, messages)
   except TextError as error:

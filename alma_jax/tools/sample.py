@@ -62,15 +62,19 @@ FLAGS = command.Flags(
 
 def main(arguments: Sequence[str]) -> int:
   """The exit status."""
-  options = FLAGS.values(arguments)
-  return command.status(lambda: run(options))
+  options, chosen = FLAGS.values(arguments), FLAGS.given(arguments)
+  return command.status(lambda: run(options, fits="max_new_tokens" not in chosen))
 
 
-def run(options: Options) -> None:
+def run(options: Options, fits: bool = False) -> None:
+  """`fits`: no length was asked for, and that of the options gives way to half of the model's positions."""
   output = pathlib.Path(options.output)
   jsonl.check_output(output)
   opened = command.open_model(options, layout.newest_policy, raw=options.raw)
   host = opened.host
+  if fits and options.decoding.max_new_tokens > (half := max(1, host.config.max_positions // 2)):
+    options = dataclasses.replace(options, decoding=dataclasses.replace(options.decoding, max_new_tokens=half))
+    host.display.say(f"--max_new_tokens={half}: half of the model's {host.config.max_positions:,} positions")
   prompts, longest = _survey(options, host)
   per_part = max(1, PART // options.n)
   sizes = [options.n * min(per_part, prompts - begin) for begin in range(0, prompts, per_part)]

@@ -65,6 +65,8 @@ class Options(command.Shared):
     None, names=names.JUDGE_TEMPLATES, doc="the judge's template (that of the model's run, else a2)"
   )
 
+  skip: bool = option(False, doc="leave out responses that are too long for the judge's model, and count them")
+
   def __post_init__(self) -> None:
     super().__post_init__()
     if not self.model and not self.has_judge:
@@ -91,7 +93,7 @@ def run(options: Options) -> None:
   opened = command.open_model(options, layout.judge_of) if options.model else None
   host = opened.host if opened else command.WithoutModel(options, "--judge")
   judge = _judge(options, opened, host)
-  sizes = _survey(options, judge)
+  sizes, skipped = _survey(options, judge)
   together = max(1, FILLINGS * options.engine.rows * host.local_ways // max(1, sizes[0]))
   scored, masses, warned = 0, 0.0, False
   fields = command.decides("score", options, opened) | {"judge": judge.identity, "mode": options.mode}
@@ -100,7 +102,7 @@ def run(options: Options) -> None:
     there, parts = stage.done, jsonl.Parts(stage, sizes, together)
     host.display.say(f"{judge.identity}: {options.mode} score of {parts.total:,} responses")
     with host.display.bar("scoring", parts.total, "responses", done=parts.done) as bar:
-      for numbers, rows in parts.missing(_in_parts(options)):
+      for numbers, rows in parts.missing(_in_parts(options, judge)):
         pairs = [
           Answered(row.messages, a.text, a.finished, f"{options.input}, id {row.id}" + _of_sample(a), row.fields)
           for part in rows
@@ -119,9 +121,13 @@ def run(options: Options) -> None:
           if masses < MASS * scored and not warned and isinstance(judge, OwnJudge):
             warned = True
             host.display.say(_warning(judge.template.name, masses / scored))
-    manifest = jsonl.finish(stage, output, judge={"identity": judge.identity, "scale": judge.scale})
+    scorer = {"identity": judge.identity, "scale": judge.scale}
+    manifest = jsonl.finish(stage, output, judge=scorer, skipped=skipped)
   counts, seconds = manifest["counts"], manifest["seconds"]
   print(f"{output}: {parts.total:,} responses" + (", all there before" if there else ""))
+  if skipped:
+    share = skipped / (skipped + parts.total)
+    print(f"{skipped:,} responses left out ({share:.1%}): too long for the {host.config.max_positions:,} positions")
   if known := parts.total - counts["missing"]:
     mass = f", mean mass {counts['mass_sum'] / counts['masses']:.3f}" if counts["masses"] else ""
     rate = f"{seconds:.1f} s, {parts.total / max(seconds, 1e-3):,.0f} responses/s"
@@ -166,10 +172,20 @@ class Row:
   messages: Messages
   answers: tuple[Answer, ...]
   fields: Mapping[str, Any]  # as the file has them, for judges that need a reference
+  skipped: int = 0  # answers that are too long and left out
 
 
-def _in_parts(options: Options) -> Iterator[list[Row]]:
-  return jsonl.chunks(rows_of(options.input), PART, lambda row: len(row.answers))
+def _in_parts(options: Options, judge: Judge) -> Iterator[list[Row]]:
+  rows = rows_of(options.input)
+  if options.skip and isinstance(judge, OwnJudge):
+    rows = (_shortened(judge, row) for row in rows)
+  return jsonl.chunks(rows, PART, lambda row: len(row.answers))
+
+
+def _shortened(judge: OwnJudge, row: Row) -> Row:
+  """The row without the answers that are too long for the judge's model."""
+  kept = tuple(answer for answer in row.answers if not _too_long(judge, row, answer))
+  return dataclasses.replace(row, answers=kept, skipped=len(row.answers) - len(kept))
 
 
 def rows_of(path: str) -> Iterator[Row]:
@@ -180,6 +196,7 @@ def rows_of(path: str) -> Iterator[Row]:
     if many and item.get("response") is not None:
       raise DataError(f"{where}: both `response` and `responses`; remove one")
     row = data.row_of(item, () if many else ("response",), line, where)
+    data.check_turns(row.messages, where)
     answers = _answers(item["responses"], f"{where}, field responses") if many else (Answer(None, row.response or ""),)
     yield Row(line, jsonl.id_of(item, row.messages, where), row.messages, answers, item)
 
@@ -199,34 +216,40 @@ def _answers(value: Any, where: str) -> tuple[Answer, ...]:
   return tuple(found)
 
 
-def _survey(options: Options, judge: Judge) -> list[int]:
-  """The number of responses in each part; all of the input is checked before the first one is scored."""
-  sizes = []
-  for part in _in_parts(options):
+def _survey(options: Options, judge: Judge) -> tuple[list[int], int]:
+  """The number of responses in each part, and of those that are left out; all of the input is checked before the first
+  one is scored."""
+  sizes, skipped = [], 0
+  for part in _in_parts(options, judge):
     sizes.append(sum(len(row.answers) for row in part))
-    if isinstance(judge, OwnJudge):
+    skipped += sum(row.skipped for row in part)
+    if isinstance(judge, OwnJudge) and not options.skip:
       for row in part:
         _check_length(options, judge, row)
   if not sizes:
     raise DataError(f"{options.input}: the file holds no rows")
-  return sizes
+  return sizes, skipped
 
 
 def _check_length(options: Options, judge: OwnJudge, row: Row) -> None:
+  for length in filter(None, (_too_long(judge, row, answer) for answer in row.answers)):
+    raise DataError(
+      f"{options.input}, line {row.line}: prompt and response are {length} tokens in template {judge.template.name};"
+      f" the model has {judge.host.config.max_positions} positions: shorten them, or give --skip to leave such rows out"
+    )
+
+
+def _too_long(judge: OwnJudge, row: Row, answer: Answer) -> int:
+  """The tokens of a response with its prompt and the template if the model has no positions for them, else 0."""
   host, template, tok = judge.host, judge.template, judge.host.tokenizer
-  forced = len(templates.score_paths(tok, template).inner)
   around = len(f"{template.instruction}{template.item}{template.answer_open}".encode()) + 64
-  prompt = sum(len(m["role"]) + len(m["content"].encode()) for m in row.messages) + around
-  for answer in row.answers:
-    if prompt + len(answer.text.encode()) <= host.config.max_positions:  # a token is a byte at least: no need to count
-      continue
-    length = len(templates.judge_prefix(tok, host.chat, template, row.messages)) + forced
-    length += len(templates.judge_suffix(tok, host.chat, template, answer.text))
-    if length > host.config.max_positions:
-      raise DataError(
-        f"{options.input}, line {row.line}: prompt and response are {length} tokens in template {template.name};"
-        f" the model has {host.config.max_positions} positions: shorten them"
-      )
+  most = sum(len(m["role"]) + len(m["content"].encode()) for m in row.messages) + around + len(answer.text.encode())
+  if most <= host.config.max_positions:  # a token is a byte at least: no need to count
+    return 0
+  length = len(templates.judge_prefix(tok, host.chat, template, row.messages))
+  length += len(templates.judge_suffix(tok, host.chat, template, answer.text))
+  length += len(templates.score_paths(tok, template).inner)
+  return length if length > host.config.max_positions else 0
 
 
 def _of_sample(answer: Answer) -> str:
