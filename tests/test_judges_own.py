@@ -62,6 +62,15 @@ def test_verdicts_equal_full_forwards_in_the_order_of_the_pairs(host, shots):
   assert found[0] == found[3] and found[1] == found[-1]
 
 
+def test_texts_beyond_the_models_positions_are_said(host, capsys):
+  judge = OwnJudge(host, Checkpoint("base", host.directory, "base"), TEMPLATE)
+  judge._tell_too_long([256, 3])
+  assert capsys.readouterr().err == ""
+  judge._tell_too_long([256, 257, 300])
+  said = capsys.readouterr().err
+  assert "2 of 3 texts are longer than the model's 256 positions" in said and "the longest has 300 tokens" in said
+
+
 @pytest.mark.parametrize(
   ("verdict", "said"),
   [

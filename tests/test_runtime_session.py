@@ -17,6 +17,7 @@ from alma_jax.llama import model as llama
 from alma_jax.llama import weights
 from alma_jax.llama.config import LlamaConfig, ModelError
 from alma_jax.options import ConfigError
+from alma_jax.runtime.host import fitting_chats
 from alma_jax.stages import data as data_stage
 from alma_jax.stages import policy, responses
 from alma_jax.store import records
@@ -51,6 +52,7 @@ def config_for(directory, kind, data):
   config.model.update(dict(path=str(directory), chat=kind))
   config.data.update(dict(sft=str(data), judge=str(data), eval=""))
   config.judge.template = "a2"
+  config.judge.train.row_length = config.judge.distil.train.row_length = 512  # the template has over 300 tokens here
   config.sft.update(dict(row_length=128, epochs=1.0, batch=8))
   config.responses.update(dict(max_prompt_tokens=96, max_new_tokens=8, n=2))
   config.engine.update(dict(slots=8, rows=8))
@@ -117,6 +119,18 @@ def test_exported_chat_model_stops_in_transformers_by_its_own_files(tmp_path):
   assert list(ids) == chat.encode_prompt(tokenizer, chat.LLAMA3, [{"role": "user", "content": "Hi"}])
 
 
+@pytest.mark.parametrize(
+  ("make", "fitting"),
+  [  # never the miniature world's for another tokenizer, though nearly all can write it
+    (text_tokenizers.byte_bpe, ["llama3", "plain", "llama2"]),
+    (text_tokenizers.sentencepieces, ["plain", "llama2"]),  # llama2 adds a token, plain none
+    (text_tokenizers.word, ["mini"]),
+  ],
+)
+def test_the_chat_formats_that_a_tokenizer_can_write(make, fitting):
+  assert fitting_chats(make()) == fitting
+
+
 def session_error(tmp_path, **changes):
   config = get_config("mini")
   config.model.update(changes)
@@ -139,7 +153,7 @@ def test_missing_tokenizer_is_named(tmp_path):
 
 def test_chat_format_of_another_model_is_refused(tmp_path):
   write_base(tmp_path / "base", "llama2")
-  with pytest.raises(TextError, match=r"no token '<\|"):
+  with pytest.raises(TextError, match=r"no token '<\|.*This tokenizer can write 'plain' or 'llama2'"):
     session_error(tmp_path, path=str(tmp_path / "base"), chat="llama3")
 
 

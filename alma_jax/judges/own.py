@@ -65,6 +65,7 @@ class OwnJudge:
       if asked not in prefixes:
         prefixes[asked] = tuple(prefix_of(messages))
       rows.append((prefixes[asked], (*suffix_of(response), *trie.inner)))
+    self._tell_too_long([len(prefix) + len(suffix) for prefix, suffix in rows])
     advance = None if bar is None else bar.advance
     setup = score.Setup(host.engine.rows, _opening(prefix_of), host.local_mesh, advance)
     model = host.model(self.checkpoint, "stacked")
@@ -73,6 +74,15 @@ class OwnJudge:
     except NotFinite as error:
       raise self.checkpoint.gave(error, f"{contract.name_of(pairs, error.item)}, judged") from None
     return [_verdict(narrow, x, self.mode) for x in logprobs]
+
+  def _tell_too_long(self, lengths: Sequence[int]) -> None:
+    """Print how many of the texts are longer than the model's positions, if any are."""
+    positions = self.host.config.max_positions
+    if over := sum(length > positions for length in lengths):
+      self.host.display.say(
+        f"{self.identity}: {over:,} of {len(lengths):,} texts are longer than the model's {positions:,} positions"
+        f" (prompt, response and template; the longest has {max(lengths):,} tokens): their scores mean little"
+      )
 
   def _encoders(self) -> tuple[Callable[[Messages], Ids], Callable[[str], Ids]]:
     """Two functions: messages to ids up to where the response begins, and a response to ids up to the score."""

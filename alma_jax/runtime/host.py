@@ -109,9 +109,10 @@ class Host:
         self.tokenizer, _ = chat.prepare(self.tokenizer, self._chat)
         self._chat = chat.suited(self.tokenizer, self._chat)
       except tokenizer.TextError as error:
-        fitting = " or ".join(map(repr, fitting_chats(self.tokenizer))) or "a chat format of your own"
+        fitting = " or ".join(map(repr, fitting_chats(self.tokenizer))) or "none of the known ones"
         raise tokenizer.TextError(
-          f"chat is {options.chat!r}, but {error}. What this tokenizer can write: {fitting}"
+          f"chat format {options.chat!r}: {error}. This tokenizer can write {fitting}; give one of these or one of your"
+          " own, as package.module:NAME (model.chat, of a command --chat)"
         ) from None
     self._held: dict[tuple[str, str], Any] = {}
 

@@ -103,7 +103,7 @@ def check_annotations(annotations: Sequence[SeedRow], options: Options, seed: in
 def check_lengths(host: Host, options: Options, written: sampling.Options, where: str) -> None:
   """Raise a ConfigError if the longest prompt and response do not fit into the model's positions with the template."""
   around, positions = _around(host, options), host.config.max_positions
-  if around + written.longest > positions:
+  if written.longest <= positions < around + written.longest:  # a longer one is an error without the template
     raise ConfigError(
       f"{where}: max_prompt_tokens + max_new_tokens is {written.longest:,}, and the judge's template"
       f" {options.template!r} adds {around:,}; together they must be at most {positions:,}, the model's positions"

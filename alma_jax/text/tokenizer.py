@@ -74,10 +74,7 @@ class Tokenizer:
   def token_id(self, content: str) -> int:
     i = self.exact.token_to_id(content)
     if i is None:
-      raise TextError(
-        f"the tokenizer in {self.source} has no token {content!r}: choose the chat format that fits "
-        "the model, or add the token first (chat.prepare does)"
-      )
+      raise TextError(f"the tokenizer in {self.source} has no token {content!r}")
     return i
 
   def save(
