@@ -266,7 +266,7 @@ def checks(host: Host, by_round: Mapping[int, Options]) -> Iterator[Callable[[],
   yield lambda: fewshot.check_writable(host.tokenizer, lists)
   if o.eval.shots:
     yield lambda: fewshot.check_writable(host.tokenizer, o.eval.template())
-  if o.judge.kind in names.JUDGES.words:
+  if o.judge.kind in ("finetuned", "few_shot"):
     yield lambda: judge.check(host, o.judge)
     for where, written in {"responses": o.responses.sampling, "judge.distil.sample": o.judge.distil.sample}.items():
       if where == "responses" or o.judge.distils:
