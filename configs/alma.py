@@ -84,11 +84,13 @@ def llama_8b() -> Config:
   c.judge.kind = "finetuned"  # "few_shot": the base model with three examples (Table 3)
   c.judge.mode = "expected"  # "integer": the likeliest score (Table 3)
   c.judge.template = "a2"  # a1, a2 (the paper's appendix), mini
-  c.judge.held_out = 0.05  # of the annotated prompts, to accept or refuse the distilled judge
+  c.judge.held_out = 0.05  # of the annotated prompts, to measure the judge and to accept or refuse the distilled one
   c.judge.train = training(5e-6, 5e-7, batch=64, epochs=2, row_length=2048, warmup=0.05)
   c.judge.distil = section()
   c.judge.distil.prompts = 10_000  # synthetic prompts, answered by the initial models; 0: no distillation
   c.judge.distil.target = "two_hot"  # "rounded"
+  c.judge.distil.least_rows = 50  # held-out annotations; with fewer the distilled judge is not taken
+  c.judge.distil.least_pairs = 200  # pairs of them with different scores, likewise
   c.judge.distil.sample = sampling(0.8, 0.95, n=2, max_new_tokens=1024, max_prompt_tokens=1024)
   c.judge.distil.train = training(2.5e-6, 2.5e-7, batch=64, epochs=1, row_length=2048)
 
@@ -110,6 +112,15 @@ def llama_8b() -> Config:
   c.eval.patience = 0  # stop after so many rounds without a better score by the first of eval.judges; 0: make all
   c.eval.few_shot = "dialogue"  # how the base model is shown its examples
   c.eval.shots = 3
+
+  # Alarms, on the screen and in the report. They decide no result
+  c.alarms = section()
+  c.alarms.spread = 0.1  # least standard deviation of a judge's scores, of 0 .. 10
+  c.alarms.entropy = 0.95  # most entropy of a judge, as a share of that of the annotations' scores together
+  c.alarms.length = 0.6  # most |Spearman| of a judge's scores and the responses' lengths
+  c.alarms.cut_off = 0.95  # most answers that hit the length limit, as a share
+  c.alarms.selected = 0.5  # least prompts that a trainset keeps, as a share
+  c.alarms.alike = 0.9  # most demonstrations with one response, as a share
   return c
 
 
@@ -144,6 +155,7 @@ def mini() -> Config:
   c.judge.template = "mini"
   c.judge.held_out = 0.1
   c.judge.distil.prompts = 384
+  c.judge.distil.least_rows = 20  # the world has 25 held-out annotations, which are few: see the gate's interval
 
   room = dict(max_new_tokens=16, max_prompt_tokens=16)
   c.prompts.update(sampling(1.0, 1.0, max_new_tokens=12, max_prompt_tokens=64))

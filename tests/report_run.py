@@ -8,7 +8,7 @@ import numpy as np
 
 from alma_jax.report import page
 from alma_jax.store import digests, runs
-from alma_jax.store.records import Answer, Example, Grade, Graded, Judgment, Pair, Prompt, Response
+from alma_jax.store.records import Answer, Example, Grade, Graded, HeldOut, Judgment, Pair, Prompt, Response
 
 NASTY = "<script>alert('x')</script> & <b>"
 MOMENTS = ("nothing", "seeds", "pool", "judge", "base", "sampled", "judged", "selected", "trained", "all")
@@ -21,6 +21,19 @@ def overlapping(prompts, short, equal, overlapping, met, *examples):
 
 
 LIKE = {"removed": f"{NASTY} in a pool", "near": "eval_prompt", "kept": f"{NASTY} in the pool", "similarity": 0.8125}
+QUALITY = {
+  "judge": f"own {NASTY}",
+  "rows": 26,
+  "prompts": 25,
+  "agreement": {"value": 0.75, "ci95": 0.0625, "n": 310},
+  "spearman": {"value": 0.5, "ci95": 0.25, "n": 26},
+  "error": {"value": 1.5, "ci95": 0.375, "n": 26},
+  "calibration": [{"low": 0.0, "high": 2.0, "rows": 26, "score": 1.25, "label": 2.75}],
+  "calibration_error": 1.5,
+  "entropy": 1.75,
+  "entropy_of_labels": 3.25,
+  "deviation": 2.0,
+}
 RUN = {"id": "p01", "text": f"a text {NASTY} here", "prompt": f"a prompt {NASTY} there", "run": NASTY}
 REPORT = {
   "contamination": {
@@ -111,9 +124,11 @@ def make(directory, until="all", mass=0.97, method="best_of_n", graded=True):
     stage("pool_03/prompts", Prompt, [(more, counts)], MOMENTS.index("all"), files={"report.json": json.dumps(later)})
     clusters("pool_03/clusters", MOMENTS.index("all"), [0, 0, 0, 3])
     training("judge", 3, {"annotations": 230, "held_out": 26, "examples": 229})
-    training(
-      "judge_distilled", 3, {"examples": 1234}, held_out={"rows": 26, "before": 0.75, "after": 0.5}, accepted=True
-    )
+    held = {"rows": 26, "pairs": 310, "before": 0.75, "before_ci95": 0.1, "after": 0.5, "after_ci95": 0.125}
+    held |= {"change": -0.25, "change_ci95": 0.0625}
+    reason = f"taken: {NASTY}"
+    training("judge_distilled", 3, {"examples": 1234}, held_out=held, accepted=True, reason=reason)
+    stage("judge_quality", HeldOut, [([], {})], 3, quality=[QUALITY])
     for r in (0, 1):
       evaluation(r, 4, r)
     for r in (2, 3):

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from markupsafe import escape
-from report_run import LIKE, MOMENTS, NASTY, RUN, make, written
+from report_run import LIKE, MOMENTS, NASTY, RUN, make, vouched, written
 
 from alma_jax.report import charts, judged, numbers, page, sections
 from alma_jax.store import runs
@@ -93,7 +93,14 @@ def test_the_page_shows_the_runs_numbers(finished):
   assert f"round 2, policy of the round before: {sources['round_01/policy']} of 10" in text
   labels = [min(i % 7, 3) for i in range(30)] + [0, 0, 0, 3]
   assert sorted(collections.Counter(labels).values()) == sorted(numbers.cluster_sizes(finished))
-  assert "accepted: the rounds use it" in text and "−0.250, n = 26" in text
+  assert "accepted: the rounds use it" in text and "−0.250 ± 0.062, n = 26 annotations, 310 pairs" in text
+  assert "0.750 ± 0.100" in text and "0.500 ± 0.125" in text
+  base = numbers.progress(finished)[0]
+  for name in ("truth", "judge"):
+    assert f"base, {name} {base[name]:.2f} ± {base[f'{name}_ci95']:.2f}" in text
+  judged_by = "orders 0.750 ± 0.062 of 310 held-out pairs as the annotators did, mean error 1.50 ± 0.38 of 10, Spearman"
+  assert text.count(f"The run's judge {judged_by} 0.50 ± 0.25 (n = 26 annotations; own ") == 5
+  assert f"The judge of the rounds {judged_by}" in text and "the two means lie 1.50 apart" in text
   assert "round 3 of 3" in text and ">finished</span>" in text
 
 
@@ -209,6 +216,14 @@ def test_what_needs_attention_is_noted(tmp_path, finished):
   assert "round 3 50%" in text and "Answers grow" in text
 
 
+def test_alarms_come_first_and_end_the_summary(copy):
+  vouched(copy / "round_02/trainset", alarms={"selected": f"few {NASTY}"})
+  text = written(copy)
+  assert text.index('<section id="alarms">') < text.index('<section id="progress">')
+  assert f'<strong class="alarm">round_02/trainset</strong>: few {escape(NASTY)}' in text
+  assert f"alarm: round_02/trainset: few {NASTY}" in page.summary(copy).splitlines()
+
+
 def test_scores_that_follow_length_are_noted():
   def of(value):
     return Mean(value, 0.1, 9)
@@ -260,8 +275,9 @@ def test_summary_is_the_table_of_rounds(finished):
   for line, row in zip(lines[1:], numbers.progress(finished), strict=False):
     assert line.split()[:2] == [str(row["round"]), f"m{row['round']}"]
     assert f"{row['truth']:.2f} ± {row['truth_ci95']:.2f}" in line
-  assert lines[-2].startswith("best round by truth")
-  assert len(lines) == 7 and lines[-1].endswith(str(finished / "report.html"))
+  assert lines[5].startswith("best round by truth")
+  assert lines[6].startswith("judge: orders 0.750 ± 0.062 of 310 held-out pairs as the annotators did")
+  assert len(lines) == 8 and lines[-1].endswith(str(finished / "report.html"))
 
 
 def test_summary_without_an_evaluator_and_without_anything(tmp_path):

@@ -131,7 +131,7 @@ def told_of_progress(run):
   return [
     *out,
     "Mean score of the answers to 40 evaluation prompts, with 95 % intervals over the prompts."
-    " Dashed: the base model, 3-shot. Round 1 is the initial SFT.",
+    " Dashed, with its interval: the base model, 3-shot. Round 1 is the initial SFT.",
   ]
 
 
@@ -240,9 +240,37 @@ def told_of_judge(run):
     f"Fine-tuned on {tuned['annotations']} annotations in {tuned['steps']} steps;"
     f" {tuned['held_out']} more were held out.",
     "Pairs of held-out annotations in the right order",
-    *("fine-tuned", f"{held['before']:.3f}", "distilled", f"{held['after']:.3f}"),
+    *("fine-tuned", f"{held['before']:.3f} ± {held['before_ci95']:.3f}"),
+    *("distilled", f"{held['after']:.3f} ± {held['after_ci95']:.3f}"),
     f"The distilled judge ({n:,} examples of its own scores) is accepted: the rounds use it"
-    f" ({change}, n = {held['rows']} annotations).",
+    f" ({change} ± {held['change_ci95']:.3f}, n = {held['rows']} annotations, {held['pairs']} pairs)."
+    f" {distilled['reason']}.",
+    *told_of_quality(run),
+  ]
+
+
+def quality(run):
+  """The sentence about the judge under everything that shows its scores."""
+  (q,) = manifests(run)["judge_quality"]["quality"]
+  agreement, error, rank = ({**q[name]} for name in ("agreement", "error", "spearman"))
+  return (
+    f"orders {agreement['value']:.3f} ± {agreement['ci95']:.3f} of {agreement['n']} held-out pairs as the annotators"
+    f" did, mean error {error['value']:.2f} ± {error['ci95']:.2f} of 10, Spearman {rank['value']:.2f} ±"
+    f" {rank['ci95']:.2f} (n = {q['rows']} annotations; {q['judge']})."
+  )
+
+
+def told_of_quality(run):
+  (q,) = manifests(run)["judge_quality"]["quality"]
+  out = ["Measured on held-out annotations", f"The judge of the rounds {quality(run)}"]
+  out += ["the judge's score", "annotations", "its mean", "the annotators' mean"]
+  for b in q["calibration"]:
+    out += [f"{b['low']:g} to {b['high']:g}", f"{b['rows']}", f"{b['score']:.2f}", f"{b['label']:.2f}"]
+  entropy = f"{q['entropy']:.2f} bits on average; the annotations' scores together {q['entropy_of_labels']:.2f}"
+  return [
+    *out,
+    f"Calibration: the two means lie {q['calibration_error']:.2f} apart, averaged over the annotations. Entropy of the"
+    f" judge's distributions: {entropy}.",
   ]
 
 
@@ -392,6 +420,8 @@ def test_every_number_of_the_page_is_that_of_the_files(tmp_path, method):
   head = [f"alma · {tmp_path.name}", "ALMA · model <m>", "finished · round 3 of 3"]
   expected["head"] = [*head, f"{tmp_path} · 1 × cpu · 1 host · jax 0.0 · as of {at}"]
   assert shown.keys() == expected.keys()
+  for section in ("progress", "rounds", "selection", "length", "examples"):
+    expected[section].append(f"The run's judge {quality(tmp_path)}")
   for section, texts in expected.items():
     assert sorted(shown[section]) == sorted(texts), section
 

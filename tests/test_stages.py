@@ -3,6 +3,7 @@
 import ast
 import collections
 import dataclasses
+import functools
 import re
 import types
 
@@ -17,14 +18,19 @@ from alma_jax.corpus import draw as corpus_draw
 from alma_jax.corpus.normalise import prompt_id
 from alma_jax.engine import losses
 from alma_jax.errors import RunError, UserError
+from alma_jax.judges.contract import Verdict
 from alma_jax.recipes import alma as alma_recipe
+from alma_jax.runtime import alarms
 from alma_jax.runtime.display import Display
 from alma_jax.runtime.sampling import Decoding
 from alma_jax.runtime.session import Session
-from alma_jax.stages import drafts, draw, evaluation, judge, trainset
+from alma_jax.stages import data as human
+from alma_jax.stages import drafts, draw, evaluation, judge, judgments, quality, trainset
 from alma_jax.stages.responses import _samples
+from alma_jax.store import runs
 from alma_jax.store.data import SeedRow
-from alma_jax.store.records import Judgment, Prompt, Response
+from alma_jax.store.records import HeldOut, Judgment, Prompt, Response
+from alma_jax.store.statistics import Mean
 from alma_jax.store.statistics import Mean
 from configs import alma
 
@@ -322,15 +328,151 @@ def test_a_run_ends_after_rounds_without_a_better_score():
   assert not evaluation.stalled([{"truth": Mean(1.0, 0.1, 9)}] * 9, dataclasses.replace(options, patience=0))
 
 
-def test_ordered_share_counts_pairs_as_brute_force_does():
-  rng = np.random.default_rng(0)
-  scores, labels = rng.integers(0, 5, 30) / 2, rng.integers(0, 11, 30)
-  pairs = [(i, j) for i in range(30) for j in range(i) if labels[i] != labels[j]]
-  right = sum(
-    0.5 if scores[i] == scores[j] else float((scores[i] > scores[j]) == (labels[i] > labels[j])) for i, j in pairs
+# The distilled judge, and how good a judge is
+
+
+def annotations(scores, each=1):
+  """`each` annotations of a prompt, with these scores."""
+  return [SeedRow(prompt(i // each).messages, f"answer {i}", float(score), i) for i, score in enumerate(scores)]
+
+
+def test_the_gate_keeps_the_undistilled_judge_where_too_few_annotations_could_tell():
+  labels = np.arange(60) % 10
+  better, worse = labels + 0.5, np.where(labels == 3, 9, labels)
+  bounds = judge.DistilOptions
+  how = types.SimpleNamespace(least_rows=bounds.least_rows, least_pairs=bounds.least_pairs)
+  assert (how.least_rows, how.least_pairs) == (50, 200)
+  taken = judge._gate(worse, better, annotations(labels), how)
+  assert taken.accepted and taken.numbers["pairs"] == (60**2 - 10 * 6**2) // 2
+  assert taken.numbers["change"] == pytest.approx(taken.numbers["after"] - taken.numbers["before"])
+  assert "lowers" not in taken.reason and "1.000 +- 0.000 of 1,620 held-out pairs" in taken.reason
+  assert not judge._gate(better, worse, annotations(labels), how).accepted
+  few = judge._gate(worse[:49], better[:49], annotations(labels[:49]), how)
+  assert not few.accepted and few.reason.startswith("not taken: 49 held-out annotations with 1,080 pairs")
+  alike = np.array([0] * 56 + [1] * 3)  # 168 pairs
+  assert not judge._gate(alike, alike, annotations(alike), how).accepted
+  lowered = judge._gate(
+    worse[:49], better[:49], annotations(labels[:49]), types.SimpleNamespace(least_rows=49, least_pairs=9)
   )
-  assert judge.ordered_share(scores, labels) == pytest.approx(right / len(pairs))
-  assert judge.ordered_share(labels, labels) == 1.0 and judge.ordered_share(-labels, labels) == 0.0
+  assert lowered.accepted and "the usual bounds, 50 annotations and 200 pairs, would keep" in lowered.reason
+  one = np.full(60, 5)
+  assert not judge._gate(better, better, annotations(one), how).accepted
+
+
+def test_the_untrained_judge_is_not_measured_by_what_it_is_shown():
+  rows = annotations(np.arange(200) % 11, each=2)
+  data = types.SimpleNamespace(judge=rows)
+  s = types.SimpleNamespace(options=types.SimpleNamespace(seed=0))
+  shown = {prompt_id(row.messages) for row in judge._shown(rows, 0)}
+  tuned, few = (
+    {prompt_id(row.messages) for row in judge.held_out(s, data, types.SimpleNamespace(held_out=0.5, kind=kind))}
+    for kind in ("finetuned", "few_shot")
+  )
+  assert tuned & shown and few == tuned - shown
+
+
+def held(scores, labels, probs=None):
+  return [
+    HeldOut(prompt(i).id, float(label), float(score), probs)
+    for i, (score, label) in enumerate(zip(scores, labels, strict=True))
+  ]
+
+
+def test_quality_is_what_the_textbooks_say_on_the_annotators_scale():
+  rng = np.random.default_rng(0)
+  labels = rng.integers(0, 11, 300)
+  scores = np.clip(labels + rng.normal(0, 2, 300), 0, 10)
+  uniform = (1 / 11,) * 11
+  found = quality.of("own", (0.0, 10.0), held(scores, labels, uniform), annotations(labels))
+  assert found.spearman.value == pytest.approx(scipy.stats.spearmanr(scores, labels)[0])
+  assert found.error.value == pytest.approx(np.abs(scores - labels).mean())
+  assert found.deviation == pytest.approx(scores.std())
+  assert found.entropy == pytest.approx(np.log2(11))
+  assert found.entropy_of_labels == pytest.approx(scipy.stats.entropy(np.bincount(labels), base=2))
+  assert sum(b.rows for b in found.calibration) == 300
+  here = (scores >= 4) & (scores < 6)
+  middle = next(b for b in found.calibration if b.low == 4)
+  assert (middle.rows, middle.score, middle.label) == pytest.approx(
+    (here.sum(), scores[here].mean(), labels[here].mean())
+  )
+  assert found.calibration_error == pytest.approx(sum(b.rows * abs(b.score - b.label) for b in found.calibration) / 300)
+  # Another scale is stretched to the annotators'; a judge without one has no error, and is ordered all the same.
+  other = quality.of("own", (-1.0, 1.0), held(scores / 5 - 1, labels), annotations(labels))
+  assert other.error.value == pytest.approx(found.error.value) and other.entropy is None
+  free = quality.of("own", None, held(scores * 1e3, labels), annotations(labels))
+  assert (free.error, free.calibration, free.agreement) == (None, [], found.agreement)
+  nothing = quality.of("own", (0.0, 10.0), [], annotations(labels))
+  assert nothing.agreement is None and "nothing to measure it by" in quality.in_words(dataclasses.asdict(nothing))
+
+
+# Alarms
+
+BOUNDS = alarms.Options()
+
+
+@pytest.mark.parametrize(
+  ("quiet", "raised"),
+  [
+    (alarms.spread(BOUNDS, 0.1, (0.0, 10.0)), alarms.spread(BOUNDS, 0.099, (0.0, 10.0))),
+    (alarms.spread(BOUNDS, 0.011, (0.0, 1.0)), alarms.spread(BOUNDS, 0.0099, (0.0, 1.0))),
+    (alarms.spread(BOUNDS, 0.1, None), alarms.spread(BOUNDS, 0.0, None)),
+    (alarms.entropy(BOUNDS, 1.89, 2.0), alarms.entropy(BOUNDS, 1.9, 2.0)),
+    (alarms.length(BOUNDS, 0.6), alarms.length(BOUNDS, -0.61)),
+    (alarms.length(BOUNDS, None), alarms.length(BOUNDS, 1.0)),
+    (alarms.cut_off(BOUNDS, 95, 100), alarms.cut_off(BOUNDS, 96, 100)),
+    (alarms.selected(BOUNDS, 5, 10), alarms.selected(BOUNDS, 4, 10)),
+    (alarms.selected(BOUNDS, 0, 0), alarms.selected(BOUNDS, 0, 1)),
+  ],
+)
+def test_alarms_are_raised_beyond_their_bounds_alone(quiet, raised):
+  assert not quiet and len(raised) == 1
+
+
+def test_a_judge_of_no_use_and_data_of_no_use_raise_alarms():
+  labels = np.arange(110) % 11
+  marginal = quality.of("own", (0.0, 10.0), held(np.full(110, 5.0), labels, (1 / 11,) * 11), annotations(labels))
+  assert set(quality._alarms(marginal, (0.0, 10.0), BOUNDS)) == {"spread", "entropy"}
+  sharp = quality.of("own", (0.0, 10.0), held(labels, labels, (1.0,) + (0.0,) * 10), annotations(labels))
+  assert not quality._alarms(sharp, (0.0, 10.0), BOUNDS)
+  same = {"judge": annotations([7] * 9), "sft": [SeedRow((), "Yes.", None, 1)] * 19 + [SeedRow((), "No.", None, 1)]}
+  found = human._alarms(same, BOUNDS)
+  assert (
+    set(found) == {"annotations", "alike"} and "19 of 20 demonstrations have one response: 'Yes.'" in found["alike"]
+  )
+  assert not human._alarms({"judge": annotations([7, 8]), "sft": same["sft"][:9] + same["sft"][-1:]}, BOUNDS)
+
+
+def test_the_sums_of_judgments_over_shares_give_deviation_and_rank_correlation():
+  rng = np.random.default_rng(0)
+  lengths = rng.integers(1, 200, 4000)
+  scores = np.clip(5 + (lengths - 100) / 40 + rng.normal(0, 0.8, 4000), 0, 10)
+  shares = [
+    judgments._counts([Verdict(x) for x in scores[i::4].tolist()], (0.0, 10.0))
+    | judgments._length(scores[i::4].tolist(), lengths[i::4].tolist())
+    for i in range(4)
+  ]
+  whole = functools.reduce(runs._summed, shares)
+  assert alarms.deviation(4000, whole["score_sum"], whole["score_squares"]) == pytest.approx(scores.std())
+  rank = whole["length_spearman"]["sum"] / whole["length_spearman"]["responses"]
+  assert rank == pytest.approx(scipy.stats.spearmanr(scores, lengths)[0], abs=0.005) and rank > 0.6
+  assert set(judgments._alarms(whole, (0.0, 10.0), BOUNDS)) == {"length"}
+  flat = judgments._counts([Verdict(5.0)] * 9, (0.0, 10.0)) | judgments._length([5.0] * 9, list(range(9)))
+  assert "length_spearman" not in flat and set(judgments._alarms(flat, (0.0, 10.0), BOUNDS)) == {"spread"}
+
+
+def test_alarms_stand_in_the_manifest_after_the_sums_of_all_parts(tmp_path):
+  said = []
+  with runs.Run(tmp_path) as run:
+    stage = run.stage("a", {})
+    for part in range(2):
+      stage.write_part(part, 2, [], HeldOut, {"cut": 3})
+    stage.finish(alarms=lambda counts: alarms.cut_off(BOUNDS, counts["cut"], 6))
+    alarms.say(types.SimpleNamespace(say=said.append), stage)
+    assert runs.load_manifest(stage.dir)["alarms"].keys() == {"cut_off"}
+    assert said == [f"alarm: a: {stage.manifest['alarms']['cut_off']}"] and "6 of 6 answers (100.0%)" in said[0]
+    quiet = run.stage("b", {})
+    quiet.finish(alarms=lambda counts: {})
+    assert "alarms" not in quiet.manifest
 
 
 # What few-shot contexts show

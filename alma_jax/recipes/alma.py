@@ -18,12 +18,24 @@ from alma_jax.errors import RunError
 from alma_jax.judges import contract
 from alma_jax.judges.contract import Judge
 from alma_jax.options import Checked, ConfigError, option, refuse, spread
-from alma_jax.runtime import training
+from alma_jax.runtime import alarms, training
 from alma_jax.runtime.host import Checkpoint, EngineOptions, Host, ModelOptions
 from alma_jax.runtime.sampling import ManyOptions
 from alma_jax.runtime.session import MeshOptions
 from alma_jax.runtime.session import Session as AnySession
-from alma_jax.stages import clusters, drafts, draw, evaluation, judge, judgments, policy, prompts, responses, trainset
+from alma_jax.stages import (
+  clusters,
+  drafts,
+  draw,
+  evaluation,
+  judge,
+  judgments,
+  policy,
+  prompts,
+  quality,
+  responses,
+  trainset,
+)
 from alma_jax.stages import data as human
 from alma_jax.store import layout
 from alma_jax.store.data import load_examples
@@ -75,6 +87,7 @@ class Options(Checked):
   dpo: training.PreferenceOptions
   grpo: training.GrpoOptions
   eval: evaluation.Options
+  alarms: alarms.Options
 
   def __post_init__(self) -> None:
     super().__post_init__()
@@ -125,6 +138,7 @@ def run(s: Session) -> None:
 
   # Judge (3.3): fine-tuned on the annotations, distilled on its own scores    J
   judge_, drawn = made_judge(s, data, sft, pools)
+  quality.build(s, judge_, data, judge.held_out(s, data, o.judge))
 
   evaluation.overlap(s, data, o.eval, [pool.prompts for pool in pools])
   evaluation.build(s.at(0), s.base, judge_, data, o.eval, shots=o.eval.shots)

@@ -25,7 +25,7 @@ class Line:
   name: str
   points: list[Point]
   colour: int
-  level: float | None = None  # a dashed horizontal line
+  level: Point | None = None  # a dashed horizontal line, with a band as wide as the interval
   level_name: str = ""
 
 
@@ -57,7 +57,8 @@ def lines(drawn: Sequence[Line], x_label: str, y_label: str, low: float | None =
   """Points with intervals over whole numbers (rounds), each line named at its right end."""
   drawn = [line for line in drawn if line.points]
   edges = [y + sign * (ci or 0) for line in drawn for _, y, ci in line.points for sign in (-1, 1)]
-  edges += [line.level for line in drawn if line.level is not None] + ([] if low is None else [low])
+  levels = [line.level for line in drawn if line.level]
+  edges += [y + sign * (ci or 0) for _, y, ci in levels for sign in (-1, 1)] + ([] if low is None else [low])
   ys, xs = ticks(min(edges), max(edges)), sorted({x for line in drawn for x, _, _ in line.points})
   width, height, left, right, top, bottom = 780, 310, 46, 190, 26, 40
   step = (width - left - right) / max(1, xs[-1] - xs[0])
@@ -78,8 +79,12 @@ def lines(drawn: Sequence[Line], x_label: str, y_label: str, low: float | None =
   labels = []
   for line in drawn:
     out.append(f'<g class="s{line.colour}">')
-    if line.level is not None:
-      y = y_at(line.level)
+    if line.level:
+      y, half = y_at(line.level.y), line.level.ci95
+      if half:
+        upper, lower = y_at(line.level.y + half), y_at(line.level.y - half)
+        place = f'x="{left}" width="{width - right - left}" y="{upper:.1f}" height="{lower - upper:.1f}"'
+        out.append(f'<rect class="band" {place}/>')
       out.append(f'<line class="level" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
       labels.append(_Label(y, line.level_name, line.colour, "quiet"))
     path = " ".join(f"{x_at(x):.1f},{y_at(y):.1f}" for x, y, _ in line.points)

@@ -19,17 +19,18 @@ import jinja2
 from markupsafe import Markup
 
 from alma_jax.errors import full_disk
-from alma_jax.report import graded, numbers, pool, sections, wording
+from alma_jax.report import graded, judges, numbers, pool, sections, wording
 from alma_jax.store import layout, shards
 
 HERE = pathlib.Path(__file__).parent
 SECTIONS: dict[str, tuple[str, Callable[[numbers.Facts], Any]]] = {  # title and what gathers the content, in order
+  "alarms": ("Alarms", lambda facts: judges.alarms(facts.stages)),
   "progress": ("Progress", sections.progress),
   "notes": ("Notes", sections.notes),
   "rounds": ("Rounds", sections.rounds),
   "selection": ("Selection", sections.selection),
   "length": ("Length and the judge's scores", sections.length),
-  "judge": ("Judge", sections.judge),
+  "judge": ("Judge", judges.judge),
   "pool": ("Pool", pool.pool),
   "training": ("Training", sections.training),
   "time": ("Time", sections.time),
@@ -37,6 +38,7 @@ SECTIONS: dict[str, tuple[str, Callable[[numbers.Facts], Any]]] = {  # title and
   "data": ("Data read and dropped", sections.data),
   "config": ("Config", sections.config),
 }
+SCORED = ("progress", "rounds", "selection", "length", "examples")  # sections with the judge's scores
 _logger = logging.getLogger(__name__)
 
 
@@ -44,6 +46,7 @@ class Section(NamedTuple):
   name: str  # its anchor, and its macro in page.html.j2
   title: str
   body: Markup
+  judged: list[str]  # how good the judge is whose scores are in it
 
 
 def write(directory: str | pathlib.Path) -> pathlib.Path | None:
@@ -79,7 +82,10 @@ def summary(directory: str | pathlib.Path) -> str:
     out = ["no checkpoint has been evaluated yet"]
   elif best := graded.best(directory):
     out.append(best.in_words())
-  seconds = sum(s.manifest.get("seconds", 0) for s in layout.stages(directory) if s.manifest)
+  stages = layout.stages(directory)
+  out += [f"judge: {judges.in_words(quality)}" for quality in judges.qualities(stages)]
+  out += [f"alarm: {stage}: {sentence}" for stage, sentence in judges.alarms(stages)]
+  seconds = sum(s.manifest.get("seconds", 0) for s in stages if s.manifest)
   page = directory / layout.PAGE
   out.append(f"all stages together {wording.duration(seconds)}" + (f"; report: {page}" if page.exists() else ""))
   return "\n".join(out)
@@ -98,10 +104,13 @@ def _section(name: str, facts: numbers.Facts) -> Section | None:
   title, gather = SECTIONS[name]
   try:
     content = gather(facts)
-    return Section(name, title, getattr(_macros(), name)(content)) if content else None
+    if not content:
+      return None
+    told = [judges.in_words(q) for q in judges.qualities(facts.stages)] if name in SCORED else []
+    return Section(name, title, getattr(_macros(), name)(content), told)
   except Exception as e:
     _logger.warning("%s: section %s: %s: %s", layout.PAGE, title, type(e).__name__, e)
-    return Section(name, title, _macros().failed(f"{type(e).__name__}: {e}"))
+    return Section(name, title, _macros().failed(f"{type(e).__name__}: {e}"), [])
 
 
 @functools.cache

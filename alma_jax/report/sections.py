@@ -80,7 +80,7 @@ def progress(facts: Facts) -> Progress | None:
       grader = graded.grader(facts.run, name)
       scale = str(grader.scale if grader and grader.scale else name)
       said = f"base, {name} {_with_interval(base)}" if base else ""
-      shown[scale].append(Line(f"{name} {later[-1].y:.2f}", later, colour, base and base.y, said))
+      shown[scale].append(Line(f"{name} {later[-1].y:.2f}", later, colour, base, said))
   if not shown:
     return None
   n = sorted({row["n"] for row in facts.progress if "n" in row})
@@ -124,7 +124,7 @@ def notes(facts: Facts) -> list[Note]:
     found.append(Note("length", "Answers grow", text))
   distilled = facts.manifest(layout.DISTILLED)
   if distilled and distilled.get("accepted") is False:
-    text = ": it agrees less with the held-out annotations."
+    text = f": {distilled.get('reason', 'it agrees less with the held-out annotations')}."
     found.append(Note("judge", "The distilled judge is not used", text))
   for stage in facts.stages:
     counts = (stage.manifest or {}).get("counts", {})
@@ -295,37 +295,6 @@ def length(facts: Facts) -> Length | None:
     rows.append(cells)
   most = max((j.most_entropy or 0.0 for j in rounds.values()), default=0.0)
   return Length(chart, Table(head, rows), LENGTH_ALARM, MASS_ALARM if has_mass else None, most)
-
-
-@dataclasses.dataclass(frozen=True)
-class Distilled:
-  chart: Markup
-  examples: int
-  accepted: bool
-  change: float
-  held_out: int
-
-
-@dataclasses.dataclass(frozen=True)
-class JudgeSection:
-  tuned: Mapping[str, int] | None  # the counts of its training
-  distilled: Distilled | None
-  few_shot: bool
-
-
-def judge(facts: Facts) -> JudgeSection | None:
-  tuned, distilled = facts.manifest(layout.JUDGE), facts.manifest(layout.DISTILLED)
-  held = (distilled or {}).get("held_out")
-  told = None
-  if distilled and held:
-    rows = [
-      ChartBar(name, held[when], f"{held[when]:.3f}")
-      for name, when in (("fine-tuned", "before"), ("distilled", "after"))
-    ]
-    examples, accepted = distilled["counts"]["examples"], distilled["accepted"]
-    told = Distilled(charts.bars(rows, 1), examples, accepted, held["after"] - held["before"], held["rows"])
-  few_shot = told is None and facts.config.get("judge", {}).get("kind") == "few_shot"
-  return JudgeSection(tuned["counts"] if tuned else None, told, few_shot) if tuned or told or few_shot else None
 
 
 def training(facts: Facts) -> list[Figure]:

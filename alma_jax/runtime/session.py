@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from alma_jax import options as options_lib
 from alma_jax.options import Checked, refuse
+from alma_jax.runtime import alarms
 from alma_jax.runtime.display import Display
 from alma_jax.runtime.host import Checkpoint, EngineOptions, Host, ModelOptions
 from alma_jax.store import layout, shards
@@ -52,6 +53,9 @@ class RunOptions(Protocol):
 
   @property
   def engine(self) -> EngineOptions: ...
+
+  @property
+  def alarms(self) -> alarms.Options: ...
 
 
 O = TypeVar("O", bound=RunOptions)

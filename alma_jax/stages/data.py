@@ -7,9 +7,10 @@ The prompts of the other evaluation sets are copied too, as far as they are name
 of everything that is trained on. A set that is named later changes nothing here.
 """
 
+import collections
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alma_jax import names
@@ -17,6 +18,7 @@ from alma_jax.corpus.normalise import prompt_id
 from alma_jax.errors import writing
 from alma_jax.keys import key_of
 from alma_jax.options import Checked, ConfigError, fingerprint, option
+from alma_jax.runtime import alarms
 from alma_jax.runtime.session import Session
 from alma_jax.store import layout, shards
 from alma_jax.store.data import SeedRow, is_tfds, load_examples
@@ -59,8 +61,10 @@ def build(s: Session[Any], options: Options, sets: Sequence[str] = ()) -> Data:
     fields["config"]["seed"] = s.options.seed
   stage = s.run.stage(layout.SEEDS, fields)
   if not stage.done:
-    counts = _write(stage.dir, options, s.options.seed, sets) if s.run.process == 0 else {}
-    stage.finish(counts=counts, files=[f"{name}.jsonl" for name in (*NEEDED, *([HELD_OUT] if sets else []))])
+    counts, found = _write(stage.dir, options, s.options.seed, sets) if s.run.process == 0 else ({}, {})
+    files = [f"{name}.jsonl" for name in (*NEEDED, *([HELD_OUT] if sets else []))]
+    stage.finish(counts=counts, files=files, alarms=lambda _: _alarms(found, s.options.alarms))
+    alarms.say(s.display, stage)
     for name, count in stage.manifest["counts"].items():
       s.run.log("data", file=name, **count)
       s.tell(f"data.{name}", count, count.get("rows", 0), LOST)
@@ -104,13 +108,30 @@ def read(
   return rows, counts
 
 
-def _write(directory: pathlib.Path, options: Options, seed: int, sets: Sequence[str]) -> dict[str, dict]:
-  """Write a file for each kind of row; the counts of `read`."""
+def _write(
+  directory: pathlib.Path, options: Options, seed: int, sets: Sequence[str]
+) -> tuple[dict[str, dict], dict[str, list[SeedRow]]]:
+  """Write a file for each kind of row; the counts and the rows of `read`."""
   rows, counts = read(options, directory / ".made", seed, sets)
   for name, kept in rows.items():
     with shards.atomic(directory / f"{name}.jsonl") as file:
       file.write(shards.json_lines(_plain(row, NEEDED.get(name, ())) for row in kept))
-  return counts
+  return counts, rows
+
+
+def _alarms(rows: Mapping[str, Sequence[SeedRow]], bounds: alarms.Options) -> alarms.Alarms:
+  """Whether the annotations have one score, and whether the demonstrations hardly differ."""
+  found = {}
+  scores = {row.score for row in rows["judge"]}
+  if len(scores) == 1:
+    found["annotations"] = (
+      f"all {len(rows['judge']):,} annotations have the score {scores.pop():g}: no judge learns from"
+    )
+    found["annotations"] += " them what is better"
+  (most,) = collections.Counter(row.response for row in rows["sft"]).most_common(1) or [("", 0)]
+  if len(rows["sft"]) > 1 and most[1] > bounds.alike * len(rows["sft"]):
+    found["alike"] = f"{most[1]:,} of {len(rows['sft']):,} demonstrations have one response: {most[0]!r:.60}"
+  return found
 
 
 def _made(options: Options) -> dict[str, str]:

@@ -24,7 +24,7 @@ from alma_jax.judges import contract
 from alma_jax.judges.contract import Answered, Judge
 from alma_jax.keys import key_of
 from alma_jax.options import ConfigError, fingerprint, option, refuse
-from alma_jax.runtime import sampling
+from alma_jax.runtime import alarms, sampling
 from alma_jax.runtime.display import Bar
 from alma_jax.runtime.host import Checkpoint, Host
 from alma_jax.runtime.session import Session
@@ -169,7 +169,11 @@ def answers(asker: Asker, checkpoint: Checkpoint, asked: PromptSet, data: Data, 
         counts = {"finished": sum(r.finished for r in records), "tokens": sum(r.tokens for r in records)}
         counts["prompts_too_long"] = sum(not (r.finished or r.tokens) for r in records)  # who is asked writes a token
         stage.write_part(part, shares, records, Answer, counts)
-    stage.finish(checkpoint=checkpoint.name)
+    bounds, total = s.options.alarms, len(asked.rows)
+    stage.finish(
+      alarms=lambda counts: alarms.cut_off(bounds, total - counts["finished"], total), checkpoint=checkpoint.name
+    )
+    alarms.say(s.display, stage)
     left_out = f"prompts get an empty answer: they have more than {options.max_prompt_tokens:,} tokens"
     s.tell(stage.name, stage.manifest["counts"], len(asked.rows), {"prompts_too_long": left_out})
   return Artefact(stage, Answer)

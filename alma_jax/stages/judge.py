@@ -2,9 +2,11 @@
 
 Self-distillation needs a target that is not the judge's own distribution, or nothing would be learned: the default
 `two_hot` puts the mean score on its two neighbouring integers, `rounded` on the nearest one. The distilled judge is
-taken only if it orders held-out annotations no worse than before; the manifest says which one was taken.
+taken only if there are enough held-out annotations to tell, and it orders them no worse than before; the manifest says
+which one was taken, and why.
 """
 
+import collections
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -22,11 +24,11 @@ from alma_jax.judges.own import OwnJudge
 from alma_jax.judges.reward import RewardJudge
 from alma_jax.keys import key_of
 from alma_jax.options import Checked, ConfigError, fingerprint, option
-from alma_jax.runtime import sampling, training
+from alma_jax.runtime import alarms, sampling, training
 from alma_jax.runtime.batches import Examples, Rated, compact
 from alma_jax.runtime.host import Checkpoint, Host
 from alma_jax.runtime.session import Session
-from alma_jax.store import layout
+from alma_jax.store import layout, statistics
 from alma_jax.store.data import SeedRow
 from alma_jax.store.handles import Data
 from alma_jax.store.records import Judgment, Prompt, Response
@@ -40,6 +42,9 @@ from alma_jax.text.chat import Messages
 class DistilOptions(Checked):
   prompts: int = option(0, least=0)  # synthetic prompts, answered by the initial models; 0: no distillation
   target: Literal["two_hot", "rounded"] = "two_hot"
+  # With fewer held-out annotations, or pairs of them with different scores, the distilled judge is not taken
+  least_rows: int = option(50, least=1)
+  least_pairs: int = option(200, least=1)
   sample: sampling.ManyOptions
   train: training.Options
 
@@ -50,7 +55,8 @@ class Options(Checked):
   kind: str = option("finetuned", names=names.JUDGES)
   mode: Literal["expected", "integer"] = "expected"  # "integer": the likeliest score (Table 3)
   template: str = option("a2", names=names.JUDGE_TEMPLATES)
-  held_out: float = option(0.05, least=0, most=0.5)  # of the annotated prompts, to accept or refuse the distilled judge
+  # Of the annotated prompts, to measure the judge and to accept or refuse the distilled one; at least one prompt
+  held_out: float = option(0.05, least=0, most=0.5)
   train: training.Options
   distil: DistilOptions
 
@@ -123,19 +129,33 @@ def of_user(s: Session[Any], options: Options) -> Judge:
 
 def few_shot(s: Session[Any], data: Data, options: Options) -> OwnJudge:
   """The untrained judge: the base model with three worked examples (low, middle, high score)."""
-  ranked = sorted(
-    data.judge,
-    key=lambda row: (row.score, key_of(s.options.seed, "shots", prompt_id(row.messages), row.response)),
-  )
-  shown = [ranked[len(ranked) * at // 10] for at in (8, 1, 5)]
+  shown = _shown(data.judge, s.options.seed)
   shots = tuple((row.messages, row.response or "", round(row.score or 0.0)) for row in shown)
   return OwnJudge(s.host, s.base, options.judge_template(), options.mode, shots)
+
+
+def _shown(annotations: Sequence[SeedRow], seed: int) -> list[SeedRow]:
+  """The three annotations that the untrained judge is shown."""
+  ranked = sorted(
+    annotations, key=lambda row: (row.score, key_of(seed, "shots", prompt_id(row.messages), row.response))
+  )
+  return [ranked[len(ranked) * at // 10] for at in (8, 1, 5)]
+
+
+def held_out(s: Session[Any], data: Data, options: Options) -> list[SeedRow]:
+  """The annotations that the judge of this kind never sees, to measure it by."""
+  rows = _split(data.judge, options.held_out, s.options.seed)[1]
+  seen = _shown(data.judge, s.options.seed) if options.kind == "few_shot" else []
+  prompts = {prompt_id(row.messages) for row in seen}
+  return [row for row in rows if prompt_id(row.messages) not in prompts]
 
 
 def finetuned(s: Session[Any], data: Data, options: Options) -> OwnJudge:
   """The judge that the stage `judge` trains on the annotations."""
   seed = s.options.seed
   train, held_out = _split(data.judge, options.held_out, seed)
+  if options.distils and (why := _undecided(held_out, options.distil)):
+    s.display.say(f"{layout.DISTILLED}: will not be taken: {why}")
   fields = _fields(s, s.base, options, train=fingerprint(options.train))
   fields |= {"data": {"judge": data.digests["judge"]}}
   stage = s.run.stage(layout.JUDGE, fields)
@@ -236,12 +256,23 @@ def distilled(s: Session[Any], judge: OwnJudge, data: Data, practice: Practice, 
     order = key_of(seed, "judge_distilled")[0]
     model, facts = training.train(s, stage, judge.checkpoint, examples, how.train, order)
     candidate = Checkpoint(layout.DISTILLED, model, f"candidate of {judge.checkpoint.content}")
-    before, error_before = agreement(real_valued(judge), held_out)
-    after, error_after = agreement(real_valued(dataclasses.replace(judge, checkpoint=candidate)), held_out)
+    both = real_valued(judge), real_valued(dataclasses.replace(judge, checkpoint=candidate))
+    before, after = (_scores(j, held_out) for j in both)
     s.host.free()
-    held = {"rows": len(held_out), "before": before, "after": after}
-    held |= {"error_before": error_before, "error_after": error_after}
-    training.finish(s, stage, counts | facts, how.train, held_out=held, accepted=after >= before)
+    found = _gate(before, after, held_out, how)
+    too_few = _undecided(held_out, how)
+    training.finish(
+      s,
+      stage,
+      counts | facts,
+      how.train,
+      alarms=lambda _: {"held_out": found.reason} if too_few else {},
+      held_out=found.numbers,
+      accepted=found.accepted,
+      reason=found.reason,
+    )
+    alarms.say(s.display, stage)
+    s.display.say(f"{stage.name}: {found.reason}")
   if not stage.manifest["accepted"]:
     return judge
   return dataclasses.replace(judge, checkpoint=training.trained(stage))
@@ -255,20 +286,77 @@ def targets(score: float, kind: str) -> list[tuple[int, float]]:
   return [(s, w) for s, w in ((low, low + 1 - score), (low + 1, score - low)) if w > 0]
 
 
-def agreement(judge: Judge, rows: Sequence[SeedRow]) -> tuple[float, float]:
-  """The share of pairs of annotated rows that the judge orders as the annotator did, a tie counting half, and the mean
-  absolute error of the judge's score."""
-  pairs = [Answered(row.messages, row.response or "") for row in rows]
-  scores = np.array([v.number for v in judge.scores(pairs)])
-  labels = np.array([row.score for row in rows])
-  return ordered_share(scores, labels), float(np.abs(scores - labels).mean())
+def agreement(judge: Judge, rows: Sequence[SeedRow]) -> tuple[float | None, float]:
+  """The share of pairs of annotated rows that the judge orders as the annotator did, a tie counting half, None if there
+  are none; and the mean absolute error of the judge's score."""
+  scores, labels = _scores(judge, rows), np.array([row.score or 0.0 for row in rows])
+  share = statistics.ordered(scores, labels, np.arange(len(rows)))
+  return share and share.value, float(np.abs(scores - labels).mean())
 
 
-def ordered_share(scores: np.ndarray, labels: np.ndarray) -> float:
-  """Of all pairs with different labels, the share whose scores differ the same way; equal scores count half."""
-  told, meant = (np.sign(x[:, None] - x[None, :]) for x in (scores, labels))
-  different = meant != 0
-  return float((0.5 + 0.5 * (told * meant))[different].mean()) if different.any() else 0.5
+def _scores(judge: Judge, rows: Sequence[SeedRow]) -> np.ndarray:
+  """The judge's score of each annotated row."""
+  pairs = [
+    Answered(row.messages, row.response or "", name=f"annotation of prompt {prompt_id(row.messages)}") for row in rows
+  ]
+  return np.array([v.number for v in contract.scores(judge, pairs)])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Gate:
+  """Whether the distilled judge is taken."""
+
+  accepted: bool
+  numbers: dict[str, Any]
+  reason: str
+
+
+def _gate(before: np.ndarray, after: np.ndarray, rows: Sequence[SeedRow], options: DistilOptions) -> _Gate:
+  """From the scores of held-out rows by the judge before and after its distillation."""
+  labels = np.array([row.score or 0.0 for row in rows])
+  prompts = np.array([prompt_id(row.messages) for row in rows], dtype=str)
+  numbers: dict[str, Any] = {"rows": len(rows), "pairs": 0}
+  for name, scores in (("before", before), ("after", after)):
+    numbers[f"error_{name}"] = float(np.abs(scores - labels).mean()) if len(rows) else None
+  shares = [statistics.ordered(scores, labels, prompts) for scores in (before, after)]
+  change = statistics.ordered(after, labels, prompts, before)
+  too_few = _undecided(rows, options)
+  old, new = shares
+  if old is None or new is None or change is None:  # no two annotations differ in score
+    return _Gate(False, numbers, f"not taken: {too_few or 'no two held-out annotations differ in score'}")
+  numbers["pairs"] = new.n
+  for name, share in (("before", old), ("after", new), ("change", change)):
+    numbers |= {name: share.value, f"{name}_ci95": share.ci95}
+  accepted = not too_few and new.value >= old.value
+  said = (
+    f"it orders {_share(new)} of {new.n:,} held-out pairs as the annotators did and the fine-tuned judge {_share(old)},"
+    f" a change of {change.value:+.3f}" + ("" if change.ci95 is None else f" +- {change.ci95:.3f}")
+  )
+  said += f" ({len(rows):,} annotations)"
+  usual = DistilOptions.least_rows, DistilOptions.least_pairs
+  if not too_few and (len(rows) < usual[0] or new.n < usual[1]):
+    said += (
+      f"; the usual bounds, {usual[0]} annotations and {usual[1]} pairs, would keep the fine-tuned judge: this config"
+      f" lowers them to {options.least_rows} and {options.least_pairs}"
+    )
+  return _Gate(accepted, numbers, f"{'taken' if accepted else 'not taken'}: " + (f"{too_few}; " * bool(too_few)) + said)
+
+
+def _share(found: statistics.Mean) -> str:
+  return f"{found.value:.3f}" + ("" if found.ci95 is None else f" +- {found.ci95:.3f}")
+
+
+def _undecided(rows: Sequence[SeedRow], options: DistilOptions) -> str:
+  """Why the held-out annotations are too few to take the distilled judge, or ""."""
+  scores = collections.Counter(row.score for row in rows)
+  pairs = (len(rows) ** 2 - sum(n**2 for n in scores.values())) // 2
+  if len(rows) >= options.least_rows and pairs >= options.least_pairs:
+    return ""
+  return (
+    f"{len(rows):,} held-out annotations with {pairs:,} pairs of different scores are too few to tell whether it is"
+    f" better (at least {options.least_rows} and {options.least_pairs}): raise judge.held_out, annotate more, or set"
+    " judge.distil.prompts to 0"
+  )
 
 
 def _split(annotations: Sequence[SeedRow], share: float, seed: int) -> tuple[list[SeedRow], list[SeedRow]]:

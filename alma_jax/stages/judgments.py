@@ -2,10 +2,13 @@
 
 from typing import Any
 
+import numpy as np
+
 from alma_jax.judges import contract
 from alma_jax.judges.contract import Answered, Judge, Verdict
+from alma_jax.runtime import alarms
 from alma_jax.runtime.session import Session
-from alma_jax.store import layout
+from alma_jax.store import layout, statistics
 from alma_jax.store.records import Judgment, Prompt, Response
 from alma_jax.store.runs import Artefact
 
@@ -33,8 +36,13 @@ def build(s: Session[Any], asked: Artefact[Prompt], answered: Artefact[Response]
       records = [
         Judgment(r.prompt_id, r.sample_id, v.number, v.probs, v.mass) for r, v in zip(responses, found, strict=True)
       ]
-      stage.write_part(share, shares, records, Judgment, _counts(found, judge.scale))
-  stage.finish(judge={"identity": judge.identity, "scale": judge.scale})
+      counts = _counts(found, judge.scale) | _length([v.number for v in found], [len(r.text) for r in responses])
+      stage.write_part(share, shares, records, Judgment, counts)
+  stage.finish(
+    alarms=lambda counts: _alarms(counts, judge.scale, s.options.alarms),
+    judge={"identity": judge.identity, "scale": judge.scale},
+  )
+  alarms.say(s.display, stage)
   return Artefact(stage, Judgment)
 
 
@@ -45,6 +53,7 @@ def parts_of(share: int, answered: Artefact[Response], shares: int) -> range:
 
 def _counts(found: list[Verdict], scale: contract.Scale | None) -> dict[str, Any]:
   counts: dict[str, Any] = {"judged": len(found), "score_sum": sum(v.number for v in found)}
+  counts["score_squares"] = sum(v.number**2 for v in found)
   masses = [v.mass for v in found if v.mass is not None]
   if masses:
     counts["mass_sum"] = sum(masses)
@@ -54,3 +63,19 @@ def _counts(found: list[Verdict], scale: contract.Scale | None) -> dict[str, Any
     marks = [int((v.number - low) / width + 0.5) for v in found]
     counts["histogram"] = {f"{mark:02d}": marks.count(mark) for mark in range(BINS)}
   return counts
+
+
+def _length(scores: list[float], lengths: list[int]) -> dict[str, Any]:
+  """Spearman's correlation of a share's scores with the responses' characters, for a mean over shares that is weighted
+  by their responses: ranks of a whole round would need the whole round in memory. A share is every n-th prompt, so its
+  ranks are those of a sample. Nothing for a share in which one of the two is constant."""
+  found = statistics.spearman(scores, lengths, np.arange(len(scores)))
+  return {} if found is None else {"length_spearman": {"responses": found.n, "sum": found.n * found.value}}
+
+
+def _alarms(counts: dict[str, Any], scale: contract.Scale | None, bounds: alarms.Options) -> alarms.Alarms:
+  if not counts.get("judged"):
+    return {}
+  deviation = alarms.deviation(counts["judged"], counts["score_sum"], counts["score_squares"])
+  length = counts.get("length_spearman")
+  return alarms.spread(bounds, deviation, scale) | alarms.length(bounds, length and length["sum"] / length["responses"])

@@ -10,7 +10,7 @@ from typing import Any
 from alma_jax.engine.sample import Request
 from alma_jax.keys import key_of
 from alma_jax.options import fingerprint
-from alma_jax.runtime import sampling
+from alma_jax.runtime import alarms, sampling
 from alma_jax.runtime.host import Checkpoint
 from alma_jax.runtime.session import Session
 from alma_jax.store import layout
@@ -66,7 +66,9 @@ def build(
         "prompts_too_long": too_long,
       }
       stage.write_part(part, parts, records, Response, counts)
-  stage.finish()
+  bounds = s.options.alarms
+  stage.finish(alarms=lambda counts: alarms.cut_off(bounds, counts.get("truncated", 0), counts.get("samples", 0)))
+  alarms.say(s.display, stage)
   counts, room = stage.manifest["counts"], options.decoding.max_new_tokens
   s.tell(stage.name, counts, counts["samples"], {"truncated": f"responses are cut off at {room:,} tokens"})
   left_out = f"prompts are left out: they are longer than {options.max_prompt_tokens:,} tokens (max_prompt_tokens)"

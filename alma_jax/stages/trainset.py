@@ -17,6 +17,7 @@ from alma_jax.engine import losses
 from alma_jax.errors import RunError
 from alma_jax.keys import key_of
 from alma_jax.options import Checked, fingerprint, option
+from alma_jax.runtime import alarms
 from alma_jax.runtime.session import Session
 from alma_jax.store import layout, shards
 from alma_jax.store.handles import Trainset
@@ -83,7 +84,12 @@ def build(
   s.run.barrier(f"{stage.name}: parts")
   if s.run.process == 0:
     shards.save_array(stage.dir / "order.npy", _order(stage, shares, [prompt.id for prompt in prompts]))
-  stage.finish(files=["order.npy"])
+  bounds = s.options.alarms
+  stage.finish(
+    files=["order.npy"],
+    alarms=lambda counts: alarms.selected(bounds, counts.get("prompts_kept", 0), len(prompts)),
+  )
+  alarms.say(s.display, stage)
   return Trainset(stage, options.kind)
 
 

@@ -2,7 +2,7 @@
 
   runs/alma/
     config.json  log.jsonl  progress.csv  report.html  .lock  .digests.json
-    seeds  sft_1  sft_2  judge  judge_distilled        stages made once
+    seeds  sft_1  sft_2  judge  judge_distilled  judge_quality        stages made once
     pool/drafts ...  pool_03/drafts ...                the pool, and the prompts added before round 3
     round_02/config.json
     round_02/prompts ...  round_02/policy
@@ -26,7 +26,7 @@ from alma_jax.store import digests
 from alma_jax.store.records import FORMAT, VERSIONS
 
 # Stages made once, and the directory of the pool
-SEEDS, POOL, JUDGE, DISTILLED = "seeds", "pool", "judge", "judge_distilled"
+SEEDS, POOL, JUDGE, DISTILLED, QUALITY = "seeds", "pool", "judge", "judge_distilled", "judge_quality"
 # Stages of a pool
 DRAFTS, PROMPTS, PROJECTION, EMBEDDINGS, CLUSTERS = "drafts", "prompts", "projection", "embeddings", "clusters"
 # Stages of a round, which has PROMPTS too

@@ -41,6 +41,14 @@ class Judgment:
 
 
 @dataclasses.dataclass(frozen=True)
+class HeldOut:
+  prompt_id: str
+  label: float  # the annotator's score
+  score: float  # in the judge's own unit
+  probs: tuple[float, ...] | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Example:
   prompt_id: str
   messages: Turns

@@ -244,20 +244,35 @@ class Stage:
     if self.run.process == 0 and not self.done:
       shards.write_json(self.dir / "seconds.json", {"seconds": round(time.monotonic() - self._begin, 3)})
 
-  def finish(self, counts: Mapping[str, Any] | None = None, files: Sequence[str] = (), **extra: Any) -> Manifest:
-    """Writes the manifest when all processes are here; `files` names other files in the stage's directory."""
+  def finish(
+    self,
+    counts: Mapping[str, Any] | None = None,
+    files: Sequence[str] = (),
+    alarms: Callable[[dict[str, Any]], Mapping[str, str]] | None = None,
+    **extra: Any,
+  ) -> Manifest:
+    """Writes the manifest when all processes are here; `files` names other files in the stage's directory.
+
+    `alarms(counts)` gives sentences about what stands out in the counts of all parts together, by name.
+    """
     if self.done:
       return self.manifest
     self.run.barrier(f"{self.name}: written")
     if self.run.process == 0:
-      self._write_manifest(dict(counts or {}), files, extra)
+      self._write_manifest(dict(counts or {}), files, alarms, extra)
     self.run.barrier(f"{self.name}: finished")
     _wait_for(self.dir / layout.MANIFEST, self.run.processes)
     self._manifest = load_manifest(self.dir)
     self._parts = self.parts
     return self.manifest
 
-  def _write_manifest(self, counts: dict[str, Any], files: Sequence[str], extra: dict[str, Any]) -> None:
+  def _write_manifest(
+    self,
+    counts: dict[str, Any],
+    files: Sequence[str],
+    alarms: Callable[[dict[str, Any]], Mapping[str, str]] | None,
+    extra: dict[str, Any],
+  ) -> None:
     self.run.check()
     parts, sums, n = [], counts, self._parts or 0
     for i in range(n):
@@ -268,6 +283,8 @@ class Stage:
         raise RuntimeError(f"stage {self.name} is finished without {path.name}; write every part first")
       sums = _summed(sums, row["counts"])
       parts.append({"name": path.name, **{key: x for key, x in row.items() if key not in ("counts", digests.SEAL)}})
+    if found := alarms and alarms(sums):
+      extra = {**extra, "alarms": found}
     listed = {}
     for name in sorted(files):
       path = self.dir / name

@@ -86,6 +86,45 @@ def correlation(x: Values, y: Values, groups: np.ndarray) -> Mean | None:
   return Mean(r, Z95 * spread if clusters > 1 else None, len(left))
 
 
+def ranks(values: Values) -> np.ndarray:
+  """float64 [n]: the place of each value in ascending order, from 1; equal values share the mean of their places."""
+  codes, counts = np.unique(np.asarray(values, np.float64), return_inverse=True, return_counts=True)[1:]
+  return (np.cumsum(counts) - (counts - 1) / 2)[codes]
+
+
+def spearman(x: Values, y: Values, groups: np.ndarray) -> Mean | None:
+  """Spearman's rank correlation, None where x or y is constant; the interval is that of `correlation` of the ranks."""
+  return correlation(ranks(x), ranks(y), groups)
+
+
+def ordered(scores: Values, labels: Values, groups: np.ndarray, before: Values | None = None) -> Mean | None:
+  """Of all pairs with different labels, the share whose scores differ the same way, equal scores counting half; with
+  `before`, by how much that is above the share of these other scores. n counts the pairs.
+
+  The interval linearises the share, a ratio of two sums over pairs, and takes the rows of a group together: a row's
+  part is twice the sum over its own pairs, since every pair is one of two rows.
+  """
+  told, meant = np.asarray(scores, np.float64), np.asarray(labels, np.float64)
+  old = None if before is None else np.asarray(before, np.float64)
+  lead, pairs = np.zeros(len(told)), np.zeros(len(told))  # summed over the pairs of each row
+  for start in range(0, len(told), 1024):
+    rows = slice(start, start + 1024)
+    right = np.sign(told[rows, None] - told)
+    right = right if old is None else right - np.sign(old[rows, None] - old)
+    truth = np.sign(meant[rows, None] - meant)
+    lead[rows], pairs[rows] = 0.5 * (right * truth).sum(axis=1), np.abs(truth).sum(axis=1)
+  if not pairs.any():
+    return None
+  whole = pairs.sum()
+  value = lead.sum() / whole
+  codes = np.unique(groups, return_inverse=True)[1]
+  influence = np.bincount(codes, 2 * (lead - value * pairs))
+  clusters = len(influence)
+  spread = math.sqrt(np.sum(influence**2) * clusters / max(1, clusters - 1)) / whole
+  share = value + (0.5 if old is None else 0.0)
+  return Mean(float(share), Z95 * spread if clusters > 1 else None, int(whole) // 2)
+
+
 def student(values: Values) -> Mean | None:
   """The mean of a few independent values, such as one per seed, with the interval of Student's t."""
   values = np.asarray(values, np.float64)
