@@ -31,7 +31,6 @@ from alma_jax.store import runs
 from alma_jax.store.data import SeedRow
 from alma_jax.store.records import HeldOut, Judgment, Prompt, Response
 from alma_jax.store.statistics import Mean
-from alma_jax.store.statistics import Mean
 from configs import alma
 
 
