@@ -523,18 +523,18 @@ def test_check_names_everything_that_is_wrong_at_once(data, tmp_path):
 # The default run
 
 TABLE = """\
-round checkpoint            n           score           judge  tokens  finished
-    0 base                576     3.83 ± 0.16     4.36 ± 0.18     4.1    100.0%
-    1 sft_1               576     7.55 ± 0.25     6.50 ± 0.25     5.5    100.0%
-    2 round_02/policy     576     7.83 ± 0.25     6.76 ± 0.24     5.5    100.0%
-    3 round_03/policy     576     8.14 ± 0.23     7.04 ± 0.23     5.5    100.0%
-    4 round_04/policy     576     8.40 ± 0.22     7.29 ± 0.22     5.5    100.0%
-    5 round_05/policy     576     8.60 ± 0.21     7.49 ± 0.21     5.5    100.0%
-    6 round_06/policy     576     8.60 ± 0.21     7.50 ± 0.21     5.5    100.0%
-    7 round_07/policy     576     8.93 ± 0.19     7.75 ± 0.19     5.5    100.0%
-    8 round_08/policy     576     8.86 ± 0.20     7.72 ± 0.20     5.5    100.0%
-    9 round_09/policy     576     9.23 ± 0.17     8.04 ± 0.17     5.5    100.0%
-   10 round_10/policy     576     9.15 ± 0.17     7.97 ± 0.18     5.5    100.0%
+round checkpoint            n           truth           judge  tokens  finished
+    0 base                576     3.83 ± 0.16     4.48 ± 0.18     4.1    100.0%
+    1 sft_1               576     7.55 ± 0.25     6.31 ± 0.25     5.5    100.0%
+    2 round_02/policy     576     7.84 ± 0.24     6.58 ± 0.24     5.5    100.0%
+    3 round_03/policy     576     8.29 ± 0.22     6.95 ± 0.23     5.6    100.0%
+    4 round_04/policy     576     8.57 ± 0.21     7.21 ± 0.22     5.5    100.0%
+    5 round_05/policy     576     8.81 ± 0.19     7.44 ± 0.21     5.5    100.0%
+    6 round_06/policy     576     8.89 ± 0.19     7.53 ± 0.20     5.5    100.0%
+    7 round_07/policy     576     9.05 ± 0.18     7.65 ± 0.19     5.5    100.0%
+    8 round_08/policy     576     8.90 ± 0.19     7.55 ± 0.20     5.5    100.0%
+    9 round_09/policy     576     9.01 ± 0.18     7.62 ± 0.20     5.5    100.0%
+   10 round_10/policy     576     9.03 ± 0.18     7.67 ± 0.19     5.5    100.0%
 """
 
 

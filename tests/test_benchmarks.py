@@ -217,6 +217,14 @@ def test_clustering(own_environment):
   clustering.check({"alma_jax": 1.002, "faiss": 1.0, "scikit-learn": 1.1}, 3)
 
 
+def test_seeds_are_compared(own_environment):
+  pytest.importorskip("sklearn")
+  from benchmarks import seeding
+
+  row = seeding.line(seeding.Shape("blobs", 300, 6, 12), 1).split()
+  assert row[:6] == ["blobs:", "300", "x", "6", "->", "12"] and float(row[6]) <= float(row[7]) < 1.05 < float(row[8])
+
+
 def test_embeddings_are_compared_and_other_vectors_noticed(models, own_environment, monkeypatch):
   from benchmarks import embedding
 

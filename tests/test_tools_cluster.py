@@ -89,6 +89,17 @@ def test_vectors_go_to_their_nearest_centroids_and_the_report_counts_them(points
   assert "300 rows of 8 numbers in 5 clusters\n" in said and f"largest {sizes.max()}" in said
 
 
+def test_copies_of_points_far_from_zero(tmp_path, capsys):
+  different = np.array([[0, 0], [1, 0], [0, 1]], np.float32) + np.float32(1e5)
+  np.save(tmp_path / "x.npy", np.repeat(different, 50, axis=0))
+  assert start(tmp_path / "x.npy", tmp_path / "out") == 0
+  assignments, centroids, report = written(tmp_path / "out")
+  np.testing.assert_array_equal(centroids[assignments["cluster"]], np.repeat(different, 50, axis=0))
+  assert set(assignments["distance"]) == {0.0} and np.isfinite(centroids).all() and report["sizes"]["empty"] == 2
+  said = capsys.readouterr()
+  assert "3 of 5 clusters have members" in said.err and "2 empty" in said.out
+
+
 def test_spherical_clusters_compare_angles(points, tmp_path):
   np.save(tmp_path / "x.npy", points * np.random.default_rng(1).uniform(0.1, 9, size=(300, 1)))
   assert start(tmp_path / "x.npy", tmp_path / "out", "--spherical") == 0

@@ -64,7 +64,7 @@ def choose(
   if decoding.temperature == 0:
     token = _argmax(_ruled(logits, decoding, said, count))
   else:
-    token = _inverse_cdf(weights(logits, decoding, said, count), uniform)
+    token = inverse_cdf(weights(logits, decoding, said, count), uniform)
   # Written out, so that XLA makes these exponentials once with those of `weights` where they are the same.
   top = logits.max(axis=-1, keepdims=True)
   mass = jnp.exp(logits - top).sum(axis=-1)
@@ -133,7 +133,7 @@ def _blocks(x: Array, filler: float) -> Array:
   return jnp.pad(x, ((0, 0), (0, -V % size)), constant_values=filler).reshape(x.shape[0], -1, size)
 
 
-def _inverse_cdf(w: Array, uniform: Array) -> Array:
+def inverse_cdf(w: Array, uniform: Array) -> Array:
   """[B]: the first token whose cumulative weight is above uniform x total. One row, V = 8, uniform = 0.6:
 
   weights    1 0 | 2 1 | 0 3 | 1 0     in blocks of 2

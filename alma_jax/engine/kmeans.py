@@ -11,18 +11,21 @@ precision is kept until it reaches a tile; everything is summed in fp32. What to
 
 - The points-by-centroids matrix never exists: a tile of centroids meets one tile of points after the other, and every
   point keeps the best score so far. Of equally near centroids the lowest counts.
-- Seeds are drawn in eight rounds, each with probability in proportion to the squared distance to all seeds before; the
-  noise follows from (key, round, row) alone. The same points and key give the same clusters, whatever the chunks; on
-  other devices or meshes sums may differ in their last bits. So may they from run to run on a GPU, unless XLA_FLAGS has
+- Seeds are those of greedy k-means++, in eight rounds over pools of points (engine/seeding.py); the noise follows from
+  (key, round, row) alone. The same points and key give the same clusters, whatever the chunks; on other devices or
+  meshes sums may differ in their last bits. So may they from run to run on a GPU, unless XLA_FLAGS has
   --xla_gpu_deterministic_ops=true.
-- An empty cluster takes half of the largest one, the next that of the second largest, and so on.
+- An empty cluster takes half of the largest one, the next that of the second largest, and so on. A cluster of equal
+  points gives nothing away: with fewer different points than clusters, some stay empty, and `empty` counts them.
 - Labels are always those of the nearest centroid, also of points that were not trained on.
 - Every process of a run calls `fit` with the same points, reads the rows of its own devices (and a share of the seeds),
   and gets the whole result.
-- Distances are |x|^2 - 2xc + |c|^2: centre points whose mean is far from zero, or fp32 has no digits left for them.
-- spherical: centroids have length 1, and points should; longer ones weigh more.
+- Distances are |x|^2 - 2xc + |c|^2 in fp32, which has no digits left for points far from zero. Points whose mean is
+  further from zero than they are from it are therefore read minus that mean; half precision becomes fp32 then.
+  Centroids are the caller's in any case. Points closer than 0.002 of their size count as equal.
+- spherical: centroids have length 1, and points should; longer ones weigh more. Nothing is subtracted from them.
 
-The programs are in engine/lloyd.py; engine/points.py brings points and centroids to the devices.
+The programs of an iteration are in engine/lloyd.py; engine/points.py brings points and centroids to the devices.
 """
 
 import dataclasses
@@ -36,14 +39,25 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
+from alma_jax.engine import seeding
 from alma_jax.engine.lloyd import Programs
-from alma_jax.engine.points import ClusteringError, Picked, Points, Source, fetched, mesh_for, mesh_of
+from alma_jax.engine.points import (
+  Centred,
+  ClusteringError,
+  Picked,
+  Points,
+  Source,
+  fetched,
+  mesh_for,
+  mesh_of,
+  origin_of,
+)
 from alma_jax.keys import Key
 
 __all__ = ["Clustering", "ClusteringError", "FitHooks", "Settings", "fit", "mesh_for", "starting_at"]
 
-ROUNDS = 8  # of seeding
-SAMPLE = 255  # the round number under which training rows are drawn
+SAMPLE = 1 << 17  # the stream of the noise by which training rows are drawn; those of seeding are below
+HAIR = 0.125  # by which a centroid's halves move, as a share of its cluster's spread
 
 Arrays = dict[str, np.ndarray]
 
@@ -52,7 +66,7 @@ Arrays = dict[str, np.ndarray]
 class Settings:
   k: int
   iterations: int = 10  # at most
-  seeding: str = "distance"  # "distance": D-squared; "random": any rows
+  seeding: str = "distance"  # "distance": greedy k-means++; "random": any rows
   spherical: bool = False
   per_centroid: int = 0  # train on this many rows per centroid, drawn by the key; 0: on all
   tolerance: float = 1e-5  # an iteration that lowers the inertia by no more than this share is the last
@@ -106,21 +120,28 @@ def fit(
   n = _checked(points, settings.k, mesh, chunk)
   word = _word(key)
   mesh = mesh_of(1, 1, jax.local_devices()[:1]) if mesh is None else mesh
+  restored = hooks.restore and hooks.restore()
+  saved = restored[1] if restored else {}
+  zeros = np.zeros(points.shape[1], np.float32)
+  origin = saved["origin"] if "origin" in saved else zeros if settings.spherical else origin_of(points, mesh)
+  if origin.any():
+    points = Centred(points, origin)
   # Train on all points or on a sample of them, then give every point its label.
   rows, train = settings.per_centroid * settings.k, points
   if 0 < rows < n:
-    train = Picked(points, _largest(-_noise(word, SAMPLE, n), rows))
+    train = Picked(points, seeding.largest(-seeding.noise(word, SAMPLE, n), rows))
   data = Points(train, mesh, chunk, settings.k, settings.spherical)
-  restored = hooks.restore and hooks.restore()
-  if restored:
-    state = _restored(restored[1], settings.k, data.d)
+  if saved:
+    state = _restored(saved, settings.k, origin)
   else:
-    state = _State(_seeds(data, settings, word))
+    seeds = seeding.by_distance if settings.seeding == "distance" else seeding.at_random
+    state = _State(seeds(data, settings.k, word), origin)
     hooks.after(0, state.arrays)
   _lloyd(data, state, settings, hooks)
   if train is not points:
     data = Points(points, mesh, chunk, settings.k, settings.spherical)
-  labels, distances = data.assigned(state.centroids)
+  centroids = state.written()
+  labels, distances = data.assigned(_minus(centroids, origin))  # of the centroids as they are written
   sizes = np.bincount(labels, minlength=settings.k)
   facts = {
     "inertia_final": float(distances.sum(dtype=np.float64)),
@@ -130,12 +151,13 @@ def fit(
     "empty": int((sizes == 0).sum()),
     "balance": float(settings.k * (sizes.astype(np.float64) ** 2).sum() / n**2),
   }
-  return Clustering(labels, state.centroids, state.facts() | facts)
+  return Clustering(labels, centroids, state.facts() | facts)
 
 
 def starting_at(centroids: np.ndarray) -> FitHooks:
   """Hooks that begin with these centroids [k, d] instead of seeds."""
-  return FitHooks(restore=lambda: (0, _State(np.asarray(centroids, np.float32)).arrays()))
+  state = _State(np.asarray(centroids), np.zeros(0))
+  return FitHooks(restore=lambda: (0, {name: x for name, x in state.arrays().items() if name != "origin"}))
 
 
 def _checked(points: Source, k: int, mesh: Mesh | None, chunk: int | None) -> int:
@@ -166,49 +188,6 @@ def _word(key: Key) -> int:
   return int(words[0]) | int(words[1]) << 32
 
 
-# Seeds
-
-
-def _noise(key: int, stream: int, n: int) -> np.ndarray:
-  """Exponential variates, fp32 [n]; the one of a row follows from the key, the stream and the row's number."""
-  philox = np.random.Philox(key=np.array([key, stream], np.uint64))  # counter-based; its raw words never change
-  noise = np.empty(n, np.float32)
-  for at in range(0, n, 1 << 20):
-    raw = philox.random_raw(min(n - at, 1 << 20))
-    noise[at : at + len(raw)] = -np.log1p(-((raw >> np.uint64(11)) + 0.5) * 2.0**-53)
-  return noise
-
-
-def _largest(scores: np.ndarray, count: int) -> np.ndarray:
-  """Where the largest are, in ascending order; of equal ones the first."""
-  least = np.partition(scores, len(scores) - count)[len(scores) - count]
-  above, equal = np.flatnonzero(scores > least), np.flatnonzero(scores == least)
-  return np.sort(np.concatenate([above, equal[: count - len(above)]]))
-
-
-def _seeds(data: Points, settings: Settings, key: int) -> np.ndarray:
-  """k different points [k, d]: in each round so many with p ~ squared distance to those of the rounds before."""
-  k = settings.k
-  rounds = min(ROUNDS, k) if settings.seeding == "distance" else 1
-  distance, chosen = np.full(data.n, np.inf, np.float32), []
-  for r in range(rounds):
-    size = (k - sum(map(len, chosen))) // (rounds - r)
-    # The largest distance / noise are a draw without replacement. Copies of seeds, at distance 0, come last, but still
-    # before what was drawn already.
-    rows = _largest((distance if r else 1) / _noise(key, r, data.n), size)
-    chosen.append(data.chosen(rows))
-    distance[rows] = -1
-    if r + 1 < rounds:
-      np.minimum(distance, data.assigned(_normal(chosen[-1], settings))[1], out=distance)
-  return _normal(np.concatenate(chosen), settings)
-
-
-def _normal(centroids: np.ndarray, settings: Settings) -> np.ndarray:
-  if not settings.spherical:
-    return centroids
-  return centroids / np.maximum(np.linalg.norm(centroids, axis=1, keepdims=True), np.float32(1e-30))
-
-
 # Lloyd's iterations
 
 
@@ -216,30 +195,42 @@ def _normal(centroids: np.ndarray, settings: Settings) -> np.ndarray:
 class _State:
   """Where Lloyd's iterations are: what is saved after each."""
 
-  centroids: np.ndarray  # fp32 [k, d]
+  centroids: np.ndarray  # fp32 [k, d], minus the origin
+  origin: np.ndarray  # fp32 [d]: what is subtracted from the points
   inertia: list[float] = dataclasses.field(default_factory=list)  # of every iteration
   repaired: int = 0  # empty clusters
   settled: bool = False
 
   def arrays(self) -> Arrays:
     return {
-      "centroids": self.centroids, "inertia": np.array(self.inertia, np.float64),
+      "centroids": self.centroids, "origin": self.origin, "inertia": np.array(self.inertia, np.float64),
       "repaired": np.array(self.repaired), "settled": np.array(self.settled),
     }  # fmt: skip
+
+  def written(self) -> np.ndarray:
+    """fp32 [k, d]: the centroids in the caller's coordinates."""
+    return self.centroids if not self.origin.any() else _minus(self.centroids, -self.origin)
 
   def facts(self) -> dict[str, Any]:
     return {"iterations": len(self.inertia), "inertia": self.inertia, "empty_repaired": self.repaired}
 
 
-def _restored(arrays: Arrays, k: int, d: int) -> _State:
+def _minus(x: np.ndarray, origin: np.ndarray) -> np.ndarray:
+  """x [k, d] minus the origin [d], rounded once."""
+  return (x.astype(np.float64) - origin).astype(np.float32) if origin.any() else x.astype(np.float32, copy=False)
+
+
+def _restored(arrays: Arrays, k: int, origin: np.ndarray) -> _State:
+  """The state of these arrays; without an "origin" their centroids are in the caller's coordinates."""
   shape = np.shape(arrays["centroids"])
-  if shape != (k, d):
+  if shape != (k, len(origin)):
     raise ClusteringError(
-      f"k-means: what was restored has centroids of shape {shape}, not {(k, d)}: it is another run's"
+      f"k-means: what was restored has centroids of shape {shape}, not {(k, len(origin))}: it is another run's"
     )
   found = {name: np.asarray(arrays[name]) for name in ("centroids", "inertia", "repaired", "settled")}
+  centroids = found["centroids"] if "origin" in arrays else _minus(found["centroids"], origin)
   return _State(
-    found["centroids"].astype(np.float32), found["inertia"].tolist(), int(found["repaired"]), bool(found["settled"])
+    centroids.astype(np.float32), origin, found["inertia"].tolist(), int(found["repaired"]), bool(found["settled"])
   )
 
 
@@ -257,8 +248,8 @@ def _lloyd(data: Points, state: _State, settings: Settings, hooks: FitHooks) -> 
       return objective
 
     inertia = float(sum(part.sum(dtype=np.float64) for part in data.each(accumulate)))
-    c, counts = programs.move(*sums, c)
-    c, repaired = _repaired(c, np.asarray(counts)[:k], programs)
+    c, counts, spread = programs.move(*sums, c)
+    c, repaired = _repaired(c, np.asarray(counts)[:k], np.asarray(spread)[:k], programs)
     gain = state.inertia[-1] - inertia if state.inertia else math.inf
     state.inertia.append(inertia)
     state.repaired += repaired
@@ -267,17 +258,20 @@ def _lloyd(data: Points, state: _State, settings: Settings, hooks: FitHooks) -> 
   state.centroids = fetched(c, k, programs)
 
 
-def _repaired(c: Array, counts: np.ndarray, programs: Programs) -> tuple[Array, int]:
+def _repaired(c: Array, counts: np.ndarray, spread: np.ndarray, programs: Programs) -> tuple[Array, int]:
   """The e-th empty centroid becomes a copy of the e-th largest cluster's, both moved a hair apart. Counts 5 0 9 0 1:
-  empty are 1 and 3, donors 2 and 0; a cluster of one point gives nothing away."""
+  empty are 1 and 3, donors 2 and 0. A cluster of equal points, whose squared distances have the sum `spread` 0, gives
+  nothing away."""
   empty = np.flatnonzero(counts == 0)
-  donors = np.argsort(-counts, kind="stable")[: len(empty)]
-  donors = donors[counts[donors] > 1]
+  donors = np.argsort(-counts, kind="stable")
+  donors = donors[(counts[donors] > 1) & (spread[donors] > 0)][: len(empty)]
   if not len(donors):
     return c, 0
+  apart = HAIR * np.sqrt(spread[donors] / (counts[donors] * c.shape[1]))
 
-  def padded(at: np.ndarray) -> np.ndarray:  # few shapes; what is past the last centroid is dropped
+  def padded(x: np.ndarray, fill: float) -> np.ndarray:  # few shapes; what is past the last centroid is dropped
     most = 1 << (len(donors) - 1).bit_length()
-    return np.pad(at, (0, most - len(donors)), constant_values=len(c)).astype(np.int32)
+    return np.pad(x, (0, most - len(donors)), constant_values=fill)
 
-  return programs.repair(c, padded(empty[: len(donors)]), padded(donors)), len(donors)
+  at = (padded(rows, len(c)).astype(np.int32) for rows in (empty[: len(donors)], donors))
+  return programs.repair(c, *at, padded(apart, 0.0).astype(np.float32)), len(donors)

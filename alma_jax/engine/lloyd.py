@@ -2,7 +2,7 @@
 
   programs = programs_for(mesh, tile, spherical)
   *sums, objective = programs.accumulate(*sums, x, squares, c, rows, k)   # for every chunk of the points
-  c, counts = programs.move(*sums, c)
+  c, counts, spread = programs.move(*sums, c)
   labels, distances = programs.assign(x, squares, c, rows, k)
 
 On every device x [L, d] are its share of a chunk's points, squares [L] their |x|^2, c [K, d] its share of the
@@ -29,6 +29,7 @@ from jax.sharding import PartitionSpec as P
 
 FOLD = 8  # rows of a tile of scores that are compared in one go
 FAR = 3e38  # the score of centroids that only fill a tile
+NOISE = 2.0**-18  # squared distances up to this share of |x|^2 + |c|^2 may be 0 but for fp32's rounding
 NONE = np.iinfo(np.int32).max
 
 Tile = tuple[int, int]  # points, centroids
@@ -37,9 +38,9 @@ Tile = tuple[int, int]  # points, centroids
 @dataclasses.dataclass(frozen=True)
 class Programs:
   assign: Callable[..., Any]  # labels and squared distances of all points of the chunk, on every device
-  accumulate: Callable[..., Any]  # sums, counts, and partial sums of the squared distances
-  move: Callable[..., Any]  # the means of the sums, and the counts of all centroids
-  repair: Callable[..., Any]  # (c, empty, donors): donors' centroids halved, see `programs_for`
+  accumulate: Callable[..., Any]  # sums, counts, spreads, and partial sums of the squared distances
+  move: Callable[..., Any]  # the means of the sums, and the counts and spreads of all centroids
+  repair: Callable[..., Any]  # (c, empty, donors, apart): donors' centroids halved, see `programs_for`
   block: Callable[..., Any]  # (c, at, size): these centroids on every device
 
 
@@ -89,7 +90,7 @@ def _nearest(x: Array, c: Array, half: Array, rows: Array, k: Array, tile: Tile)
   return lax.fori_loop(0, -(-k // centroids), against, start)
 
 
-def _unit(c: Array) -> Array:
+def unit(c: Array) -> Array:
   return c / jnp.maximum(jnp.linalg.norm(c, axis=1, keepdims=True), 1e-30)
 
 
@@ -133,35 +134,38 @@ def programs_for(mesh: Mesh, tile: Tile, spherical: bool) -> Programs:
     return tuple(lax.all_gather(y, "data", tiled=True) for y in nearest(x, squares, c, rows, k))
 
   def accumulate(
-    sums: Array, counts: Array, x: Array, squares: Array, c: Array, rows: Array, k: Array
-  ) -> tuple[Array, Array, Array]:
+    sums: Array, counts: Array, spread: Array, x: Array, squares: Array, c: Array, rows: Array, k: Array
+  ) -> tuple[Array, Array, Array, Array]:
     index, distance = nearest(x, squares, c, rows, k)
+    apart = jnp.where(distance > 2 * NOISE * squares, distance, 0.0)  # exactly 0 for copies of a centroid
     # Where a point's centroid is on this device; len(c), which is dropped, if it is on another one.
     mine = jnp.arange(len(x)) < _share(rows, "data", len(x))
     index -= lax.axis_index("k") * len(c)
     index = jnp.where(mine & (index >= 0) & (index < len(c)), index, len(c))
 
-    def add(t: Array, to: tuple[Array, Array]) -> tuple[Array, Array]:
-      xt, at = (lax.dynamic_slice_in_dim(y, t * tile[0], tile[0]) for y in (x, index))
-      return to[0].at[at].add(xt.astype(jnp.float32), mode="drop"), to[1].at[at].add(1, mode="drop")
+    def add(t: Array, to: tuple[Array, ...]) -> tuple[Array, ...]:
+      xt, at, apart_t = (lax.dynamic_slice_in_dim(y, t * tile[0], tile[0]) for y in (x, index, apart))
+      news = xt.astype(jnp.float32), 1, apart_t
+      return tuple(old.at[at].add(new, mode="drop") for old, new in zip(to, news, strict=True))
 
-    sums, counts = lax.fori_loop(0, -(-_share(rows, "data", len(x)) // tile[0]), add, (sums[0], counts[0]))
+    tiles = -(-_share(rows, "data", len(x)) // tile[0])
+    sums, counts, spread = lax.fori_loop(0, tiles, add, (sums[0], counts[0], spread[0]))
     objective = jnp.where(mine, distance, 0.0).reshape(-1, tile[0]).sum(axis=1)  # the host adds these up
-    return sums[None], counts[None], lax.all_gather(objective, "data", tiled=True)
+    return sums[None], counts[None], spread[None], lax.all_gather(objective, "data", tiled=True)
 
-  def move(sums: Array, counts: Array, c: Array) -> tuple[Array, Array]:
-    sums, counts = lax.psum(sums[0], "data"), lax.psum(counts[0], "data")
+  def move(sums: Array, counts: Array, spread: Array, c: Array) -> tuple[Array, Array, Array]:
+    sums, counts, spread = (lax.psum(y[0], "data") for y in (sums, counts, spread))
     means = sums / jnp.maximum(counts, 1)[:, None]
     # An empty cluster stays. A sum of points may be zero, and then has no direction.
     moves = counts > 0 if not spherical else (counts > 0) & (jnp.abs(means).max(axis=1) > 0)
-    c = jnp.where(moves[:, None], _unit(means) if spherical else means, c)
-    return c, lax.all_gather(counts, "k", tiled=True)
+    c = jnp.where(moves[:, None], unit(means) if spherical else means, c)
+    return c, lax.all_gather(counts, "k", tiled=True), lax.all_gather(spread, "k", tiled=True)
 
-  def repair(c: Array, empty: Array, donors: Array) -> Array:
-    """Each empty centroid becomes a copy of its donor's; both move a hair apart, dimensions taking turns in sign."""
-    sign = jnp.where(jnp.arange(c.shape[1]) % 2, 1 + 1 / 1024, 1 - 1 / 1024)
+  def repair(c: Array, empty: Array, donors: Array, apart: Array) -> Array:
+    """Each empty centroid becomes a copy of its donor's; both move by `apart`, dimensions taking turns in sign."""
+    sign = jnp.where(jnp.arange(c.shape[1]) % 2, 1.0, -1.0)
     rows = c.at[donors].get(mode="fill", fill_value=0)
-    halves = (_unit(rows * s) if spherical else rows * s for s in (sign, 2 - sign))
+    halves = (unit(y) if spherical else y for y in (rows + apart[:, None] * sign, rows - apart[:, None] * sign))
     for at, half in zip((empty, donors), halves, strict=True):
       c = c.at[at].set(half, mode="drop")
     return c
@@ -172,8 +176,10 @@ def programs_for(mesh: Mesh, tile: Tile, spherical: bool) -> Programs:
   x, c, own, whole = P("data"), P("k"), P("data", "k"), P()
   return Programs(
     assign=_wrapped(mesh, assign, (x, x, c, whole, whole), (whole, whole)),
-    accumulate=_wrapped(mesh, accumulate, (own, own, x, x, c, whole, whole), (own, own, whole), donate_argnums=(0, 1)),
-    move=_wrapped(mesh, move, (own, own, c), (c, whole), donate_argnums=(0, 1)),
+    accumulate=_wrapped(
+      mesh, accumulate, (own, own, own, x, x, c, whole, whole), (own, own, own, whole), donate_argnums=(0, 1, 2)
+    ),
+    move=_wrapped(mesh, move, (own, own, own, c), (c, whole, whole), donate_argnums=(0, 1, 2)),
     repair=jax.jit(repair, out_shardings=NamedSharding(mesh, c), donate_argnums=0),
     block=jax.jit(block, static_argnums=2, out_shardings=NamedSharding(mesh, whole)),
   )

@@ -4,7 +4,8 @@
   labels, distances = points.assigned(centroids)        # [n] each, on every host
   c, programs = points.placed(centroids)                # centroids on the devices, and what runs with so many of them
 
-`source` stays where it is (memory, disk): each process reads the rows of its own devices, a chunk at a time.
+`source` stays where it is (memory, disk): each process reads the rows of its own devices, a chunk at a time. Points far
+from zero are read as Centred(source, origin_of(source, mesh)).
 """
 
 import functools
@@ -24,6 +25,7 @@ from alma_jax.engine.lloyd import Programs, look_for, on_cpu, programs_for
 from alma_jax.errors import UserError
 
 NEAR = 8  # rows no further apart are read as one slice
+PROBED = 4096  # rows from which the mean is estimated
 CPU_TILE = 64, 1024  # points and centroids: their scores stay in the cache of a core
 TILE = 16384, 4096  # elsewhere: few kernel launches
 
@@ -59,6 +61,45 @@ class Picked:
       if a < b:
         out[a:b] = self.source[int(rows[a]) : int(rows[b - 1]) + 1][rows[a:b] - rows[a]]
     return out
+
+
+class Centred:
+  """A source minus an origin [d], as fp32: subtracted before anything is rounded to 32 bits."""
+
+  def __init__(self, source: Source, origin: np.ndarray) -> None:
+    self.source, self.origin = source, origin.astype(np.float32)
+    self.shape, self.dtype = tuple(source.shape), np.dtype(np.float32)
+
+  def __getitem__(self, part: slice, /) -> np.ndarray:
+    x = np.asarray(self.source[part])
+    wide = x.astype(np.float64 if x.dtype == np.float64 or x.dtype.kind in "iu" else np.float32, copy=False)
+    return (wide - self.origin).astype(np.float32, copy=False)
+
+
+def origin_of(points: Source, mesh: Mesh) -> np.ndarray:
+  """fp32 [d]: what to subtract from the points before squares are summed. It is their mean, in float64 from PROBED rows
+  that are evenly spread, if that is further from zero than the points are from it; else zeros."""
+  n, d = points.shape
+  x = chosen(points, np.unique(np.linspace(0, n - 1, min(n, PROBED)).astype(np.int64)), mesh).astype(np.float64)
+  x = x[np.isfinite(x).all(axis=1)]  # the others are found, and named, where all points are read
+  if not len(x) or (x.mean(axis=0) ** 2).sum() <= x.var(axis=0).sum():
+    return np.zeros(d, np.float32)
+  return x.mean(axis=0).astype(np.float32)
+
+
+def chosen(source: Source, rows: np.ndarray, mesh: Mesh) -> np.ndarray:
+  """These points as fp32 on every host of the mesh, each of which reads a share of them."""
+  if _processes(mesh) == 1:
+    return np.asarray(Picked(source, rows)[:], np.float32)
+  ways, mine = jax.process_count(), jax.process_index()
+  share = -(-len(rows) // ways)
+  padded = np.pad(rows, (0, share * ways - len(rows)), mode="edge")
+  read = np.asarray(Picked(source, padded[mine * share : (mine + 1) * share])[:], np.float32)
+  return np.asarray(multihost_utils.process_allgather(read)).reshape(-1, source.shape[1])[: len(rows)]
+
+
+def _processes(mesh: Mesh) -> int:
+  return len({x.process_index for x in mesh.devices.flat})
 
 
 def mesh_of(data: int, k: int, devices: Sequence[Any]) -> Mesh:
@@ -115,6 +156,7 @@ class Points:
     """k: the most centroids there will be."""
     self.source, self.mesh, self.spherical = source, mesh, spherical
     self.n, self.d = source.shape
+    self.processes = _processes(mesh)
     self.dtype = np.dtype(source.dtype)
     if self.dtype.itemsize != 2 or self.dtype.kind in "iu":
       self.dtype = np.dtype(np.float32)
@@ -182,11 +224,12 @@ class Points:
     c = jax.make_array_from_callback(padded.shape, NamedSharding(self.mesh, P("k")), lambda index: padded[index])
     return c, programs_for(self.mesh, (self.tile, tile), self.spherical)
 
-  def zeros(self, c: Array) -> tuple[Array, Array]:
-    """Sums and counts of each device's own points for the centroids c."""
+  def zeros(self, c: Array) -> tuple[Array, Array, Array]:
+    """Sums, counts and spreads of each device's own points for the centroids c."""
     place, ways = NamedSharding(self.mesh, P("data", "k")), self.mesh.shape["data"]
     sums = jnp.zeros((ways, *c.shape), jnp.float32, device=place)
-    return sums, jnp.zeros((ways, c.shape[0]), jnp.int32, device=place)
+    counts, spread = (jnp.zeros((ways, c.shape[0]), dtype, device=place) for dtype in (jnp.int32, jnp.float32))
+    return sums, counts, spread
 
   def assigned(self, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Labels int32 [n] and squared distances fp32 [n], on every host."""
@@ -197,13 +240,7 @@ class Points:
 
   def chosen(self, rows: np.ndarray) -> np.ndarray:
     """These points as fp32 on every host, each of which reads a share of them."""
-    if len({x.process_index for x in self.mesh.devices.flat}) == 1:
-      return np.asarray(Picked(self.source, rows)[:], np.float32)
-    ways, mine = jax.process_count(), jax.process_index()
-    share = -(-len(rows) // ways)
-    padded = np.pad(rows, (0, share * ways - len(rows)), mode="edge")
-    read = np.asarray(Picked(self.source, padded[mine * share : (mine + 1) * share])[:], np.float32)
-    return np.asarray(multihost_utils.process_allgather(read)).reshape(-1, self.d)[: len(rows)]
+    return chosen(self.source, rows, self.mesh)
 
 
 def fetched(c: Array, k: int, programs: Programs) -> np.ndarray:

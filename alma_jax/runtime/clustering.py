@@ -69,6 +69,9 @@ def fitted(
   wrong = np.flatnonzero(~np.isfinite(found.centroids).all(axis=1))
   if len(wrong):
     raise NotFinite(int(wrong[0]), f"{stage.name}: the centroid of cluster {wrong[0]} is not finite")
+  if empty := found.report["empty"]:
+    used = settings.k - empty
+    display.say(f"k-means: {used:,} of {settings.k:,} clusters have members; are there fewer different points?")
   return found
 
 

@@ -165,7 +165,7 @@ def _nearest(points: embed.Rows, centroids: np.ndarray, spherical: bool, key: Ke
   if not n:
     return np.zeros(0, np.int32)
   if n < k:  # k-means has at least one point for each cluster
-    points = embed.Rows((*points.arrays, np.zeros((k - n, points.shape[1]), np.float16)))
+    points = embed.Rows((*points.arrays, np.repeat(points[:1], k - n, axis=0)))
   settings, mesh = kmeans.Settings(k, iterations=0, spherical=spherical), kmeans.mesh_for(*centroids.shape)
   return kmeans.fit(points, settings, key, mesh, hooks=kmeans.starting_at(centroids)).labels[:n]
 
