@@ -8,7 +8,7 @@ at least one file, so that kills fall into all stages; many fall into the middle
 `--straight` is a finished run of the same flags, so that none has to be made. Flags of alma_jax.main (--config.A=...)
 replace those of the reduced run.
 
-Compared are all files but logs, times, the report and TensorBoard's events; of manifests the content that they vouch
+Compared are all files but logs, times, the report, TensorBoard's events and the configs of the last start; of manifests the content that they vouch
 for, without dates. Exit status 1 if a file differs, or if a start ends in another way than its signal asks for.
 """
 
@@ -27,6 +27,8 @@ import tempfile
 import time
 from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
+
+from alma_jax.store import layout
 
 os.environ |= {"JAX_PLATFORMS": "cpu", "TQDM_DISABLE": "1"}
 
@@ -132,6 +134,8 @@ def files(run: pathlib.Path) -> dict[str, str]:
   for path in sorted(run.rglob("*")):
     name = str(path.relative_to(run))
     if not path.is_file() or path.name in VOLATILE or "tensorboard" in path.parts:
+      continue
+    if path.name == layout.CONFIG and path.parent.name != layout.MODEL:
       continue
     content = path.read_bytes()
     if path.name == "manifest.json":

@@ -16,7 +16,7 @@ from alma_jax.corpus.normalise import prompt_id
 from alma_jax.judges.contract import Verdict
 from alma_jax.llama import sharding
 from alma_jax.report import page
-from alma_jax.runtime import sampling
+from alma_jax.runtime import alarms, sampling
 from alma_jax.runtime.display import Display
 from alma_jax.runtime.host import EngineOptions, Host, ModelOptions
 from alma_jax.runtime.session import Session
@@ -101,7 +101,7 @@ def evaluated(s, prompts):
 def session(directory):
   (pathlib.Path(directory) / "config.json").write_text('{"recipe": "alma", "feedback_rounds": 1, "rounds": {}}')
   host = Host(ModelOptions("mini", "mini"), EngineOptions(), sharding.make_mesh(), Display(speaks=False))
-  options = types.SimpleNamespace(seed=0, shards=SHARES)
+  options = types.SimpleNamespace(seed=0, shards=SHARES, alarms=alarms.Options())
   return Session(Run(directory), host, sharding.make_mesh(), {0: options, 2: options}, None, 2)
 
 

@@ -173,7 +173,7 @@ def test_broken_data_file_is_named_with_line_and_field(data, tmp_path):
 
 def test_preferences_then_policy_gradients_and_a_checkpoint_on_the_way(run, data, tmp_path, capsys):
   """Round 2 on pairs of the best and another, round 3 on all responses of the model that came out."""
-  workdir = variant(run, tmp_path, "round_02/trainset", "round_02/policy", "round_02/eval", "round_03")
+  workdir = variant(run, tmp_path, "round_02/trainset", "round_02/policy", "round_02/eval*", "round_03")
   third = {"trainset": {"method": "grpo"}, "responses": {"checkpoints": ("latest",)}}
   values = "trainset.method=dpo", f"rounds={{3: {third}}}", "dpo.batch=4", "grpo.batch=16"
   kept = "dpo.checkpoint_every=1", "dpo.checkpoint_keep=1"
@@ -517,7 +517,8 @@ def test_check_names_everything_that_is_wrong_at_once(data, tmp_path):
   done = check(tmp_path, *data, *values)
   assert done.returncode == 1 and "Traceback" not in done.stderr
   assert "line 1" in done.stderr and "judge template 'a1'" in done.stderr and "config.responses: max_" in done.stderr
-  assert "3 problems" in done.stdout and not (tmp_path / "run").exists()
+  assert "the judge's template 'a1' adds" in done.stderr
+  assert "4 problems" in done.stdout and not (tmp_path / "run").exists()
 
 
 # The default run

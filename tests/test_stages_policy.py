@@ -99,10 +99,12 @@ def test_the_log_probs_of_a_reference_are_computed_once_for_all_rounds_and_check
   found = np.load(stored)
   sides = [x for of in policy._pairs(session, first, options()).sides for x in of]
   np.testing.assert_allclose(found.ravel(), plain(session, session.base, sides, options()), rtol=1e-6)
+  stage = types.SimpleNamespace(dir=stored.parent)
+  with pytest.raises(RunError, match=r"not complete: it has the shape \(5, 2\) and 10 finite values"):
+    policy._stored(stage, 6, 2)
   found[3, 1] = np.nan
   np.save(stored, found)
-  stage = types.SimpleNamespace(dir=stored.parent)
-  with pytest.raises(RunError, match=r"not complete: it has the shape \(5, 2\) and 9 finite values"):
+  with pytest.raises(RunError, match=r"logprobs\.npy is damaged"):
     policy._stored(stage, 5, 2)
   monkeypatch.setattr(training, "_sequence_logprobs", lambda *_: found.ravel())
   with pytest.raises(NotFinite, match=r"^a pair of prompt 3, model base: its log-prob is nan"):

@@ -13,6 +13,7 @@ import pytest
 from alma_jax.errors import RunError
 from alma_jax.llama import weights
 from alma_jax.report import page
+from alma_jax.runtime import alarms
 from alma_jax.runtime.host import content_of
 from alma_jax.stages import data as human
 from alma_jax.store import digests, layout, runs, shards, verify
@@ -147,7 +148,9 @@ def test_a_data_file_that_is_gone_is_named_and_the_run_goes_on_with_its_copy(tmp
   said = []
   with runs.Run(tmp_path / "run") as run:
     s = types.SimpleNamespace(
-      run=run, options=types.SimpleNamespace(seed=0), display=types.SimpleNamespace(say=said.append)
+      run=run,
+      options=types.SimpleNamespace(seed=0, alarms=alarms.Options()),
+      display=types.SimpleNamespace(say=said.append),
     )
     first = human.build(s, options)
     (tmp_path / "sft.jsonl").unlink()

@@ -224,8 +224,8 @@ def test_output_cut_anywhere_is_continued_to_the_same_bytes(tool, tmp_path, monk
   module, inner = (sample, "_sampled") if tool is sample else (contract, "scores")
   function = getattr(module, inner)
 
-  def counted(*args):
-    return computed.append(next(len(x) for x in args if isinstance(x, list))) or function(*args)
+  def counted(*args, **more):
+    return computed.append(next(len(x) for x in args if isinstance(x, list))) or function(*args, **more)
 
   monkeypatch.setattr(module, inner, counted)
   made(tool, tmp_path, rows, *flags)
@@ -430,7 +430,9 @@ def test_a_judge_that_does_not_know_the_template_is_pointed_out_once(tmp_path, m
   made(score, tmp_path, PAIRS, "--rows=3")  # the base model never saw the judge's template
   said = capsys.readouterr().err
   assert said.count("does not fit it") == 1 and "'mini'" in said and "--template" in said
-  monkeypatch.setattr(contract, "scores", lambda judge, pairs, bar: [Verdict(5.0, (1.0,) * 11, 0.95) for _ in pairs])
+  monkeypatch.setattr(
+    contract, "scores", lambda judge, pairs, *_, **__: [Verdict(5.0, (1.0,) * 11, 0.95) for _ in pairs]
+  )
   made(score, tmp_path, PAIRS, "--rows=3", output="fine")
   assert "does not fit" not in capsys.readouterr().err
 
