@@ -8,8 +8,9 @@ at least one file, so that kills fall into all stages; many fall into the middle
 `--straight` is a finished run of the same flags, so that none has to be made. Flags of alma_jax.main (--config.A=...)
 replace those of the reduced run.
 
-Compared are all files but logs, times, the report, TensorBoard's events and the configs of the last start; of manifests the content that they vouch
-for, without dates. Exit status 1 if a file differs, or if a start ends in another way than its signal asks for.
+Compared are all files but logs, times, the report, TensorBoard's events and the configs, which are those of the last
+start; of manifests the content that they vouch for, without dates. Exit status 1 if a file differs, or if a start ends
+in another way than its signal asks for.
 """
 
 import argparse

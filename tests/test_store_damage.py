@@ -147,11 +147,8 @@ def test_a_data_file_that_is_gone_is_named_and_the_run_goes_on_with_its_copy(tmp
   options = human.Options(sft=str(tmp_path / "sft.jsonl"), judge=str(tmp_path / "judge.jsonl"))
   said = []
   with runs.Run(tmp_path / "run") as run:
-    s = types.SimpleNamespace(
-      run=run,
-      options=types.SimpleNamespace(seed=0, alarms=alarms.Options()),
-      display=types.SimpleNamespace(say=said.append),
-    )
+    s = types.SimpleNamespace(run=run, display=types.SimpleNamespace(say=said.append), tell=lambda *_: None)
+    s.options = types.SimpleNamespace(seed=0, alarms=alarms.Options())
     first = human.build(s, options)
     (tmp_path / "sft.jsonl").unlink()
     assert human.build(s, options) == first

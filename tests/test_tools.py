@@ -430,9 +430,8 @@ def test_a_judge_that_does_not_know_the_template_is_pointed_out_once(tmp_path, m
   made(score, tmp_path, PAIRS, "--rows=3")  # the base model never saw the judge's template
   said = capsys.readouterr().err
   assert said.count("does not fit it") == 1 and "'mini'" in said and "--template" in said
-  monkeypatch.setattr(
-    contract, "scores", lambda judge, pairs, *_, **__: [Verdict(5.0, (1.0,) * 11, 0.95) for _ in pairs]
-  )
+  fitting = Verdict(5.0, (1.0,) * 11, 0.95)
+  monkeypatch.setattr(contract, "scores", lambda judge, pairs, *_, **__: [fitting] * len(pairs))
   made(score, tmp_path, PAIRS, "--rows=3", output="fine")
   assert "does not fit" not in capsys.readouterr().err
 
