@@ -22,7 +22,7 @@ from alma_jax.store import layout, records, shards
 from alma_jax.store.runs import load_manifest, read_stage
 from alma_jax.tools import export
 
-JUDGES = ("truth", "twin", "judge")
+JUDGES = ("truth", "twin", "match", "judge")
 README = (small_run.ROOT / "README.md").read_text()
 
 
@@ -409,9 +409,12 @@ def test_a_set_and_a_judge_that_are_added_later_make_evaluations_only(run, data,
   workdir = variant(run, tmp_path)
   before = small_run.artefacts(workdir)
   asked, met = tmp_path / "asked.jsonl", read_stage(run / "pool" / "prompts", records.Prompt)[0]
-  lines = (json.dumps({"messages": list(messages)}) for messages in (met.messages, [{"role": "user", "content": "hi"}]))
-  asked.write_text("\n".join(lines) + "\n")
-  done = small_run.finished(workdir, *data, f"eval.sets=('more={asked}',)", "eval.judges=('truth=mini','twin=mini')")
+  rows = [
+    {"messages": turns, "reference": "yes"} for turns in (list(met.messages), [{"role": "user", "content": "hi"}])
+  ]
+  asked.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  judges = "eval.judges=('truth=mini','twin=mini','match=rules:exact_match')"  # the last reads `reference`
+  done = small_run.finished(workdir, *data, f"eval.sets=('more={asked}',)", judges)
   assert "1 of 2 prompts of the set more are in the pool" in done.stdout
   after = small_run.artefacts(workdir)
   assert {name: after[name] for name in before} == before
@@ -420,6 +423,7 @@ def test_a_set_and_a_judge_that_are_added_later_make_evaluations_only(run, data,
   assert {name.rpartition("/")[0] for name in after.keys() - before.keys()} == made
   rows = layout.progress(workdir)
   assert all(row["twin"] == row["truth"] and row["more/n"] == "2" and row["judge_by"] for row in rows)
+  assert all(row["more/match"] == "0.0" and "match" not in row for row in rows)
   best = graded.best(workdir)
   assert best and not best.by.selects and f"best round by truth, which selects nothing: {best.round}" in done.stdout
   assert max(rows[1:], key=lambda row: float(row["truth"]))["round"] == str(best.round)

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import dataclasses
 import json
+import shutil
 import signal
 import struct
 import types
@@ -568,3 +569,41 @@ def test_a_second_host_writes_no_log(session, tmp_path):
     log.keep(3)
     log.write(3, {"loss": 1.0})
   assert not list(tmp_path.iterdir())
+
+
+def test_no_damaged_checkpoint_is_trained_on(tmp_path):
+  """A byte that is changed in any file of a checkpoint is an error, or changes nothing that is read."""
+  state = ({"w": jnp.arange(6000.0).reshape(60, 100), "b": jnp.ones(7, jnp.bfloat16)}, {"m": jnp.zeros((60, 100))})
+  with checkpoints_of.Checkpoints(tmp_path / "whole") as checkpoints:
+    checkpoints.save(2, state)
+  said = []
+  for path in sorted(p for p in (tmp_path / "whole" / "2").rglob("*") if p.is_file() and p.stat().st_size):
+    shutil.copytree(tmp_path / "whole", tmp_path / "damaged")
+    changed = bytearray(path.read_bytes())
+    changed[len(changed) // 2] ^= 16
+    (tmp_path / "damaged" / path.relative_to(tmp_path / "whole")).write_bytes(changed)
+    try:
+      with checkpoints_of.Checkpoints(tmp_path / "damaged") as checkpoints:
+        found = checkpoints.load(2, state)
+    except RunError as error:
+      said.append(str(error))
+    else:
+      jax.tree.map(np.testing.assert_array_equal, found, state)
+    shutil.rmtree(tmp_path / "damaged")
+  assert all(f"the checkpoint {tmp_path / 'damaged' / '2'} is damaged" in text for text in said)
+  assert any("the bytes of model/w have changed" in text for text in said)
+
+
+def test_sums_of_bits_see_a_changed_bit_and_swapped_values_on_any_mesh():
+  x = np.random.default_rng(0).normal(size=(16, 24)).astype(np.float32)
+  whole = {name: tuple(np.asarray(v).tolist()) for name, v in checkpoints_of.sums_of_bits({"x": x}).items()}
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+  spread = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("data", "fsdp"), "tensor")))
+  (sums,) = checkpoints_of.sums_of_bits({"x": spread}).values()
+  assert tuple(np.asarray(sums).tolist()) == whole["sums/x"]
+  bit, swapped = x.copy(), x.copy()
+  bit.view(np.uint32)[3, 5] ^= 1 << 17
+  swapped[0, 0], swapped[9, 7] = x[9, 7], x[0, 0]
+  for other, same in ((bit, False), (swapped, True)):
+    (first, second) = np.asarray(checkpoints_of.sums_of_bits({"x": other})["sums/x"]).tolist()
+    assert (first == whole["sums/x"][0]) == same and second != whole["sums/x"][1]

@@ -200,7 +200,7 @@ def test_sampling_stops_where_the_models_own_files_say(tmp_path):
   assert command.model_of(str(tmp_path / "model"), None).chat == "llama3"
   host, _ = bench_of(tmp_path / "model", "llama3")
   assert len(chat.stop_ids(host.tokenizer, host.chat)) < len(stops) == 2
-  assert set(sample.stop_ids(host)) == set(stops)
+  assert set(command.stop_ids(host)) == set(stops)
 
 
 # Killed and resumed

@@ -17,7 +17,7 @@ from typing import Any
 from alma_jax.errors import UserError
 from alma_jax.evals import ifeval
 from alma_jax.store import data
-from alma_jax.store.data import DataError
+from alma_jax.store.data import DataError, SeedRow
 from alma_jax.store.records import Turns
 
 Key = int | str
@@ -65,6 +65,11 @@ class Benchmark:
     if not sizes or n in sizes:
       return ""
     return f"{self.path}: {n:,} prompts; {self.layout} was published with {' or '.join(map(str, sizes))}"
+
+  @property
+  def rows(self) -> list[SeedRow]:
+    """The prompts alone, each up to the first turn that is answered."""
+    return [SeedRow(question.messages, None, None, question.line) for question in self.questions]
 
 
 SIZES = {"mt_bench": (80,), "alpaca_eval": (805,), "arena_hard_2024": (500,), "arena_hard_2025": (500, 750),

@@ -181,5 +181,9 @@ class FromUser:
   def scale(self) -> Scale | None:
     return self.judge.scale
 
+  @property
+  def needs(self) -> Sequence[str]:
+    return getattr(self.judge, "needs", ())
+
   def scores(self, pairs: Sequence[Answered]) -> list[Verdict]:
     return self.judge.scores(pairs)

@@ -38,7 +38,6 @@ from alma_jax.stages import (
 )
 from alma_jax.stages import data as human
 from alma_jax.store import layout
-from alma_jax.store.data import load_examples
 from alma_jax.store.handles import Data, Pool, Trainset
 from alma_jax.store.records import Prompt
 from alma_jax.store.runs import Artefact
@@ -291,10 +290,9 @@ def checks(host: Host, by_round: Mapping[int, Options]) -> Iterator[Callable[[],
     yield lambda: contract.without_rows(
       contract.by_name(names.JUDGES, o.judge.kind, host, o.judge, "judge.kind"), "judge.kind"
     )
-  for name in o.eval.named_judges:
-    yield functools.partial(evaluation.made, host, o.eval, name)
-  for file in prompt_files(by_round):
-    yield functools.partial(load_examples, file, ())
+  yield functools.partial(evaluation.check, host, by_round[0].eval)
+  for options in {o.eval for round, o in by_round.items() if round and o.eval != by_round[0].eval}:
+    yield functools.partial(evaluation.check, host, options)
 
 
 def _trainings(by_round: Mapping[int, Options]) -> dict[str, training.Options]:

@@ -6,18 +6,26 @@
     checkpoints.save(200, state)
 
 The names are paths in the state:  model/embed  model/blocks/q  moments/0/mu/blocks/q  moments/0/count
+Beside each array stand sums of its bits, which are compared when it is read: Orbax does not notice a changed byte.
 """
 
+import contextlib
 import logging
 import pathlib
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Self
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 from alma_jax.engine.train import State, Stopped
 from alma_jax.errors import RunError, full_disk, writing
 
+SUMS = "sums/"  # begins the names of the sums of bits
 _logger = logging.getLogger(__name__)
 
 
@@ -54,8 +62,9 @@ class Checkpoints:
 
   def save(self, step: int, state: State) -> None:
     """Write the state beside the training; a checkpoint that is being written comes first."""
+    arrays = named(state)
     with writing(self.directory):
-      self._of.save_async(step, named(state), force=True)
+      self._of.save_async(step, arrays | sums_of_bits(arrays), force=True)
 
   def load(self, step: int, state: State, numbered: bool = False) -> State:
     """The checkpoint of a step, in the structure, dtypes and shardings of `state`.
@@ -64,20 +73,53 @@ class Checkpoints:
     `numbered`, for exports, and refused without it.
     """
     names = named(state)
-    if "0000" in self._of.metadata(step).metadata:
+    with self._readable(step):
+      written = self._of.metadata(step).metadata
+    if written is None:
+      raise self._damaged(step, "its metadata cannot be read")
+    if "0000" in written:
       if not numbered:
         raise RunError(
           f"{self.directory / str(step)} was written by alma_jax 0.1 and cannot go on: delete {self.directory} to train"
           " this stage again from its start, or finish it with alma_jax 0.1"
         )
       names = {f"{i:04d}": leaf for i, leaf in enumerate(names.values())}
-    found = self._of.load(step, names)
+    sums = {}
+    if any(name.startswith(SUMS) for name in written):
+      place = _everywhere(names)
+      sums = {
+        f"{SUMS}{name}": jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=place or leaf.sharding)
+        for name, leaf in names.items()
+      }
+    with self._readable(step):
+      found = self._of.load(step, names | sums)
+    if sums:
+      computed = sums_of_bits({name: found[name] for name in names})
+      changed = [name for name in sums if np.any(np.asarray(computed[name]) != np.asarray(found[name]))]
+      if changed:
+        raise self._damaged(step, f"the bytes of {changed[0].removeprefix(SUMS)} have changed")
     return jax.tree.unflatten(jax.tree.structure(state), [found[name] for name in names])
 
   def moments(self, step: int) -> Literal["float32", "bfloat16"]:
     """The dtype of the moments: "bfloat16" if any array of the checkpoint is, else "float32"."""
-    kept = {str(leaf.dtype) for leaf in jax.tree.leaves(self._of.metadata(step).metadata)}
+    with self._readable(step):
+      kept = {str(leaf.dtype) for leaf in jax.tree.leaves(self._of.metadata(step).metadata)}
     return "bfloat16" if "bfloat16" in kept else "float32"
+
+  @contextlib.contextmanager
+  def _readable(self, step: int) -> Iterator[None]:
+    """Say which checkpoint is damaged where one cannot be read. A device without memory raises another error."""
+    try:
+      yield
+    except (ValueError, KeyError, TypeError, OSError) as error:
+      why = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+      raise self._damaged(step, why) from error
+
+  def _damaged(self, step: int, why: str) -> RunError:
+    return RunError(
+      f"the checkpoint {self.directory / str(step)} is damaged ({why}): delete it, and the training goes on from the"
+      " checkpoint before it, or from its start"
+    )
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -90,3 +132,31 @@ def named(state: State) -> dict[str, Any]:
   paths = jax.tree_util.tree_leaves_with_path({"model": state[0], "moments": state[1]})
   # Flax says .value where it wraps an array.
   return {jax.tree_util.keystr(p, simple=True, separator="/").removesuffix("/value"): leaf for p, leaf in paths}
+
+
+def sums_of_bits(arrays: Mapping[str, Array]) -> dict[str, Array]:
+  """Two sums for each array, uint32 [2]: of its bits, and of its bits times a number for each place.
+
+  Whole numbers add up to the same on any mesh. A changed bit changes the first sum, swapped pieces the second.
+  """
+  return jax.jit(_all_sums, out_shardings=_everywhere(arrays))(arrays)
+
+
+def _everywhere(arrays: Mapping[str, Any]) -> NamedSharding | None:
+  """A copy on each device of the arrays' mesh; None where they have none."""
+  shardings = (getattr(leaf, "sharding", None) for leaf in arrays.values())
+  mesh = next((sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding)), None)
+  return None if mesh is None else NamedSharding(mesh, PartitionSpec())
+
+
+def _all_sums(arrays: Mapping[str, Array]) -> dict[str, Array]:
+  return {f"{SUMS}{name}": _sums(leaf) for name, leaf in arrays.items()}
+
+
+def _sums(x: Array) -> Array:
+  bits = x.view({1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]).astype(jnp.uint32)
+  place = jnp.uint32(0)
+  for axis, size in enumerate(x.shape):
+    place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+  weight = (place * jnp.uint32(2654435761)) | jnp.uint32(1)
+  return jnp.stack([jnp.sum(bits, dtype=jnp.uint32), jnp.sum(bits * weight, dtype=jnp.uint32)])

@@ -5,6 +5,7 @@ with StepLog(s, stage, batches) as log:
   rate = log.write(200, {"loss": 1.3})    # tokens per second of the step
 """
 
+import json
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from alma_jax.errors import UserError, writing
+from alma_jax.errors import RunError, UserError, writing
 from alma_jax.llama.config import LlamaConfig
 from alma_jax.runtime.batches import Batches
 from alma_jax.runtime.session import Session
@@ -49,7 +50,7 @@ class StepLog:
     """Drop the lines after these steps."""
     if self.active:
       for path in (self.path, self.path.with_name(SPEED)):
-        lines = path.read_text().splitlines()[:steps] if path.exists() else []
+        lines = _lines(path)[:steps] if path.exists() else []
         with shards.atomic(path) as file:
           file.write("".join(line + "\n" for line in lines).encode())
     self.first = False
@@ -134,3 +135,16 @@ def operations(c: LlamaConfig, lengths: Sequence[int]) -> float:
   n = np.asarray(lengths, np.float64)
   weights = c.parameters - (0 if c.tied else c.vocab * c.width)
   return float(6 * weights * n.sum() + 6 * c.depth * c.heads * c.head_dim * (n**2).sum())
+
+
+def _lines(path: pathlib.Path) -> list[str]:
+  """The lines of a log whose training was stopped; the last one may be cut."""
+  lines = path.read_bytes().decode("utf-8", errors="replace").splitlines()
+  for at, line in enumerate(lines):
+    try:
+      json.loads(line)
+    except ValueError:
+      if at < len(lines) - 1:
+        raise RunError(f"{path}, line {at + 1} is damaged: delete {path.parent} to train again") from None
+      return lines[:-1]
+  return lines

@@ -16,6 +16,7 @@ from typing import Any
 from alma_jax import names
 from alma_jax.corpus.normalise import prompt_id
 from alma_jax.errors import writing
+from alma_jax.evals import sets as benchmarks
 from alma_jax.keys import key_of
 from alma_jax.options import Checked, ConfigError, fingerprint, option
 from alma_jax.runtime import alarms
@@ -97,7 +98,7 @@ def read(
     rows["sft"] = [r for r in rows["sft"] if prompt_id(r.messages) not in held]
     counts["eval"] = {"held_out_of_sft": len(rows["eval"])}
   if sets:
-    rows[HELD_OUT] = [row for file in sets for row in load_examples(file, ())[0]]
+    rows[HELD_OUT] = [row for file in sets for row in benchmarks.read(file).rows]
     counts[HELD_OUT] = {"kept": len(rows[HELD_OUT])}
   # An evaluation prompt that is also a demonstration or an annotation would measure memory.
   asked = {prompt_id(r.messages) for name in ("eval", HELD_OUT) for r in rows.get(name, [])}

@@ -20,6 +20,7 @@ import numpy as np
 from alma_jax import names
 from alma_jax.corpus.normalise import prompt_id
 from alma_jax.engine.sample import Request
+from alma_jax.evals import sets as benchmarks
 from alma_jax.judges import contract
 from alma_jax.judges.contract import Answered, Judge
 from alma_jax.keys import key_of
@@ -121,12 +122,15 @@ def build(
   With `shots` the checkpoint is a base model that answers after that many of the demonstrations.
   """
   asker = Asker(s, options.template(), data.sft[:shots])
-  answered = {asked.name: answers(asker, checkpoint, asked, data, options) for asked in data.sets(options.named_sets)}
+  asked = {chosen.name: chosen for chosen in prompt_sets(data, options)}
+  answered = {name: answers(asker, checkpoint, chosen, data, options) for name, chosen in asked.items()}
   graders = {layout.JUDGE: judge} | {name: made(s.host, options, name) for name in options.named_judges}
   found: dict[tuple[str, str], Mean] = {}
   for name, grader in graders.items():  # all sets by one judge, then the next: each judge's model is loaded once
     for chosen, artefact in answered.items():
-      graded = grades(s, artefact, name, grader, selects=grader.identity == judge.identity)
+      if not asked[chosen].fits(grader):
+        continue
+      graded = grades(s, artefact, asked[chosen], NamedJudge(name, grader, grader.identity == judge.identity))
       if (mean := mean_of(graded)) is not None:
         found[chosen, name] = mean
   row: Row = {"round": s.round, "checkpoint": checkpoint.name}
@@ -143,10 +147,37 @@ def build(
   return means
 
 
+@dataclasses.dataclass(frozen=True)
+class NamedJudge:
+  name: str  # in columns and in names of stages
+  judge: Judge
+  selects: bool  # its scores choose what is trained on
+
+
 def made(host: Host, options: Options, name: str) -> Judge:
-  """A judge of `eval.judges`; the prompts of a run have no rows of a benchmark."""
-  found = contract.by_name(names.EVALUATORS, options.named_judges[name], host, options, "eval.judges")
-  return contract.without_rows(found, "eval.judges")
+  """A judge of `eval.judges`."""
+  return contract.by_name(names.EVALUATORS, options.named_judges[name], host, options, "eval.judges")
+
+
+def prompt_sets(data: Data, options: Options) -> list[PromptSet]:
+  """The evaluation prompts `data.eval`, and the sets in the files that the options name."""
+  main = PromptSet(layout.MAIN_SET, data.eval, data.digests["eval"])
+  return [main, *(prompt_set(name, file) for name, file in options.named_sets.items())]
+
+
+def prompt_set(name: str, file: str) -> PromptSet:
+  """The set in a file of any layout of `evals.sets`. Of a conversation of several turns the first one is asked."""
+  found = benchmarks.read(file)
+  return PromptSet(name, found.rows, found.sha256, [question.row for question in found.questions])
+
+
+def check(host: Host, options: Options) -> None:
+  """Raise a UserError where a set cannot be read, a judge cannot be made or finds no set with the fields it reads."""
+  sets = [prompt_set(name, file) for name, file in options.named_sets.items()]
+  for name in options.named_judges:
+    judge = made(host, options, name)
+    if not any(chosen.fits(judge) for chosen in sets):
+      contract.without_rows(judge, "eval.judges")
 
 
 def answers(asker: Asker, checkpoint: Checkpoint, asked: PromptSet, data: Data, options: Options) -> Artefact[Answer]:
@@ -196,35 +227,33 @@ def _answers(asker: Asker, checkpoint: Checkpoint, rows: Sequence[SeedRow], opti
   return found
 
 
-def grades(s: Session[Any], answered: Artefact[Answer], name: str, judge: Judge, selects: bool) -> Artefact[Grade]:
+def grades(s: Session[Any], answered: Artefact[Answer], asked: PromptSet, grader: NamedJudge) -> Artefact[Grade]:
   """One judge's scores of a finished stage of answers, a part for each of its parts."""
+  name, judge, selects = grader.name, grader.judge, grader.selects
   fields = {"judge": judge.identity, "dtype": s.host.dtype}
   stage = s.run.stage(layout.grades_name(answered.name, name), fields, {"answers": answered})
   if not stage.done:
     missing = stage.mine(answered.parts)
     with s.display.bar(stage.name, sum(answered.sizes[i] for i in missing), "answers") as bar:
       for part in missing:
-        stage.write_part(part, answered.parts, *_graded(answered.read(part), judge, bar, selects))
+        rows = asked.fields[part :: answered.parts] or [None] * answered.sizes[part]  # as the answers are shared out
+        pairs = [
+          Answered(r.messages, r.response, r.finished, f"evaluation prompt {r.prompt_id}", row)
+          for r, row in zip(answered.read(part), rows, strict=True)
+        ]
+        verdicts = contract.scores(judge, pairs, bar, missing=not selects)
+        records = [Grade(prompt_id(pair[0]), v.score) for pair, v in zip(pairs, verdicts, strict=True)]
+        stage.write_part(part, answered.parts, records, Grade, _sums(records))
     stage.finish(judge={"name": name, "identity": judge.identity, "scale": judge.scale, "selects": selects})
   counts = stage.manifest["counts"]
   contract.check_missing(judge.identity, counts["n"] - counts["graded"], counts["n"])
   return Artefact(stage, Grade)
 
 
-def _graded(
-  records: Sequence[Answer], judge: Judge, bar: Bar, selects: bool
-) -> tuple[list[Grade], type[Grade], dict[str, float]]:
-  """The grades of a part, their class and their counts."""
-  pairs = [Answered(r.messages, r.response, r.finished, f"evaluation prompt {r.prompt_id}") for r in records]
-  verdicts = contract.scores(judge, pairs, bar, missing=not selects)
-  scored = [float(v.score) for v in verdicts if v.score is not None]
-  counts = {
-    "n": len(records),
-    "graded": len(scored),
-    "score": sum(scored),
-    "score_squared": sum(x * x for x in scored),
-  }
-  return [Grade(r.prompt_id, v.score) for r, v in zip(records, verdicts, strict=True)], Grade, counts
+def _sums(records: Sequence[Grade]) -> dict[str, float]:
+  scored = [float(r.score) for r in records if r.score is not None]
+  squares = sum(x * x for x in scored)
+  return {"n": len(records), "graded": len(scored), "score": sum(scored), "score_squared": squares}
 
 
 def mean_of(graded: Artefact[Grade]) -> Mean | None:
@@ -268,7 +297,7 @@ def overlap(s: Session[Any], data: Data, options: Options, pools: Sequence[Artef
   if not options.sets or s.run.process != 0:
     return
   pooled = np.concatenate([pool.ids() for pool in pools])
-  for asked in data.sets(options.named_sets):
+  for asked in prompt_sets(data, options):
     ids = shards.id_numbers(sorted({prompt_id(row.messages) for row in asked.rows}))
     if met := int(np.isin(ids, pooled).sum()):
       s.run.log("overlap", set=asked.name, prompts=met, of=len(ids))

@@ -2,11 +2,11 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from alma_jax.errors import RunError
-from alma_jax.store import layout, shards
-from alma_jax.store.data import SeedRow, load_examples
+from alma_jax.store import shards
+from alma_jax.store.data import SeedRow
 from alma_jax.store.records import Example, Graded, Pair, Prompt
 from alma_jax.store.runs import Artefact, Stage
 
@@ -20,6 +20,12 @@ class PromptSet:
   name: str
   rows: list[SeedRow]
   digest: str
+  fields: Sequence[Mapping[str, Any]] = ()  # of each row, as they stand in the file, for judges that read them
+
+  def fits(self, judge: object) -> bool:
+    """True if every row has the fields that this judge reads; most judges read none."""
+    needs = getattr(judge, "needs", ())
+    return not needs or (bool(self.fields) and all(x.get(name) is not None for x in self.fields for name in needs))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +37,6 @@ class Data:
   eval: list[SeedRow]
   digests: Mapping[str, str]
   held_out: Sequence[SeedRow] = ()  # the prompts of the other evaluation sets that were named when the run began
-
-  def sets(self, files: Mapping[str, str]) -> list[PromptSet]:
-    """The evaluation prompts, and the sets in these files by name."""
-    main = PromptSet(layout.MAIN_SET, self.eval, self.digests["eval"])
-    return [main, *(PromptSet(name, load_examples(file, ())[0], shards.digest(file)) for name, file in files.items())]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -128,6 +128,13 @@ def graders(run: pathlib.Path, round: int, chosen: str = MAIN_SET) -> list[str]:
   return sorted(path.parent.name.rpartition(".")[2] for path in found)
 
 
+def sets_of(run: pathlib.Path, round: int) -> list[str]:
+  """The sets of prompts whose answers of a round are finished; that of data.eval, MAIN_SET, is the first."""
+  found = (run / round_name(round)).glob(f"{EVALUATION}*/{MANIFEST}")
+  names = (path.parent.name for path in found if "." not in path.parent.name)
+  return sorted(name.removeprefix(EVALUATION).removeprefix("-") for name in names)
+
+
 def policy_of(run: pathlib.Path, round: int) -> pathlib.Path:
   """The stage of the model that a round's evaluation is of, which is the first initial SFT model in round 1."""
   return run / (sft_name(1) if round == 1 else stage_name(round, POLICY))

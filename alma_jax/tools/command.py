@@ -18,7 +18,7 @@ import math
 import pathlib
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, NoReturn, TypeVar
 
 import absl.logging
@@ -27,6 +27,8 @@ import jax
 from alma_jax import names, start
 from alma_jax.engine.slots import SlotsError
 from alma_jax.errors import RunError, UserError
+from alma_jax.judges import contract
+from alma_jax.judges.contract import Judge
 from alma_jax.judges.own import OwnJudge
 from alma_jax.llama import sharding
 from alma_jax.llama.config import ModelError, read_config
@@ -221,6 +223,49 @@ def own_judge(opened: Opened, template: str | None) -> OwnJudge:
   return OwnJudge(opened.host, opened.checkpoint, asked, "expected")
 
 
+def stop_ids(host: Host) -> tuple[int, ...]:
+  """Ids at which a response ends: those of the chat format, or the tokenizer's EOS, and those that the model's own
+  generation_config.json names (an exported checkpoint may stop at more than its chat format tells)."""
+  tok = host.tokenizer
+  ids = [i for i in (tok.eos_id,) if i is not None] if host.raw else list(chat.stop_ids(tok, host.chat))
+  named = json_of(host.directory / "generation_config.json").get("eos_token_id")
+  ids += named if isinstance(named, list) else [] if named is None else [named]
+  return tuple(dict.fromkeys(ids))
+
+
+def own_of(judge: str) -> str | None:
+  """The run, stage or directory of a judge "own:DIR"; None for another one."""
+  word, _, where = judge.partition(":")
+  return where if word == "own" and where else None
+
+
+def opened_judge(options: Shared, judge: str, template: str | None) -> tuple[Host, Judge]:
+  """The judge of --with and its host; --model is for judges that need one."""
+  if own := own_of(judge):
+    opened = open_model(dataclasses.replace(options, model=own), layout.judge_of)
+    return opened.host, own_judge(opened, template)  # pyright: ignore[reportReturnType]  # a cached_property is a property
+  opened = open_model(options, layout.judge_of) if options.model else None
+  host = opened.host if opened else WithoutModel(options, "--with")
+  return host, contract.by_name(names.EVALUATORS, judge, host, options, "--with")
+
+
+def write_grades(
+  directory: pathlib.Path, decides: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
+) -> None:
+  """Write grades.jsonl and summary.json; raise if the directory holds grades by which something else `decides`."""
+  path = directory / "summary.json"
+  if path.exists():
+    held = layout.read_json(path)
+    if changed := [name for name, value in decides.items() if held.get(name) != value]:
+      raise RunError(
+        f"{directory} holds grades of another {' and '.join(changed)}: {held.get(changed[0])} -> {decides[changed[0]]}."
+        " Give another --output, or delete grades.jsonl and summary.json there"
+      )
+  with shards.atomic(directory / "grades.jsonl") as file:
+    file.write(shards.json_lines(lines))
+  shards.write_json(path, {**decides, **summary})
+
+
 def local_mesh(options: Shared) -> jax.sharding.Mesh:
   return sharding.make_mesh(data=-1, tensor=options.engine.tensor, devices=jax.local_devices())
 
@@ -252,6 +297,9 @@ def _model_of_stage(stage: pathlib.Path) -> Model:
   if not (stage / layout.MODEL / "config.json").exists():
     those = f"{layout.sft_name(1)}, {layout.JUDGE}, round_RR/{layout.POLICY}"
     raise RunError(f"{stage}: this stage holds no model; those that do: {those}")
+  architectures = layout.read_json(stage / layout.MODEL / "config.json").get("architectures") or ()
+  if "LlamaForSequenceClassification" in architectures:
+    raise RunError(f"{stage} is a reward model, which writes no text: use it as --judge=reward:{stage / layout.MODEL}")
   config = layout.config_of(stage)
   settings = config["model"]
   return Model(stage / layout.MODEL, settings["chat"], config.get("judge", {}).get("template"), settings["dtype"])

@@ -1,4 +1,12 @@
-"""Grades answers with a judge that did not choose the training data.
+"""Benchmarks: answers to their prompts, grades by a judge that did not choose the training data, comparisons.
+
+  python -m alma_jax.tools.evaluate answer ...    a model's answers to a benchmark; answer --help says more
+  python -m alma_jax.tools.evaluate grade ...     grades of answers; below
+  python -m alma_jax.tools.evaluate compare ...   models side by side; compare --help
+  python -m alma_jax.tools.evaluate judge ...     how often a judge puts the right answer first; judge --help
+  python -m alma_jax.tools.evaluate export ...    files for the official tools; export --help
+
+`grade`:
 
   python -m alma_jax.tools.evaluate grade --input=answers.jsonl --with=api:gpt-4o@https://api.openai.com/v1 \
       --protocol=mt_bench --set=question.jsonl --references=gpt-4.jsonl --output=grades/mine
@@ -29,7 +37,6 @@ The answers of an endpoint are kept in the directory: a killed command asks noth
 
 import collections
 import dataclasses
-import json
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -43,12 +50,10 @@ from alma_jax.evals import answers, protocols, scoring
 from alma_jax.evals.protocols import Item
 from alma_jax.judges import api, contract
 from alma_jax.judges.api_asking import Answers, Asking, Limits, estimate, price_of, served_by
-from alma_jax.judges.contract import Judge
 from alma_jax.options import ConfigError, option
 from alma_jax.runtime.display import Display
-from alma_jax.runtime.host import Host
-from alma_jax.store import layout, shards, statistics
-from alma_jax.tools import command
+from alma_jax.store import shards, statistics
+from alma_jax.tools import command, evaluate_answer, evaluate_compare, evaluate_export, evaluate_judge
 
 PROTOCOLS = Literal[
   "alma", "mt_bench", "lima_1_6", "lima_pairwise", "alpaca_eval", "arena_hard_2024", "arena_hard_2025"
@@ -75,7 +80,7 @@ class Options(command.Shared):
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    if self.own is None:
+    if command.own_of(self.with_) is None:
       names.check(names.EVALUATORS, self.with_, "with_")
     live_only = ("batch_out", "batch_in", "prices", "budget", "budget_tokens", "dry_run")
     given = [name for name in live_only if getattr(self, name) not in (None, False)]
@@ -88,13 +93,9 @@ class Options(command.Shared):
   def through_api(self) -> bool:
     return self.with_.startswith("api:")
 
-  @property
-  def own(self) -> str | None:
-    """The run, stage or directory of --with=own:DIR."""
-    word, _, where = self.with_.partition(":")
-    return where if word == "own" and where else None
 
-
+# The commands that are files of their own
+PARTS = {"answer": evaluate_answer, "judge": evaluate_judge, "compare": evaluate_compare, "export": evaluate_export}
 FLAGS = command.Flags("evaluate grade", __doc__, Options, ("slots", "tensor"))
 
 
@@ -103,8 +104,13 @@ def main(arguments: Sequence[str]) -> int:
   if not arguments or arguments[0] in ("-h", "--help"):
     FLAGS.print_help()
     return 0
+  if arguments[0] in PARTS:
+    return PARTS[arguments[0]].main(arguments[1:])
   if arguments[0] != "grade":
-    print(f"error: alma evaluate has no command {arguments[0]!r}; there is grade (--help says more)", file=sys.stderr)
+    known = ", ".join(("grade", *PARTS))
+    print(
+      f"error: alma evaluate has no command {arguments[0]!r}; there are {known} (--help says more)", file=sys.stderr
+    )
     return 2
   options = FLAGS.values(arguments[1:])
   return command.status(lambda: grade(options))
@@ -198,7 +204,7 @@ def _limits(options: Options) -> Limits:
 
 
 def _with_judge(options: Options, items: Sequence[Item], directory: pathlib.Path) -> None:
-  host, judge = _opened_judge(options)
+  host, judge = command.opened_judge(options, options.with_, options.template)
   directory.mkdir(exist_ok=True)
   pairs = [contract.Answered(_messages(item), item.answers[-1], name=item.id, row=item.row) for item in items]
   with host.display.bar("judging", len(pairs), "answers") as bar:
@@ -221,16 +227,6 @@ def _with_judge(options: Options, items: Sequence[Item], directory: pathlib.Path
   _finish(options, directory, judge.identity, "rating", lines, {"scale": judge.scale})
 
 
-def _opened_judge(options: Options) -> tuple[Host, Judge]:
-  if options.own:
-    opened = command.open_model(dataclasses.replace(options, model=options.own), layout.judge_of)
-    judge = command.own_judge(opened, options.template)
-    return opened.host, judge  # pyright: ignore[reportReturnType]  # a cached_property is a property
-  opened = command.open_model(options, layout.judge_of) if options.model else None
-  host = opened.host if opened else command.WithoutModel(options, "--with")
-  return host, contract.by_name(names.EVALUATORS, options.with_, host, options, "--with")
-
-
 def _messages(item: Item) -> list[dict[str, str]]:
   """The conversation up to its last turn."""
   said = []
@@ -248,26 +244,14 @@ def _finish(
   options: Options, directory: pathlib.Path, identity: str, protocol: str, lines: Sequence[dict[str, Any]], more: Any
 ) -> None:
   """Write grades.jsonl and summary.json; raise if too much is missing."""
-  path = directory / "summary.json"
   named = ("input", "set", "against", "references")
   made_of = {name: shards.digest(file)[:16] for name in named if (file := getattr(options, name))}
   decides = {"judge": identity, "protocol": protocol, "made_of": made_of}
-  if path.exists():
-    held = json.loads(path.read_text(encoding="utf-8"))
-    if changed := [name for name, value in decides.items() if held.get(name) != value]:
-      raise RunError(
-        f"{directory} holds grades of another {' and '.join(changed)}: {held.get(changed[0])} -> {decides[changed[0]]}."
-        " Give another --output, or delete grades.jsonl and summary.json there"
-      )
-  with shards.atomic(directory / "grades.jsonl") as file:
-    for line in lines:
-      file.write(f"{json.dumps(line, ensure_ascii=False)}\n".encode())
   parts = [verdict for line in lines for verdict in line["parts"].values()]
   missing = sum(verdict is None for verdict in parts)
   numbers = numbers_of(protocol, lines) if missing < len(parts) else {}
-  shards.write_json(
-    path, decides | {"items": len(lines), "missing": missing, "of": len(parts), "numbers": numbers} | more
-  )
+  summary = {"items": len(lines), "missing": missing, "of": len(parts), "numbers": numbers} | more
+  command.write_grades(directory, decides, lines, summary)
   print(
     f"{directory / 'grades.jsonl'}: {len(lines):,} answers, {missing:,} of {len(parts):,} verdicts missing; {identity}"
   )

@@ -40,7 +40,6 @@ from alma_jax.runtime.host import Host
 from alma_jax.runtime.sampling import Draft
 from alma_jax.store import layout
 from alma_jax.store.data import DataError
-from alma_jax.text import chat
 from alma_jax.tools import command, jsonl
 
 PART = 1024  # samples in a part
@@ -99,20 +98,10 @@ def run(options: Options, fits: bool = False) -> None:
   print(f"{told}; {seconds:.1f} s, {tokens / max(seconds, 1e-3):,.0f} tokens/s")
 
 
-def stop_ids(host: Host) -> tuple[int, ...]:
-  """Ids at which a response ends: those of the chat format, or the tokenizer's EOS, and those that the model's own
-  generation_config.json names (an exported checkpoint may stop at more than its chat format tells)."""
-  tok = host.tokenizer
-  ids = [i for i in (tok.eos_id,) if i is not None] if host.raw else list(chat.stop_ids(tok, host.chat))
-  named = command.json_of(host.directory / "generation_config.json").get("eos_token_id")
-  ids += named if isinstance(named, list) else [] if named is None else [named]
-  return tuple(dict.fromkeys(ids))
-
-
 def decides(options: Options, opened: command.Opened) -> dict[str, Any]:
   """The fields of the output's stage."""
   chosen = fingerprint(options, without=(*command.PLACES, "raw"))
-  return command.decides("sample", options, opened) | chosen | {"stop_ids": stop_ids(opened.host)}
+  return command.decides("sample", options, opened) | chosen | {"stop_ids": command.stop_ids(opened.host)}
 
 
 def _survey(options: Options, host: Host) -> tuple[int, int]:
@@ -156,7 +145,7 @@ def _sampled(
     for sample in range(options.n)
   ]
   drawing = sampling.Options(decoding=options.decoding, max_prompt_tokens=longest)
-  stops = sampling.Stops(stop_ids(opened.host), options.stop)
+  stops = sampling.Stops(command.stop_ids(opened.host), options.stop)
   return jsonl.chunks(sampling.drafts(opened.host, opened.checkpoint, requests, drawing, stops, bar), options.n)
 
 

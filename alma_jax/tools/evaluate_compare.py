@@ -1,0 +1,123 @@
+"""Compares models on the same questions by the same judge.
+
+  python -m alma_jax.tools.evaluate compare --input grades/mine grades/other [--output=compared.csv]
+  python -m alma_jax.tools.evaluate compare --input runs/alma
+
+An input is the --output of `evaluate grade`, whose name is that of the model, or a run, whose rounds are the models: a
+block for each of its sets and judges. Means and paired differences to --against (the first model if not given) have
+95 % intervals over questions; p values are adjusted by Holm's method over all of them; `detectable` is the difference
+that so many questions would show with a probability of 80 %. Numbers of two judges are never compared.
+--categories=true adds a block for each category.
+"""
+
+import csv
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from alma_jax.errors import RunError
+from alma_jax.evals import comparison
+from alma_jax.evals.comparison import ComparisonError, Group, Scores
+from alma_jax.options import Checked, option
+from alma_jax.store import layout, verify
+from alma_jax.tools import command
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(Checked):
+  input: tuple[str, ...] = option(doc="outputs of `evaluate grade`, or runs")
+  against: str = option("", doc="the model to compare with; the first one if not given")
+  categories: bool = option(False, doc="each category, too")
+  output: str = option("", doc="a CSV file of the rows")
+
+
+FLAGS = command.Flags("evaluate compare", __doc__, Options)
+
+
+def main(arguments: Sequence[str]) -> int:
+  """The exit status."""
+  options = FLAGS.values(_one_flag_each(arguments))
+  return command.status(lambda: run(options))
+
+
+def _one_flag_each(arguments: Sequence[str]) -> list[str]:
+  """`--input A B` as `--input=A --input=B`."""
+  found, inside = [], False
+  for argument in arguments:
+    if argument == "--input":
+      inside = True
+    elif inside and not argument.startswith("--"):
+      found.append(f"--input={argument}")
+    else:
+      inside = False
+      found.append(argument)
+  return found
+
+
+def run(options: Options) -> None:
+  groups = groups_of([pathlib.Path(name) for name in options.input])
+  found = comparison.rows(groups, options.against or None, options.categories)
+  print("\n".join(comparison.in_lines(found)))
+  if options.output:
+    path = pathlib.Path(options.output)
+    command.check_place(path)
+    table = [comparison.in_columns(row) for row in found]
+    with open(path, "w", encoding="utf-8", newline="") as file:
+      writer = csv.DictWriter(file, list(table[0]))
+      writer.writeheader()
+      writer.writerows(table)
+
+
+def groups_of(inputs: Sequence[pathlib.Path]) -> list[Group]:
+  """The graded models of all inputs, by set and judge."""
+  groups: list[Group] = []
+  graded: list[tuple[pathlib.Path, dict[str, Any]]] = []
+  for directory in inputs:
+    if (directory / "summary.json").is_file():
+      graded.append((directory, layout.read_json(directory / "summary.json")))
+    elif layout.config_in(directory):
+      groups += of_run(directory)
+    else:
+      raise ComparisonError(f"{directory} is neither the --output of `evaluate grade` nor a run")
+  if graded:
+    first, held = graded[0]
+    for directory, summary in graded:
+      for name in ("judge", "protocol"):
+        if summary.get(name) != held.get(name):
+          raise ComparisonError(
+            f"{first} and {directory} cannot be compared: {name} {held.get(name)!r} and {summary.get(name)!r}"
+          )
+    judge = f"{held['judge']}, {held.get('protocol', '')}"
+    groups.append(Group("answers", judge, [_scores(directory) for directory, _ in graded]))
+  return groups
+
+
+def _scores(directory: pathlib.Path) -> Scores:
+  """The grades in a directory; a verdict that is missing is left out."""
+  lines = [json.loads(line) for line in (directory / "grades.jsonl").read_text(encoding="utf-8").splitlines()]
+  known = {str(line["id"]): float(line["score"]) for line in lines if line.get("score") is not None}
+  return Scores(directory.name, known, {str(line["id"]): line.get("category") or "" for line in lines})
+
+
+def of_run(run: pathlib.Path) -> list[Group]:
+  """A group for each set and judge of a run; its models are the rounds that are graded."""
+  found: dict[tuple[str, str], list[Scores]] = {}
+  for round in layout.rounds(run):
+    for chosen in layout.sets_of(run, round):
+      for name in layout.graders(run, round, chosen):
+        stage = layout.grades_name(layout.stage_name(round, layout.answers_name(chosen)), name)
+        manifest = layout.manifest_of(run, stage) or {}
+        scores: dict[str, float] = {}
+        for path in layout.parts_of(run / stage) or []:
+          with verify.opened(path) as file:
+            rows = pq.read_table(file, columns=["prompt_id", "score"]).to_pylist()
+          scores |= {row["prompt_id"]: row["score"] for row in rows if row["score"] is not None}
+        key = (chosen or "data.eval", f"{name}: {manifest['judge']['identity']}")
+        found.setdefault(key, []).append(Scores(f"round {round}", scores))
+  if not found:
+    raise RunError(f"{run}: no round has been graded yet")
+  return [Group(asked, judge, models) for (asked, judge), models in found.items()]
