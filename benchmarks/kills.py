@@ -58,6 +58,7 @@ def main(arguments: Sequence[str]) -> int:
   for module in ("alma_jax.start", "alma_jax.recipes.alma", "transformers.models.auto"):
     importlib.import_module(module)
   workdir = options.workdir or pathlib.Path(tempfile.mkdtemp())
+  workdir.mkdir(parents=True, exist_ok=True)
   straight, flags = options.straight or workdir / "straight", flags or REDUCED
   if not options.straight:
     process = begun(straight, flags)
