@@ -113,6 +113,8 @@ def test_seed_files(tmp_path):
     "judge": 256,
     "eval": 576,
     "judge_test": 600,
+    "preferences": 96,
+    "prompts": 768,
   }
   for name in first:
     assert first[name].read_bytes() == again[name].read_bytes()

@@ -6,6 +6,8 @@
   judge.jsonl      256 rows   prompt, response, score   128 prompts x 2 answers of every quality
   eval.jsonl       576 rows   prompt                    nine per city; the same for every seed
   judge_test.jsonl 600 rows   prompt, chosen, rejected  on evaluation prompts; the same for every seed
+  preferences.jsonl 96 rows   prompt, chosen, rejected  prompts of their own; chosen is better by the ground truth
+  prompts.jsonl    768 rows   prompt                    unlabelled prompts of their own
 
 The scores of judge.jsonl are the ground truth with human noise: 30 % are one too high or too low. No evaluation prompt
 occurs in sft.jsonl or judge.jsonl, and no prompt twice within the two.
@@ -23,6 +25,7 @@ from alma_jax.mini import world
 from alma_jax.mini.world import Task
 
 SFT, ANNOTATED, EVAL_PER_CITY, TEST_PAIRS = 96, 128, 9, 600
+PREFERENCES, UNLABELLED = 96, 768
 
 # (truth, misconception) shares of the demonstrations
 _CARE = {"head": (0.90, 0.05), "mid": (0.78, 0.12), "tail": (0.66, 0.20)}
@@ -107,8 +110,21 @@ def _test_pairs(prompts: Sequence[tuple[str, Task]]) -> list[dict[str, str]]:
   return rows
 
 
+def _preferences(seed: int, taken: set[str]) -> dict[str, list[dict[str, Any]]]:
+  """Preference pairs, and prompts without an answer; none of their prompts is in `taken`."""
+  rng, pairs = random.Random(f"preferences {seed}"), []
+  for prompt, task in _fresh_prompts(rng, PREFERENCES, taken):
+    (a, low), (b, high) = _judged(rng, prompt, task), _judged(rng, prompt, task)
+    while low == high:
+      b, high = _judged(rng, prompt, task)
+    chosen, rejected = (a, b) if low > high else (b, a)
+    pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+  asked = [{"prompt": prompt} for prompt, _ in _fresh_prompts(rng, UNLABELLED, taken)]
+  return {"preferences": pairs, "prompts": asked}
+
+
 def make(directory: str | os.PathLike[str], seed: int) -> dict[str, pathlib.Path]:
-  """Writes the four files; returns their paths by the names sft, judge, eval and judge_test."""
+  """Writes the files; returns their paths by name: sft, judge, eval, judge_test, preferences and prompts."""
   directory = pathlib.Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
   evals = eval_prompts()
@@ -124,6 +140,7 @@ def make(directory: str | os.PathLike[str], seed: int) -> dict[str, pathlib.Path
     "judge": judge,
     "eval": [{"prompt": prompt} for prompt, _ in evals],
     "judge_test": _test_pairs(evals),
+    **_preferences(seed, taken),
   }
   paths = {name: directory / f"{name}.jsonl" for name in files}
   for name, rows in files.items():

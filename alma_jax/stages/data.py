@@ -1,4 +1,4 @@
-"""The human data: the run's own checked copy of the demonstrations, the annotations and the evaluation prompts.
+"""The human data: the run's own checked copy of the demonstrations, annotations, preference pairs and prompts.
 
 Everything later reads this copy, so a run can be understood, resumed and moved without the files it began with. A known
 word of `names.DATA` stands for data that is made for the run's seed.
@@ -30,13 +30,44 @@ LOST = {  # counts of rows that are left out
   "empty": "rows are left out: their prompt or response is empty",
   "duplicate": "rows are left out: they repeat an earlier one",
   "equals_eval_prompt": "rows are left out: their prompt is an evaluation prompt, too",
+  "equals_seed_prompt": "rows are left out: their prompt is that of a demonstration, an annotation or a pair",
+  "identical": "pairs are left out: their two answers are equal",
 }
-NEEDED = {"sft": ("response",), "judge": ("response", "score"), "eval": ()}  # what the rows of a file must have
+NEEDED = {  # what the rows of each kind of file must have
+  "sft": ("response",),
+  "judge": ("response", "score"),
+  "preferences": ("chosen", "rejected"),
+  "prompts": (),
+  "eval": (),
+}
+COUNTS = ("rows", "kept", "empty", "duplicate", "odd_turns", "identical")  # of what is read
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(Checked):
-  """Each source is a JSONL or Parquet file, "tfds:NAME:SPLIT" or a known word of names.DATA."""
+class Sources(Checked):
+  """Each source is a JSONL or Parquet file, "tfds:NAME:SPLIT" or a known word of names.DATA. A recipe's class has the
+  fields of NEEDED that it reads; those without a default must be given."""
+
+  @property
+  def sources(self) -> dict[str, str]:
+    """The sources that are given, and `eval`, which demonstrations may stand in for."""
+    given = {name: getattr(self, name, "") for name in NEEDED}
+    return {name: source for name, source in given.items() if source or name == "eval"}
+
+  @property
+  def held_out_of_sft(self) -> int:
+    """How many demonstrations become the evaluation prompts where `eval` is empty."""
+    return getattr(self, "held_out", 0)
+
+  def require(self, *fields: str) -> None:
+    for name in fields:
+      if not getattr(self, name):
+        raise ConfigError(f"{name} is empty: give a JSONL or Parquet file or a TFDS name")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(Sources):
+  """What ALMA reads."""
 
   sft: str = ""  # demonstrations: messages, or prompt and response
   judge: str = ""  # annotations: the same with a score 0..10
@@ -45,16 +76,10 @@ class Options(Checked):
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    for name in ("sft", "judge"):
-      if not getattr(self, name):
-        raise ConfigError(f"{name} is empty: give a JSONL or Parquet file or a TFDS name")
-
-  @property
-  def sources(self) -> dict[str, str]:
-    return {name: getattr(self, name) for name in NEEDED}
+    self.require("sft", "judge")
 
 
-def build(s: Session[Any], options: Options, sets: Sequence[str] = ()) -> Data:
+def build(s: Session[Any], options: Sources, sets: Sequence[str] = ()) -> Data:
   """The Data of the finished stage `seeds`; `sets` are files of more evaluation prompts."""
   contents = {name: _content(source) for name, source in options.sources.items()} | _gone(s, options)
   fields = {"config": {"data": fingerprint(options)}, "contents": contents}
@@ -63,7 +88,7 @@ def build(s: Session[Any], options: Options, sets: Sequence[str] = ()) -> Data:
   stage = s.run.stage(layout.SEEDS, fields)
   if not stage.done:
     counts, found = _write(stage.dir, options, s.options.seed, sets) if s.run.process == 0 else ({}, {})
-    files = [f"{name}.jsonl" for name in (*NEEDED, *([HELD_OUT] if sets else []))]
+    files = [f"{name}.jsonl" for name in (*options.sources, *([HELD_OUT] if sets else []))]
     stage.finish(counts=counts, files=files, alarms=lambda _: _alarms(found, s.options.alarms))
     alarms.say(s.display, stage)
     for name, count in stage.manifest["counts"].items():
@@ -71,14 +96,14 @@ def build(s: Session[Any], options: Options, sets: Sequence[str] = ()) -> Data:
       s.tell(f"data.{name}", count, count.get("rows", 0), LOST)
       if odd := count.get("odd_turns", 0):
         s.display.say(f"data.{name}: {odd:,} rows are left out: their turns do not alternate, user, assistant, user")
-  rows = {name: load_examples(stage.dir / f"{name}.jsonl", need)[0] for name, need in NEEDED.items()}
+  rows = {name: load_examples(stage.dir / f"{name}.jsonl", NEEDED[name])[0] for name in options.sources}
   digests = {file.removesuffix(".jsonl"): facts["digest"] for file, facts in stage.manifest["files"].items()}
   held_out = load_examples(stage.dir / f"{HELD_OUT}.jsonl", ())[0] if HELD_OUT in digests else []
-  return Data(**rows, held_out=held_out, digests=digests)
+  return Data(**{"sft": [], "judge": []} | rows, held_out=held_out, digests=digests)
 
 
 def read(
-  options: Options, directory: pathlib.Path, seed: int, sets: Sequence[str] = ()
+  options: Sources, directory: pathlib.Path, seed: int, sets: Sequence[str] = ()
 ) -> tuple[dict[str, list[SeedRow]], dict[str, dict]]:
   """The rows of each source, and counts of what was read, dropped and moved. `directory` takes what is made."""
   for made in dict.fromkeys(_made(options).values()):
@@ -90,10 +115,10 @@ def read(
       continue
     path = directory / f"{name}.jsonl" if name in _made(options) else source
     rows[name], report = load_examples(path, NEEDED[name])
-    counts[name] = {key: report[key] for key in ("rows", "kept", "empty", "duplicate", "odd_turns")}
-  if not options.eval:  # some demonstrations' prompts become the evaluation prompts
+    counts[name] = {key: report[key] for key in COUNTS if key in report}
+  if not options.sources["eval"]:  # some demonstrations' prompts become the evaluation prompts
     ids = sorted({prompt_id(r.messages) for r in rows["sft"]}, key=lambda i: key_of("eval", i))
-    held = set(ids[: max(1, min(options.held_out, len(ids) // 10))])
+    held = set(ids[: max(1, min(options.held_out_of_sft, len(ids) // 10))])
     rows["eval"] = [r for r in rows["sft"] if prompt_id(r.messages) in held]
     rows["sft"] = [r for r in rows["sft"] if prompt_id(r.messages) not in held]
     counts["eval"] = {"held_out_of_sft": len(rows["eval"])}
@@ -102,15 +127,27 @@ def read(
     counts[HELD_OUT] = {"kept": len(rows[HELD_OUT])}
   # An evaluation prompt that is also a demonstration or an annotation would measure memory.
   asked = {prompt_id(r.messages) for name in ("eval", HELD_OUT) for r in rows.get(name, [])}
-  for name in ("sft", "judge"):
-    clean = [r for r in rows[name] if prompt_id(r.messages) not in asked]
-    counts[name]["equals_eval_prompt"] = len(rows[name]) - len(clean)
-    rows[name] = clean
+  seeds = [name for name in ("sft", "judge", "preferences") if name in rows]
+  for name in seeds:
+    rows[name] = _without(rows[name], asked, counts[name], "equals_eval_prompt")
+  if "prompts" in rows:  # each once, and none that an answer of a person is there for
+    answered = {prompt_id(r.messages) for name in seeds for r in rows[name]}
+    clean = _without(rows["prompts"], asked, counts["prompts"], "equals_eval_prompt")
+    clean = _without(clean, answered, counts["prompts"], "equals_seed_prompt")
+    rows["prompts"] = list({prompt_id(r.messages): r for r in reversed(clean)}.values())[::-1]
+    counts["prompts"]["duplicate"] += len(clean) - len(rows["prompts"])
   return rows, counts
 
 
+def _without(rows: list[SeedRow], ids: set[str], counts: dict[str, int], why: str) -> list[SeedRow]:
+  """The rows whose prompt is not among `ids`; the others are counted."""
+  clean = [r for r in rows if prompt_id(r.messages) not in ids]
+  counts[why] = len(rows) - len(clean)
+  return clean
+
+
 def _write(
-  directory: pathlib.Path, options: Options, seed: int, sets: Sequence[str]
+  directory: pathlib.Path, options: Sources, seed: int, sets: Sequence[str]
 ) -> tuple[dict[str, dict], dict[str, list[SeedRow]]]:
   """Write a file for each kind of row; the counts and the rows of `read`."""
   rows, counts = read(options, directory / ".made", seed, sets)
@@ -123,19 +160,20 @@ def _write(
 def _alarms(rows: Mapping[str, Sequence[SeedRow]], bounds: alarms.Options) -> alarms.Alarms:
   """Whether the annotations have one score, and whether the demonstrations hardly differ."""
   found = {}
-  scores = {row.score for row in rows["judge"]}
+  scores = {row.score for row in rows.get("judge", ())}
   if len(scores) == 1:
     found["annotations"] = (
       f"all {len(rows['judge']):,} annotations have the score {scores.pop():g}: no judge learns from"
     )
     found["annotations"] += " them what is better"
-  (most,) = collections.Counter(row.response for row in rows["sft"]).most_common(1) or [("", 0)]
-  if len(rows["sft"]) > 1 and most[1] > bounds.alike * len(rows["sft"]):
-    found["alike"] = f"{most[1]:,} of {len(rows['sft']):,} demonstrations have one response: {most[0]!r:.60}"
+  sft = rows.get("sft", ())
+  (most,) = collections.Counter(row.response for row in sft).most_common(1) or [("", 0)]
+  if len(sft) > 1 and most[1] > bounds.alike * len(sft):
+    found["alike"] = f"{most[1]:,} of {len(sft):,} demonstrations have one response: {most[0]!r:.60}"
   return found
 
 
-def _made(options: Options) -> dict[str, str]:
+def _made(options: Sources) -> dict[str, str]:
   """The sources that are known words, by name."""
   return {name: source for name, source in options.sources.items() if source in names.DATA.words}
 
@@ -144,7 +182,7 @@ def _plain(row: SeedRow, need: tuple[str, ...]) -> dict[str, Any]:
   return {"messages": list(row.messages)} | {key: getattr(row, key) for key in need}
 
 
-def _gone(s: Session[Any], options: Options) -> dict[str, str]:
+def _gone(s: Session[Any], options: Sources) -> dict[str, str]:
   """Of files that are missing, though the run has its copy of them, the digests that they had."""
   directory = s.run.dir / layout.SEEDS
   files = {name: x for name, x in options.sources.items() if x and x not in names.DATA.words and not is_tfds(x)}

@@ -2,10 +2,11 @@
 
 `load_examples("seeds.jsonl")` or `load_examples("tfds:name/config:train")` returns (rows, report). A row of
 the file has `messages`, a list of {"role", "content"} whose last turn is the assistant's, or `prompt` and
-`response`; the judge's seeds also need a `score` from 0 to 10: `need=("response", "score")`. With `need=()`
-only prompts are read. A row that cannot be read raises a DataError that names file, line and field. Rows
-with an empty prompt or response, exact repetitions of earlier rows, and dialogues with turns out of order are
-left out; the report counts them and names the first lines of each kind.
+`response`; the judge's seeds also need a `score` from 0 to 10: `need=("response", "score")`. Preference pairs have a
+`chosen` and a `rejected` answer: `need=("chosen", "rejected")`. With `need=()` only prompts are read. A row that cannot
+be read raises a DataError that names file, line and field. Rows with an empty prompt or answer, pairs of equal answers,
+exact repetitions of earlier rows, and dialogues with turns out of order are left out; the report counts them and names
+the first lines of each kind.
 
 The turns of a dialogue alternate: after a system turn, if there is one, the user's comes first, then the
 assistant's, and so on; the last one before the answer is the user's. A row without a user's turn to answer is
@@ -45,6 +46,13 @@ class SeedRow:
   response: str | None
   score: float | None
   line: int  # line of a JSONL file, else the row or item, from 1
+  chosen: str | None = None  # of a preference pair
+  rejected: str | None = None
+
+  @property
+  def answers(self) -> tuple[str, ...]:
+    """The response, or both answers of a pair; none of a prompt alone."""
+    return tuple(text for text in (self.response, self.chosen, self.rejected) if text is not None)
 
 
 def load_examples(
@@ -54,16 +62,19 @@ def load_examples(
   unit, items = objects(str(source))
   rows, seen, total = [], set(), 0
   dropped: dict[str, list[int]] = {"empty": [], "duplicate": [], "odd_turns": []}
+  dropped |= {"identical": []} if "chosen" in need else {}
   ignored: set[str] = set()
   for line, item in items:
     total += 1
     row = row_of(item, need, line, f"{source}, {unit} {line}")
-    ignored.update(item.keys() - set(FIELDS))
+    ignored.update(item.keys() - {*FIELDS, *need})
     # Two annotators may give one answer different scores: such rows are both kept.
-    key = (tuple((m["role"], m["content"]) for m in row.messages), row.response, row.score)
+    key = (tuple((m["role"], m["content"]) for m in row.messages), row.answers, row.score)
     texts = [m["content"] for m in row.messages if m["role"] != "system"]
-    if not all(text.strip() for text in [*texts, "-" if row.response is None else row.response]):
+    if not all(text.strip() for text in (*texts, *row.answers)):
       dropped["empty"].append(line)
+    elif row.chosen is not None and row.chosen == row.rejected:
+      dropped["identical"].append(line)
     elif not alternates(row.messages):
       dropped["odd_turns"].append(line)
     elif key in seen:
@@ -73,6 +84,8 @@ def load_examples(
       rows.append(row)
   if not rows:
     what = f"all {total} rows have an empty prompt or response" if total else "it holds no rows"
+    if same := len(dropped.get("identical", ())):
+      what = f"the two answers of {same} of {total} rows are equal, and the others are empty"
     if odd := len(dropped["odd_turns"]):
       what = f"the turns of {odd} of {total} rows do not alternate between user and assistant, and the others are empty"
     raise DataError(f"{source}: nothing to read: {what}.")
@@ -95,6 +108,8 @@ def row_of(item: Any, need: Sequence[str], line: int, where: str) -> SeedRow:
     messages, answer = _split(_messages(item["messages"], where), answer, where)
   else:
     messages = ({"role": "user", "content": text_of(item["prompt"], f"{where}, field prompt")},)
+  if "chosen" in need:
+    return _pair(item, messages, line, where)
   check_size(sum(len(turn["content"]) for turn in messages) + len(answer or ""), where)
   if "response" not in need:
     return SeedRow(messages, None, None, line)
@@ -107,6 +122,26 @@ def row_of(item: Any, need: Sequence[str], line: int, where: str) -> SeedRow:
     _require(("score",), item, where)
     score = _score(item["score"], f"{where}, field score")
   return SeedRow(messages, answer, score, line)
+
+
+def _pair(item: dict[str, Any], messages: Turns, line: int, where: str) -> SeedRow:
+  """The row of a preference pair. An answer is a text, or a conversation that repeats the prompt and ends with it."""
+  answers = {}
+  for name in ("chosen", "rejected"):
+    _require((name,), item, where)
+    value = item[name]
+    if isinstance(value, str | bytes):
+      answers[name] = text_of(value, f"{where}, field {name}")
+      continue
+    *before, last = _messages(value, where, name)
+    if last["role"] != "assistant" or (before and tuple(before) != messages):
+      raise DataError(
+        f"{where}, field {name}: expected an answer, or the turns of the prompt and the assistant's answer after them;"
+        f" found {len(before) + 1} turns, the last by {last['role']!r}, that are not the row's prompt and an answer."
+      )
+    answers[name] = last["content"]
+  check_size(sum(len(turn["content"]) for turn in messages) + sum(map(len, answers.values())), where)
+  return SeedRow(messages, None, None, line, **answers)
 
 
 def alternates(messages: Turns) -> bool:
@@ -144,8 +179,8 @@ def _split(messages: Turns, answer: str | None, where: str) -> tuple[Turns, str 
   return messages, answer
 
 
-def _messages(value: Any, where: str) -> Turns:
-  where = f"{where}, field messages"
+def _messages(value: Any, where: str, field: str = "messages") -> Turns:
+  where = f"{where}, field {field}"
   if isinstance(value, dict) and value.keys() >= {"role", "content"}:  # TFDS turns a list of dicts inside out
     value = _turned(value["role"], value["content"], where)
   if not isinstance(value, list | tuple) or not value:

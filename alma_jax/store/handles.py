@@ -37,6 +37,8 @@ class Data:
   eval: list[SeedRow]
   digests: Mapping[str, str]
   held_out: Sequence[SeedRow] = ()  # the prompts of the other evaluation sets that were named when the run began
+  preferences: Sequence[SeedRow] = ()  # pairs of answers
+  prompts: Sequence[SeedRow] = ()  # without an answer
 
 
 @dataclasses.dataclass(frozen=True)
