@@ -64,6 +64,7 @@ class Sampled:
 class Limits:
   slots: int  # on each replica
   longest_prompt: int | None = None  # in this call and later ones, so that they share their shapes; None: this call's
+  steps: int = 0  # tokens that are drawn before the host hears of them; 0: as many as pay
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,7 +250,7 @@ def sample(
   mesh = None if mesh is None or mesh.size == 1 else mesh
   sampler = _Sampler(model, requests, decoding, shapes, mesh)
   # As long as a refill pays: short answers end, and free their slots, after fewer steps.
-  steps = min(16, max(4, decoding.max_new_tokens // 48))
+  steps = limits.steps or min(16, max(4, decoding.max_new_tokens // 48))
   results, seen = {}, [0] * len(requests)  # by request; how many of its tokens `ends` has seen
   while sampler.refill():
     state = sampler.decode(steps)

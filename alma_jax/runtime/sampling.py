@@ -60,23 +60,68 @@ def drafts(
   host: Host, checkpoint: Checkpoint, requests: Sequence[Request], options: Options, stops: Stops, bar: Bar
 ) -> list[Draft]:
   """One Draft for each request. `options.max_prompt_tokens` is the room for prompts: each of them must fit."""
-  decoding = dataclasses.replace(options.decoding, stop_ids=tuple(stops.ids))
-  model, decode = host.model(checkpoint, "unrolled"), host.tokenizer.decode
+  decoding, decode = dataclasses.replace(options.decoding, stop_ids=tuple(stops.ids)), host.tokenizer.decode
   share = len(requests) / max(1, len({r.prompt for r in requests}))
-  longest, mesh = options.max_prompt_tokens, host.local_mesh
-  slots = slots_that_fit(model, decoding, Load(longest, share), host.free_bytes, mesh, wanted=host.engine.slots)
+  limits = _limits(host, checkpoint, decoding, Load(options.max_prompt_tokens, share), host.engine.slots)
   ends = functools.partial(_end, decode, stops.strings) if stops.strings else None
-  hooks = SamplingHooks(bar.advance, ends)
+  sampled = _sampled(host, checkpoint, requests, decoding, limits, SamplingHooks(bar.advance, ends))
+  return [_draft(host, s, _before(decode(s.tokens), stops.strings)) for s in sampled]
+
+
+def streamed(
+  host: Host,
+  checkpoint: Checkpoint,
+  request: Request,
+  options: Options,
+  stop_ids: tuple[int, ...],
+  show: Callable[[str], object],
+) -> Draft:
+  """The Draft of one request. `show` hears its text in pieces, as it is drawn."""
+  decoding, decode = dataclasses.replace(options.decoding, stop_ids=stop_ids), host.tokenizer.decode
+  limits = _limits(host, checkpoint, decoding, Load(options.max_prompt_tokens, 1), 1)
+  shown = ""
+
+  def hear(request: Request, tokens: tuple[int, ...], seen: int) -> None:
+    nonlocal shown
+    # A character of several tokens is whole with the last of them, and white space may turn out to end the text.
+    text = decode(tokens).rstrip("\ufffd")
+    text = text if host.raw else text.strip()
+    if text.startswith(shown):
+      show(text[len(shown) :])
+      shown = text
+
+  limits = dataclasses.replace(limits, steps=1)
+  (sampled,) = _sampled(host, checkpoint, [request], decoding, limits, SamplingHooks(ends=hear))
+  found = _draft(host, sampled, decode(sampled.tokens))
+  # A tokenizer that reads what was shown otherwise with what follows: the text once more, as it is.
+  show(found.text[len(shown) :] if found.text.startswith(shown) else f"\n{found.text}")
+  return found
+
+
+def _limits(host: Host, checkpoint: Checkpoint, decoding: Decoding, load: Load, wanted: int) -> Limits:
+  model = host.model(checkpoint, "unrolled")
+  return Limits(
+    slots_that_fit(model, decoding, load, host.free_bytes, host.local_mesh, wanted=wanted), load.longest_prompt
+  )
+
+
+def _sampled(
+  host: Host,
+  checkpoint: Checkpoint,
+  requests: Sequence[Request],
+  decoding: Decoding,
+  limits: Limits,
+  hooks: SamplingHooks,
+) -> list[sample.Sampled]:
   try:
-    sampled = sample.sample(model, requests, decoding, Limits(slots, longest), mesh, hooks)
+    return sample.sample(host.model(checkpoint, "unrolled"), requests, decoding, limits, host.local_mesh, hooks)
   except NotFinite as error:
     raise checkpoint.gave(error, requests[error.item].name or f"request {error.item + 1}") from None
-  found = []
-  for s in sampled:
-    text = _before(decode(s.tokens), stops.strings)
-    # What continues a raw text may begin with a space; a chat's turn has none around it.
-    found.append(Draft(text if host.raw else text.strip(), s.tokens, s.finished, s.logprobs))
-  return found
+
+
+def _draft(host: Host, sampled: sample.Sampled, text: str) -> Draft:
+  # What continues a raw text may begin with a space; a chat's turn has none around it.
+  return Draft(text if host.raw else text.strip(), sampled.tokens, sampled.finished, sampled.logprobs)
 
 
 def _before(text: str, stop_strings: Sequence[str]) -> str:

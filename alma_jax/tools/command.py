@@ -193,8 +193,9 @@ def open_model(options: Shared, stage_of: Callable[[pathlib.Path], pathlib.Path]
     raise TextError(_which_chat(model.directory))
   values = {"path": str(model.directory), "dtype": model.dtype} | ({} if fmt is None else {"chat": fmt})
   host = Host(build(ModelOptions, values, "--model"), options.engine, local_mesh(options), raw=raw)
-  for directory in (pathlib.Path(options.output), parts_of(pathlib.Path(options.output))):
-    digests.recall(directory / layout.DIGESTS)  # before the model is read for its content
+  if options.output:  # a command that writes no file has none
+    for directory in (pathlib.Path(options.output), parts_of(pathlib.Path(options.output))):
+      digests.recall(directory / layout.DIGESTS)  # before the model is read for its content
   return Opened(model, host, Checkpoint(options.model, host.directory, content_of(host.directory)))
 
 
