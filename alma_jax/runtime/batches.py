@@ -52,11 +52,13 @@ class _Sequences:
 
 @dataclasses.dataclass(frozen=True)
 class Examples(_Sequences):
-  """For SFT. `average`: "tokens" weighs every supervised token alike, "examples" every example."""
+  """For SFT. `average`: "tokens" weighs every supervised token alike, "examples" every example. `shares` weigh the
+  examples on top of that: a step's loss is the weighted mean over the step."""
 
   sequences: Sequence[Encoded]
   names: Sequence[object]
   average: str = "tokens"
+  shares: np.ndarray | None = None  # [sequences]
 
   def rows(
     self, members: np.ndarray, packings: Sequence[Packing], row_length: int, counts: Sequence[int], batch: int
@@ -65,6 +67,8 @@ class Examples(_Sequences):
     if self.average == "examples":
       whole = np.array([np.sum(self.sequences[i][1][1:]) for i in members] + [1.0])  # the last one is padding's
       made["weights"] /= whole[made["example"]].astype(np.float32)
+    if self.shares is not None:
+      made["weights"] *= np.append(self.shares[members], 0.0)[made["example"]].astype(np.float32)
     return made
 
 

@@ -80,6 +80,15 @@ class PolicyOptions(Options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MixedOptions(Options):
+  """The training of a round on human examples and the model's own: gamma times the mean loss of the human ones plus
+  (1 - gamma) times that of the others. The mean is by tokens or by examples, as `average` says."""
+
+  init_from: Literal["base", "latest"] = "base"  # what is trained
+  gamma: float = option(0.5, above=0, below=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PreferenceOptions(PolicyOptions):
   """A training stage on pairs; a step takes `batch` of them."""
 

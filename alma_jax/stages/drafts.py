@@ -6,20 +6,23 @@ a draft; stages/prompts.py decides which drafts enter the pool.
 
 import collections
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from alma_jax import names
-from alma_jax.corpus.normalise import prompt_id
+from alma_jax.corpus import words
+from alma_jax.corpus.normalise import normalised, prompt_id
 from alma_jax.engine.sample import Request
 from alma_jax.keys import key_of, random_numbers
 from alma_jax.options import ConfigError, fingerprint, option
 from alma_jax.runtime import sampling
+from alma_jax.runtime.host import Checkpoint
 from alma_jax.runtime.session import Session
 from alma_jax.store import layout
-from alma_jax.store.handles import Data
-from alma_jax.store.records import Prompt
+from alma_jax.store.handles import Data, Trainset
+from alma_jax.store.records import Example, Prompt
 from alma_jax.store.runs import Artefact
 from alma_jax.text import fewshot
 
@@ -37,21 +40,37 @@ class Options(sampling.Options):
       raise ConfigError(f"shots is {self.shots}; it must be the fewest and the most prompts shown, at least (1, 1)")
 
 
-def build(s: Session[Any], data: Data, options: Options, pool: str, first: int = 0) -> Artefact[Prompt]:
+@dataclasses.dataclass(frozen=True)
+class Growing:
+  """Drafts of a round that are not the base model's, written after all pairs so far."""
+
+  writer: Checkpoint
+  shown: Sequence[Trainset]  # the pairs whose questions are shown
+  words: tuple[int, int]  # the fewest and the most of a draft
+
+
+def build(
+  s: Session[Any], data: Data, options: Options, pool: str, first: int = 0, growing: Growing | None = None
+) -> Artefact[Prompt]:
   """Stage `POOL/drafts` of the draws from `first` on, a part per share of them."""
   template = names.resolve(names.LISTS, options.template, "prompts.template")
-  shown = list(dict.fromkeys(fewshot.first_user_turn(row.messages) for row in data.sft))
   seed, parts = s.options.seed, s.options.shards
-  fields = {
+  fields: dict[str, Any] = {
     "config": {"seed": seed, "first": first, "prompts": fingerprint(options)},
     "text": {"few_shot": dataclasses.asdict(template), **s.describe_text()},
-    "data": {"sft": data.digests["sft"]},
-    "base": s.base.content,
   }
-  stage = s.run.stage(f"{pool}/{layout.DRAFTS}", fields)
+  if growing:
+    fields |= {"writer": growing.writer.content, "words": growing.words}
+    stage = s.run.stage(f"{pool}/{layout.DRAFTS}", fields, {pairs.name: pairs for pairs in growing.shown})
+  else:
+    fields |= {"data": {"sft": data.digests["sft"]}, "base": s.base.content}
+    stage = s.run.stage(f"{pool}/{layout.DRAFTS}", fields)
   missing = stage.mine(parts)
   if stage.done:
     return Artefact(stage, Prompt)
+  talks = [x.messages for pairs in growing.shown for x in pairs.in_order(Example)] if growing else None
+  shown = list(dict.fromkeys(map(fewshot.first_user_turn, talks or [row.messages for row in data.sft])))
+  writer, least_and_most = (growing.writer, growing.words) if growing else (s.base, None)
   tok = s.host.tokenizer
   stops = sampling.Stops(() if tok.eos_id is None else (tok.eos_id,), (template.stop,))
   shots = _shots(random_numbers(seed, "shots"), options.draws, len(shown), options.shots)
@@ -66,10 +85,10 @@ def build(s: Session[Any], data: Data, options: Options, pool: str, first: int =
           too_long += 1
         else:
           requests.append(Request(tuple(ids), key_of(seed, 0, "prompts", draw), f"draft {draw}"))
-      written = sampling.drafts(s.host, s.base, requests, options, stops, bar)
+      written = sampling.drafts(s.host, writer, requests, options, stops, bar)
       records, counts = [], collections.Counter(context_too_long=too_long)
       for draft in written:
-        reason = _dropped(draft, options)
+        reason = _dropped(draft, options, least_and_most)
         counts[reason or "usable"] += 1
         if not reason:
           messages = ({"role": "user", "content": draft.text},)
@@ -80,18 +99,23 @@ def build(s: Session[Any], data: Data, options: Options, pool: str, first: int =
     "context_too_long": f"draws have no room: their examples take more than {options.max_prompt_tokens:,} tokens",
     "cut_off": f"drafts are dropped: they are cut off at {options.decoding.max_new_tokens:,} tokens",
     "empty": "drafts are dropped: they are empty",
+    "too_few_or_many_words": f"drafts are dropped: their number of words is not within {least_and_most}",
     "too_long": f"drafts are dropped: they have more than {options.max_characters:,} characters",
   }
   s.tell(stage.name, stage.manifest["counts"], stage.manifest["counts"]["draws"], lost)
   return Artefact(stage, Prompt)
 
 
-def _dropped(draft: sampling.Draft, options: Options) -> str | None:
+def _dropped(draft: sampling.Draft, options: Options, least_and_most: tuple[int, int] | None) -> str | None:
   """Why a draft is left out, None if it is usable."""
   if not draft.finished:
     return "cut_off"
   if not draft.text:
     return "empty"
+  if least_and_most:
+    least, most = least_and_most
+    if not least <= len(words.split(normalised(draft.text))) <= most:
+      return "too_few_or_many_words"
   return "too_long" if len(draft.text) > options.max_characters else None
 
 

@@ -64,6 +64,40 @@ def sft(s: Session[Any], job: Job, data: Data, trainsets: Sequence[Trainset] = (
   return training.finish(s, stage, counts | facts, job.options)
 
 
+def mixed(s: Session[Any], job: Job[training.MixedOptions], human: Trainset, own: Sequence[Trainset]) -> Checkpoint:
+  """`job.init` fine-tuned on the examples of `human` and the model's `own`, weighed by gamma."""
+  trainsets = [human, *own]
+  stage = s.run.stage(job.name, job.fields(s), {trainset.name: trainset for trainset in trainsets})
+  if stage.done:
+    return training.trained(stage)
+  by_set = [trainset.in_order(Example) for trainset in trainsets]
+  examples = [x for found in by_set for x in found]
+  sequences = [compact(*chat.encode_example(s.host.tokenizer, s.host.chat, x.messages, x.response)) for x in examples]
+  kept, sequences, counts = _clipped(sequences, job.options.row_length)
+  _tell(s, job, counts, len(examples), "examples")
+  first = np.array(kept) < len(by_set[0])
+  shares = None if first.all() or not first.any() else gamma_shares(sequences, first, job.options)
+  chosen = Examples(sequences, [examples[i].prompt_id for i in kept], job.options.average, shares)
+  _, facts = training.train(s, stage, job.init, chosen, job.options, job.seed)
+  return training.finish(
+    s, stage, counts | facts | {"human": int(first.sum()), "own": int((~first).sum())}, job.options
+  )
+
+
+def gamma_shares(sequences: Sequences, human: np.ndarray, options: training.MixedOptions) -> np.ndarray:
+  """Weights [sequences] with which the mean loss of all is gamma times that of the `human` ones plus (1 - gamma) times
+  that of the others. Their own mean is 1 by what `average` counts, so the size of a step stays what it was.
+
+  Two human examples of 5 tokens each and one of 30 at gamma 1/2: 40 / 10 / 2 = 2 for each of the first, 2/3 for the
+  last, as (2 * 10 + 2/3 * 30) / 40 = 1.
+  """
+  alike = options.average == "examples"
+  sizes = np.array([1.0 if alike else np.sum(mask[1:] != 0) for _, mask in sequences])
+  total = sizes.sum()
+  of = options.gamma * total / sizes[human].sum(), (1 - options.gamma) * total / sizes[~human].sum()
+  return np.where(human, *of)
+
+
 def dpo(
   s: Session[Any], job: Job[training.PreferenceOptions], reference: Checkpoint, trainsets: Sequence[Trainset]
 ) -> Checkpoint:

@@ -31,6 +31,7 @@ SEEDS, POOL, JUDGE, DISTILLED, QUALITY = "seeds", "pool", "judge", "judge_distil
 DRAFTS, PROMPTS, PROJECTION, EMBEDDINGS, CLUSTERS = "drafts", "prompts", "projection", "embeddings", "clusters"
 # Stages of a round, which has PROMPTS too
 RESPONSES, JUDGMENTS, TRAINSET, POLICY, EVALUATION = "responses", "judgments", "trainset", "policy", "eval"
+NEIGHBOURS, CATEGORIES = "neighbours", "categories"  # shots of each prompt; the scores by category
 MAIN_SET = ""  # the evaluation prompts `data.eval`
 # Files of a run
 CONFIG, LOG, PROGRESS, PAGE, LOCK = "config.json", "log.jsonl", "progress.csv", "report.html", ".lock"

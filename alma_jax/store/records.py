@@ -21,6 +21,15 @@ class Prompt:
 
 
 @dataclasses.dataclass(frozen=True)
+class Neighbours:
+  """The pairs of a pool that a prompt is answered after, by number, as they are shown: the nearest one comes last."""
+
+  prompt_id: str
+  shots: tuple[int, ...]
+  similarities: tuple[float, ...]  # cosines; none where the shots are random
+
+
+@dataclasses.dataclass(frozen=True)
 class Response:
   prompt_id: str
   sample_id: int
