@@ -27,6 +27,13 @@ class RunError(UserError):
   """About a run directory or an artefact in it."""
 
 
+class Waiting(UserError):
+  """The run waits for a person, with nothing wrong: the process ends with exit status 75 (EX_TEMPFAIL of sysexits.h),
+  and the same command goes on. The text says what is to be done."""
+
+  status = 75
+
+
 class NotFinite(UserError):
   """A model or a judge gave NaN or infinity. `item` is the index of the first row that it gave one for."""
 

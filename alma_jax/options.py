@@ -10,6 +10,7 @@ A stage, a judge or a call of the engine has one frozen dataclass: its fields ar
     template: str = option("a2", names=names.JUDGE_TEMPLATES)  # a known word or "package.module:NAME"
     decoding: Decoding = spread(Decoding)                    # its fields stand in the same section of the config
     passes: int = option(1, least=1, practical=True)         # changes a result only by rounding
+  keep: bool = option(False, later=True)                   # newer than some runs, which go on as long as it is False
 
 `build(Options, config.responses, "config.responses")` makes them from a section of a config file, and
 `fingerprint(options)` is what decides a result. `for_round` applies a config's per-round overrides, such as
@@ -51,12 +52,14 @@ def option(
   infinite: bool = False,
   names: known_names.Names | None = None,
   practical: bool = False,
+  later: bool = False,
   doc: str | None = None,
 ) -> Any:
   """A field with bounds, with the table of its known words, or one that changes a result only by rounding; `infinite`:
-  it may be float("inf"); `doc` is the help of its flag, where it is one."""
+  it may be float("inf"); `later`: it joined Options that runs have already been made with, so its default is left out
+  of fingerprints; `doc` is the help of its flag, where it is one."""
   allowed = {"least": least, "most": most, "above": above, "below": below, "infinite": infinite}
-  allowed |= {"names": names, "practical": practical, "doc": doc}
+  allowed |= {"names": names, "practical": practical, "later": later, "doc": doc}
   return dataclasses.field(default=default, metadata=allowed)
 
 
@@ -185,11 +188,13 @@ def fields_of(kind: type) -> dict[str, dataclasses.Field]:
 
 
 def fingerprint(options: Any, without: Sequence[str] = ()) -> dict[str, Any]:
-  """The values that decide a result: all but the practical ones and those named in `without`."""
+  """The values that decide a result: all but the practical ones, the defaults of later ones and those in `without`."""
   found = {}
   for field in dataclasses.fields(options):
     value = getattr(options, field.name)
     if field.metadata.get("practical") or field.name in without:
+      continue
+    if field.metadata.get("later") and value == field.default:
       continue
     if "spread" in field.metadata:
       found |= fingerprint(value, without)

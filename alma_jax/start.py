@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 import alma_jax
 from alma_jax import options as options_lib
 from alma_jax import recipes
-from alma_jax.errors import DiskError, UserError, full_disk
+from alma_jax.errors import DiskError, UserError, Waiting, full_disk
 from alma_jax.llama import sharding
 from alma_jax.options import ConfigError
 from alma_jax.report import page
@@ -49,6 +49,9 @@ def run(config: ConfigDict, workdir: str) -> int:
       try:
         recipe.run(session)
         session.run.log("end", seconds=round(time.monotonic() - began, 1))
+      except Waiting as wait:
+        session.run.log("waiting", what=str(wait))
+        raise
       except BaseException as error:
         with contextlib.suppress(OSError, UserError):  # must not hide the first error
           session.run.log("failed", error=f"{type(error).__name__}: {error}"[:2000])
@@ -74,6 +77,9 @@ def status(work: Callable[[], None], memory: str, more: Callable[[UserError], st
   try:
     work()
     return 0
+  except Waiting as wait:
+    print(wait, file=sys.stderr)
+    return Waiting.status
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     if line := more and more(error):

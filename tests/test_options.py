@@ -1,5 +1,6 @@
 """Configs: that the shipped ones load and mean what they say, and that what cannot be meant is named."""
 
+import dataclasses
 import importlib
 import importlib.util
 import pathlib
@@ -381,3 +382,16 @@ def test_a_prompt_and_its_response_must_fit_into_the_models_positions(tmp_path):
   with pytest.raises(UserError, match=wrong), start.open_session(config, tmp_path / "run"):
     pass
   assert not (tmp_path / "run").exists()  # early errors come before any file
+
+
+@dataclasses.dataclass(frozen=True)
+class Grown(configs.Checked):
+  """Options to which a field was added after runs had been made with them."""
+
+  n: int = 1
+  keep: int = configs.option(0, later=True)
+
+
+def test_the_default_of_a_later_field_is_left_out_of_the_fingerprint():
+  assert configs.fingerprint(Grown()) == {"n": 1}
+  assert configs.fingerprint(Grown(keep=2)) == {"n": 1, "keep": 2}

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from markupsafe import escape
 from report_run import LIKE, MOMENTS, NASTY, RUN, make, vouched, written
 
+from alma_jax import start
+from alma_jax.errors import Waiting
 from alma_jax.report import charts, judged, numbers, page, sections
 from alma_jax.store import runs
 from alma_jax.store.records import Example
@@ -297,3 +299,20 @@ def test_the_tool_makes_the_page(copy, tmp_path, capsys):
   assert tool.main([str(tmp_path / "nowhere")]) == 1
   assert "does not exist" in capsys.readouterr().err
   assert tool.main([]) == 2
+
+
+def test_a_run_that_waits_says_for_what_and_a_recipe_calls_its_rounds_by_its_own_word(copy, capsys):
+  (copy / "config.json").write_text(json.dumps({"recipe": "lima", "model": {"path": "m"}}))
+  text = written(copy)
+  assert "LIMA" in text and "<h2>Epochs</h2>" in text and "− epoch before" in text and "initial SFT" not in text
+  assert page.summary(copy).startswith("epoch checkpoint")
+
+  def work():
+    raise Waiting("fill every row of choose.csv")
+
+  assert start.status(work, "") == 75
+  assert capsys.readouterr().err == "fill every row of choose.csv\n"
+  with open(copy / "log.jsonl", "a") as file:
+    file.write(json.dumps({"event": "waiting", "what": "fill every row of choose.csv"}) + "\n")
+  text = written(copy)
+  assert "waiting for a person" in text and "fill every row of choose.csv" in text

@@ -45,9 +45,9 @@ class Best:
   last: int  # the last round that was graded
   ahead: Mean | None  # the best round's score minus the last one's, prompt by prompt; None if they are one
 
-  def in_words(self) -> str:
+  def in_words(self, step: str = "round") -> str:
     score = f"{self.score.value:.2f} ± {self.score.ci95 or 0:.2f}, n = {self.score.n}"
-    head = f"best round by {self.by.name}, which selects nothing: {self.round} ({score})"
+    head = f"best {step} by {self.by.name}, which selects nothing: {self.round} ({score})"
     if self.ahead is None:
       return f"{head}, the last one"
     differs = "differs from" if self.ahead.value > (self.ahead.ci95 or 0.0) else "cannot be told from"

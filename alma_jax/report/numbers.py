@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from alma_jax.report import graded, judged
+from alma_jax.errors import Waiting
+from alma_jax.report import graded, judged, wording
 from alma_jax.store import layout, shards, statistics, verify
 from alma_jax.store import lock as lock_file
 from alma_jax.store.statistics import Mean
@@ -22,8 +23,8 @@ from alma_jax.store.statistics import Mean
 
 @dataclasses.dataclass(frozen=True)
 class State:
-  word: str  # finished, running, failed, stopped, empty
-  error: str  # of a failed run
+  word: str  # finished, running, waiting, failed, stopped, empty
+  error: str  # of a failed run; what a waiting one waits for
   round: int | None  # the last one that was evaluated
   rounds: int | None  # the last one that the config asks for
   start: dict[str, Any]  # the log's last "start"
@@ -52,6 +53,11 @@ class Facts:
   rounds: dict[int, judged.Round]
   damage: list[str]  # what could not be read
 
+  @property
+  def step(self) -> str:
+    """What the run's recipe calls a round."""
+    return wording.step(self.config)
+
   def manifest(self, name: str) -> dict[str, Any] | None:
     return next((s.manifest for s in self.stages if s.name == name), None)
 
@@ -79,25 +85,26 @@ def facts(run: pathlib.Path, error: BaseException | None = None) -> Facts:
 def state(run: pathlib.Path, stages: list[layout.Found], error: BaseException | None = None) -> State:
   """How far the run is. `error` is what is ending it just now."""
   log = layout.json_lines(run / layout.LOG)
-  turns = [row for row in log if row.get("event") in ("start", "end", "failed")]
+  turns = [row for row in log if row.get("event") in ("start", "end", "failed", "waiting")]
   last = turns[-1] if turns else {}
   wanted = config(run).get("feedback_rounds")
   evaluated = [s.name for s in stages if s.manifest and layout.kind_of(s.name) == layout.grades_name(layout.EVALUATION)]
   reached = max((r for name in evaluated if (r := layout.round_of(name)) is not None), default=None)
   target = wanted + 1 if isinstance(wanted, int) else None
   if error is not None:
-    word = "stopped" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
-  elif last.get("event") in ("end", "failed"):
-    word = {"end": "finished", "failed": "failed"}[last["event"]]
+    stopped = isinstance(error, KeyboardInterrupt | SystemExit)
+    word = "waiting" if isinstance(error, Waiting) else "stopped" if stopped else "failed"
+  elif last.get("event") in ("end", "failed", "waiting"):
+    word = "finished" if last["event"] == "end" else str(last["event"])
   elif target is not None and reached is not None and reached >= target:
     word = "finished"
   elif _is_held(run / layout.LOCK):
     word = "running"
   else:
     word = "stopped" if turns else "empty"
-  text = str(last.get("error", "")) if word == "failed" else ""
-  if error is not None and word == "failed":
-    text = f"{type(error).__name__}: {error}"
+  text = str(last.get("error", "")) if word == "failed" else str(last.get("what", "")) if word == "waiting" else ""
+  if error is not None and word in ("failed", "waiting"):
+    text = f"{type(error).__name__}: {error}" if word == "failed" else str(error)
   start = next((row for row in reversed(log) if row.get("event") == "start"), {})
   times = [row["time"] for row in log if "time" in row]
   times += [s.manifest["finished_at"] for s in stages if s.manifest]

@@ -67,12 +67,12 @@ def write(directory: str | pathlib.Path) -> pathlib.Path | None:
 def summary(directory: str | pathlib.Path) -> str:
   """The rounds as a text table, the time they took and where the page is."""
   directory = pathlib.Path(directory)
-  rows = numbers.progress(directory)
+  rows, step = numbers.progress(directory), wording.step(numbers.config(directory))
   columns = graded.judges(rows)
-  head = ["round", f"{'checkpoint':<16}", f"{'n':>6}", *(f"{name:>15}" for name in columns)]
+  head = [f"{step:>5}", f"{'checkpoint':<16}", f"{'n':>6}", *(f"{name:>15}" for name in columns)]
   out = [" ".join([*head, " tokens", " finished"])]
   for row in rows:
-    cells = [f"{row['round']:>5}", f"{row.get('checkpoint', ''):<16}", f"{row.get('n', ''):>6}"]
+    cells = [f"{row['round']:>{max(5, len(step))}}", f"{row.get('checkpoint', ''):<16}", f"{row.get('n', ''):>6}"]
     cells += [f"{wording.measured(row, name):>15}" for name in columns]
     tokens, finished = row.get("tokens"), row.get("finished")
     cells.append(f"{'' if tokens is None else f'{tokens:.1f}':>7}")
@@ -81,7 +81,7 @@ def summary(directory: str | pathlib.Path) -> str:
   if not rows:
     out = ["no checkpoint has been evaluated yet"]
   elif best := graded.best(directory):
-    out.append(best.in_words())
+    out.append(best.in_words(step))
   stages = layout.stages(directory)
   out += [f"judge: {judges.in_words(quality)}" for quality in judges.qualities(stages)]
   out += [f"alarm: {stage}: {sentence}" for stage, sentence in judges.alarms(stages)]
@@ -102,6 +102,7 @@ def _page(directory: pathlib.Path, error: BaseException | None) -> str:
 def _section(name: str, facts: numbers.Facts) -> Section | None:
   """None while there is nothing to show. A section that fails says so and leaves the others alone."""
   title, gather = SECTIONS[name]
+  title = title.replace("Rounds", f"{facts.step.capitalize()}s")
   try:
     content = gather(facts)
     if not content:

@@ -28,6 +28,7 @@ STATES = {
   "finished": "finished",
   "running": "running",
   "failed": "failed",
+  "waiting": "waiting for a person",
   "stopped": "stopped before its end",
   "empty": "not begun",
 }
@@ -46,7 +47,9 @@ class HeadSection:
 
 def head(facts: Facts) -> HeadSection:
   state, start = facts.state, facts.state.start
-  reached = "" if state.round is None else f"round {state.round}" + (f" of {state.rounds}" if state.rounds else "")
+  reached = (
+    "" if state.round is None else f"{facts.step} {state.round}" + (f" of {state.rounds}" if state.rounds else "")
+  )
   model = facts.config.get("model", {}).get("path", "")
   named = [recipe(facts).upper(), *([f"model {model}"] if model else [])]
   where = [str(facts.run)]
@@ -68,6 +71,7 @@ class Progress:
   prompts: str
   has_base: bool
   shots: int | None
+  first: str  # what round 1 is
 
 
 def progress(facts: Facts) -> Progress | None:
@@ -86,8 +90,9 @@ def progress(facts: Facts) -> Progress | None:
   n = sorted({row["n"] for row in facts.progress if "n" in row})
   has_base = any(line.level is not None for lines in shown.values() for line in lines)
   shots = facts.config.get("eval", {}).get("shots")
-  drawn = [charts.lines(lines, "round", "score") for lines in shown.values()]
-  return Progress(drawn, wording.span(n) if n else "the", has_base, shots)
+  drawn = [charts.lines(lines, facts.step, "score") for lines in shown.values()]
+  first = "Round 1 is the initial SFT." if facts.step == "round" else ""
+  return Progress(drawn, wording.span(n) if n else "the", has_base, shots, first)
 
 
 def _with_interval(point: Point) -> str:
@@ -116,11 +121,11 @@ def notes(facts: Facts) -> list[Note]:
     (cut, "rounds", "Many evaluation answers hit the length limit; share that finished"),
   ):
     if values:
-      found.append(Note(section, said, ": " + ", ".join(f"round {r} {x}" for r, x in values.items()) + "."))
+      found.append(Note(section, said, ": " + ", ".join(f"{facts.step} {r} {x}" for r, x in values.items()) + "."))
   tokens = [(row["round"], row["tokens"]) for row in facts.progress if row["round"] > 0 and row.get("tokens")]
   if tokens and tokens[-1][1] > GROWTH_ALARM * tokens[0][1]:
     (first, short), (last, long) = tokens[0], tokens[-1]
-    text = f": {short:.1f} tokens in round {first}, {long:.1f} in round {last}."
+    text = f": {short:.1f} tokens in {facts.step} {first}, {long:.1f} in {facts.step} {last}."
     found.append(Note("length", "Answers grow", text))
   distilled = facts.manifest(layout.DISTILLED)
   if distilled and distilled.get("accepted") is False:
@@ -150,6 +155,7 @@ class Rounds:
   graders: list[Grader]
   best: str
   others: Table | None  # the means on the other sets of prompts
+  step: str
 
 
 def rounds(facts: Facts) -> Rounds | None:
@@ -158,7 +164,7 @@ def rounds(facts: Facts) -> Rounds | None:
   present = graded.judges(facts.progress)
   main = present[0] if present else layout.JUDGE
   agreement = f"{present[-1]} ~ {main}" if len(present) > 1 else ""
-  head = ["round", "checkpoint", "n", *present, "− base", "− round before"]
+  head = [facts.step, "checkpoint", "n", *present, "− base", f"− {facts.step} before"]
   head += [*([agreement] if agreement else []), "tokens", "characters", "finished"]
   rows, before = [], None
   for row in facts.progress:
@@ -177,7 +183,15 @@ def rounds(facts: Facts) -> Rounds | None:
     rows.append(cells)
   graders = [found for name in present if (found := graded.grader(facts.run, name))]
   best = graded.best(facts.run)
-  return Rounds(Table(head, rows, text=2), main, agreement, graders, best.in_words() if best else "", _others(facts))
+  return Rounds(
+    Table(head, rows, text=2),
+    main,
+    agreement,
+    graders,
+    best.in_words(facts.step) if best else "",
+    _others(facts),
+    facts.step,
+  )
 
 
 def _others(facts: Facts) -> Table | None:
@@ -190,7 +204,7 @@ def _others(facts: Facts) -> Table | None:
     for row in facts.progress
     if f"{chosen}/n" in row
   ]
-  return Table(["set", "round", "n", *names], rows, text=1) if rows else None
+  return Table(["set", facts.step, "n", *names], rows, text=1) if rows else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,14 +226,14 @@ def selection(facts: Facts) -> SelectionSection | None:
   for r, h in shown.items():
     found, counts = facts.rounds[r], manifests[r]["counts"]
     mean = counts["score_sum"] / max(1, counts["judged"])
-    said = f"Round {r}: {manifests[r]['rows']:,} responses"
+    said = f"{facts.step.capitalize()} {r}: {manifests[r]['rows']:,} responses"
     if found.selected:
       said += f", {found.selected.n:,} {'trained on' if found.selected.graded else 'selected'}"
     said += f"; mean {wording.number(mean, _digits(found))}"
     if found.selected and found.selected.scores:
       said += f" → {wording.number(found.selected.scores.value, _digits(found))}"
     figures.append(Figure(charts.histogram(h.names, h.sampled, h.selected, top or 1.0), said))
-  head = ["round", "prompts", "responses", "prompts selected", "not selected"]
+  head = [facts.step, "prompts", "responses", "prompts selected", "not selected"]
   head += ["gain of selection", "best − second", "best tied"]
   rows = []
   for r, m in manifests.items():
@@ -250,7 +264,7 @@ def _sources(facts: Facts) -> Markup | None:
     return None
   names = sorted({name for counts in found.values() for name in counts} - {LATEST})
   names += [LATEST] if any(LATEST in counts for counts in found.values()) else []
-  return charts.stacked([Shares(f"round {r}", c, f"n = {sum(c.values()):,}") for r, c in found.items()], names)
+  return charts.stacked([Shares(f"{facts.step} {r}", c, f"n = {sum(c.values()):,}") for r, c in found.items()], names)
 
 
 def _digits(found: judged.Round) -> int:
@@ -278,11 +292,11 @@ def length(facts: Facts) -> Length | None:
     ("answers, evaluation", 2, {r: statistics.mean(x.characters) for r, x in facts.answers.items()}),
   ):
     drawn.append(Line(name, [Point(r, m.value, m.ci95) for r, m in means.items() if m], colour))
-  chart = charts.lines(drawn, "round", "characters", low=0)
+  chart = charts.lines(drawn, facts.step, "characters", low=0)
   if not rounds:
     return Length(chart, None, LENGTH_ALARM, None, 0.0)
   has_mass = any(j.mass for j in rounds.values())
-  head = ["round", "n", "score ~ length", "the same within prompts"]
+  head = [facts.step, "n", "score ~ length", "the same within prompts"]
   head += ["mass on the scores", "entropy, bits"] if has_mass else []
   rows = []
   for r, j in rounds.items():
@@ -327,7 +341,7 @@ def time(facts: Facts) -> Time | None:
   for stage in facts.stages:
     if stage.manifest:
       in_round = layout.round_of(stage.name) is not None
-      name = f"rounds: {stage.name.rpartition('/')[2]}" if in_round else stage.name
+      name = f"{facts.step}s: {stage.name.rpartition('/')[2]}" if in_round else stage.name
       spent[name].append(stage.manifest.get("seconds", 0))
   if not spent:
     return None
@@ -346,7 +360,7 @@ class ShownExample:
 
 @dataclasses.dataclass(frozen=True)
 class ExamplesSection:
-  round: int
+  title: str
   graded: bool
   examples: list[ShownExample]
 
@@ -356,7 +370,7 @@ def examples(facts: Facts) -> list[ExamplesSection]:
   for r, x in facts.rounds.items():
     found = [ShownExample(_asked(shown.messages), shown) for shown in judged.examples(facts.run, r)]
     if found:
-      out.append(ExamplesSection(r, x.selected is not None and x.selected.graded, found))
+      out.append(ExamplesSection(f"{facts.step.capitalize()} {r}", x.selected is not None and x.selected.graded, found))
   return out
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from alma_jax.store.statistics import Mean
 
+STEPS = {"alma": "round", "lima": "epoch", "isara": "iteration", "spa": "iteration"}  # what a recipe calls its rounds
 SHOWN = 1500  # characters of a text in an example
 # HTML allows no control characters but tab and newline. Those of ASCII have pictures in Unicode; lone surrogates, which
 # no file can hold, and the other controls do not.
@@ -66,6 +67,11 @@ def thousands(n: int) -> str:
 def counts(found: Mapping[str, float]) -> str:
   """The counts of a manifest in one line."""
   return ", ".join(f"{words(k)} {v:,.2f}" if isinstance(v, float) else f"{words(k)} {v:,}" for k, v in found.items())
+
+
+def step(config: Mapping[str, Any]) -> str:
+  """What the recipe of this config calls a round."""
+  return STEPS.get(str(config.get("recipe")), "round")
 
 
 def words(name: str) -> str:
