@@ -15,7 +15,7 @@ ARROWS = """
   check     -> start stages
   start     -> recipes report runtime
   tools     -> start recipes plan stages report evals
-  sweeps    -> options store
+  sweeps    -> options report config_files
   recipes   -> stages
   plan      -> stages
   stages    -> judges corpus

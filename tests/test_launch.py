@@ -1,5 +1,7 @@
 """Launchers: what they would run, word for word, and a sweep of a small stand-in recipe run for real."""
 
+import importlib.util
+import json
 import os
 import pathlib
 import shlex
@@ -158,6 +160,53 @@ def test_slurm_gives_one_process_all_gpus_of_its_node():
   assert done.stdout.strip() == line
 
 
+# A task that saves for a moment when it is told to, as alma_jax does, and ends with 143; FAILS: it fails by itself.
+SRUN = """#!/usr/bin/env bash
+trap 'sleep 0.3; echo saved >>"$OUT/log"; exit 143' TERM
+echo $$ >"$OUT/task"
+echo "srun $*" >>"$OUT/log"
+[[ $FAILS ]] && exit "$FAILS"
+while :; do sleep 0.05; done
+"""
+SCANCEL = """#!/usr/bin/env bash
+echo "scancel $*" >>"$OUT/log"
+kill -TERM "$(cat "$OUT/task")"
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path):
+  """Stand-ins for Slurm's commands; each writes what it was asked into `log`."""
+  names = {"srun": SRUN, "scancel": SCANCEL, "scontrol": '#!/bin/sh\necho "scontrol $*" >>"$OUT/log"\n'}
+  for name, text in names.items():
+    (tmp_path / name).write_text(text)
+    (tmp_path / name).chmod(0o755)
+  return {"PATH": f"{tmp_path}:{os.environ['PATH']}", "OUT": str(tmp_path), "PYTHON": "py", "SLURM_JOB_ID": "17"}
+
+
+@pytest.mark.parametrize("array, job", [({}, "17"), ({"SLURM_ARRAY_JOB_ID": "15", "SLURM_ARRAY_TASK_ID": "2"}, "15_2")])
+def test_slurm_saves_and_queues_itself_again_at_the_time_limit(slurm, tmp_path, array, job):
+  """Slurm signals the batch shell, as --signal=B:TERM asks: the tasks save, and only then the job is queued again."""
+  env = os.environ | slurm | array | {"FAILS": ""}
+  shell = subprocess.Popen(["bash", ROOT / "launch" / "slurm.sbatch", "--workdir=w"], env=env, cwd=ROOT)
+  while not (tmp_path / "log").exists():
+    time.sleep(0.02)
+  shell.send_signal(signal.SIGTERM)
+  assert shell.wait(timeout=30) == 143
+  assert (tmp_path / "log").read_text().splitlines() == [
+    "srun --kill-on-bad-exit=1 py -m alma_jax.main --workdir=w",
+    f"scancel --signal=TERM {job}",
+    "saved",
+    f"scontrol requeue {job}",
+  ]
+  assert "#SBATCH --signal=B:TERM@" in (ROOT / "launch" / "slurm.sbatch").read_text()
+
+
+def test_slurm_does_not_queue_a_failed_run_again(slurm, tmp_path):
+  done = run("bash", "launch/slurm.sbatch", "x", **slurm, FAILS="3")
+  assert done.returncode == 3 and (tmp_path / "log").read_text().splitlines()[1:] == []
+
+
 def test_tpu_pod_hands_the_arguments_through_two_shells(tmp_path):
   """The printed gcloud line, and what a host's shell makes of it: metadata in, the three variables out."""
   value = "--config.rounds={3: {'a': 1}}"
@@ -217,9 +266,9 @@ def sweep(project, *arguments):
 
 def test_sweep_prints_the_exact_commands():
   line = [sys.executable, "launch/sweep.py", "--config=configs/ablations/table5_checkpoints.py", "--workdir=/runs/t5"]
-  done = run(*line, "--dry_run", "--config.feedback_rounds=2")
-  first, *commands = done.stdout.splitlines()
-  assert first == "table5_checkpoints: 12 variants, 0 finished" and len(commands) == 12, done.stderr
+  done = run(*line, "--print=commands", "--config.feedback_rounds=2")
+  commands = done.stdout.splitlines()
+  assert len(commands) == 12, done.stderr
   python, *words, workdir, a, b, c = shlex.split(commands[3])
   assert [python, *words] == [sys.executable, "-m", "alma_jax.main", "--config=configs/ablations/table5_checkpoints.py"]
   assert workdir.startswith("--workdir=/runs/t5/04_seed=0,checkpoints=-sft-,-latest-_")
@@ -242,63 +291,69 @@ def test_sweep_runs_resumes_and_tabulates(project):
   assert " ".join(row.split()) == "3 finished 2 50 truth 4.100 ± 0.200 seed=1 responses.n=4"
   # Two values that differ by 0.1: t(0.975, 1) = 12.706, times 0.1 / sqrt 2 / sqrt 2.
   assert "truth  4.050 ± 0.635  n = 2  responses.n=4" in done.stdout
-  assert "4 variants, 4 finished" in sweep(project).stdout
+  assert "+5.000 ± 0.000 over 2 seeds  responses.n=9" in done.stdout  # the answers are gone: from progress.csv
+  units = json.loads(sweep(project, "--print=json").stdout)
+  assert [unit["state"] for unit in units] == ["finished"] * 4
+  assert units[1]["overrides"] == {"seed": 0, "responses": {"n": 9}} and units[1]["arguments"][-1] == "--config.seed=0"
+  done = sweep(project, "--config.draw.prompts=5", "--print=table")  # another config: the run itself says what changed
+  assert [line.split()[1] for line in done.stdout.splitlines()[1:5]] == ["begun"] * 4
 
 
-def test_sweep_runs_again_what_was_finished_with_another_config(project):
-  (project / "mended").touch()
-  assert sweep(project).returncode == 0
-  done = sweep(project, "--config.draw.prompts=5", "--dry_run")
-  assert "4 variants, 0 finished" in done.stdout  # the run itself then says what changed
+def test_a_sweep_is_one_slurm_array(project, slurm):
+  """The printed script is slurm.sbatch with the arguments of every unit; task 3 runs unit 3."""
+  script = sweep(project, "--print=array", "--parallel=2").stdout
+  head = [line for line in script.splitlines() if line.startswith("#SBATCH --")]
+  assert head[0] == "#SBATCH --array=1,2,3,4%2" and "#SBATCH --output=slurm-%A_%a.out" in head
+  shipped = (ROOT / "launch" / "slurm.sbatch").read_text()
+  assert [line for line in shipped.splitlines() if line.startswith("#SBATCH --")][:-1] == head[1:-1]
+  (project / "script").write_text(script)
+  run("bash", "script", cwd=project, **slurm, FAILS="1", SLURM_ARRAY_JOB_ID="15", SLURM_ARRAY_TASK_ID="3")
+  [line] = (project / "log").read_text().splitlines()
+  assert "main --config=sweep_file.py --workdir=runs/03_seed=1,n=4_" in line
+  assert line.endswith(" --config.responses.n=4 --config.seed=1")
 
 
-def test_sweep_finds_its_directories_again_when_variants_are_added_before(project):
-  (project / "mended").touch()
-  sweep(project)
-  file = project / "sweep_file.py"
-  file.write_text(file.read_text().replace("(4, 9)", "(2, 4, 9)"))
-  assert "6 variants, 4 finished" in sweep(project, "--dry_run").stdout
+def test_sweep_splits_the_gpus(monkeypatch):
+  monkeypatch.syspath_prepend(str(ROOT / "launch"))
+  import sweep as module
+
+  monkeypatch.delenv("JAX_PLATFORMS")
+  monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+  assert [share["CUDA_VISIBLE_DEVICES"] for share in module.shares(2)] == ["4,6", "5"]
+  with pytest.raises(SystemExit, match=r"--parallel=4: there are 3 GPUs \(4,5,6\) and each variant needs one"):
+    module.shares(4)
+  monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+  assert module.shares(2) == [{}, {}]
 
 
-@pytest.mark.parametrize(
-  "call, message",
-  [
-    (
-      "add(seed=1, respones=dict(n=4))",
-      "work unit 5 (seed=1 respones.n=4): config has no field 'respones.n'; did you mean",
-    ),
-    ("add(responses=dict(temprature=1.0))", "did you mean 'responses.temperature'?"),
-    ("add(responses=4)", "responses is a section; give it a dict"),
-    ("add(responses=dict(n='4'))", "responses.n is a int, not '4'"),
-    ("add(rounds={20: dict(seed=1)})", "an entry for round 20"),
-    ("add(rounds={3: dict(sed=1)})", "did you mean 'seed'?"),
-    ("add(seed=0, responses=dict(n=4))", "the same as work unit 1"),
-  ],
-)
-def test_sweep_checks_all_variants_before_it_starts_one(project, call, message):
-  with open(project / "sweep_file.py", "a") as file:
-    file.write(f"  {call}\n")
-  done = sweep(project)
-  assert done.returncode == 1 and message in done.stderr, done.stderr
-  assert not (project / "runs").exists()
+# launch/xm.py
 
 
-def test_sweep_queues_on_slurm_once(project):
-  """With stand-ins for sbatch and squeue: a job that is still queued is not queued again."""
-  for name, text in {"sbatch": 'echo "$@" >>calls; echo "17;cluster"', "squeue": "cat queue"}.items():
-    (project / "stand_in" / name).write_text(f"#!/bin/sh\n{text}\n")
-    (project / "stand_in" / name).chmod(0o755)
-  (project / "queue").write_text("PENDING\n")
-  path = f"{project / 'stand_in'}:{os.environ['PATH']}"
-  line = [sys.executable, ROOT / "launch" / "sweep.py", "--config=sweep_file.py", "--workdir=runs", "--launcher=slurm"]
-  first, second = (run(*line, cwd=project, PATH=path) for _ in range(2))
-  assert first.stdout.count("queued") == 4 and second.stdout.count("pending") == 4, first.stderr
-  calls = (project / "calls").read_text().splitlines()
-  assert len(calls) == 4
-  assert all("slurm.sbatch --config=sweep_file.py --workdir=runs/0" in call for call in calls)
-  (project / "queue").write_text("")
-  run(*line, cwd=project, PATH=path)
-  assert len((project / "calls").read_text().splitlines()) == 8
+def test_xm_sends_a_job_for_each_unit(monkeypatch, tmp_path):
+  """Through XManager's own mock of an experiment (pip install -e '.[xmanager]')."""
+  xm_mock = pytest.importorskip("xmanager.xm_mock", reason="needs the extra [xmanager]")
+  from xmanager import xm
+
+  from alma_jax.sweeps import Unit
+
+  monkeypatch.syspath_prepend(str(ROOT / "launch"))
+  module = importlib.import_module("xm")
+  value = "--config.responses.checkpoints=('sft', 'latest')"
+  units = [Unit(i, {}, None, (f"--workdir=runs/{i}", value), pathlib.Path(f"runs/{i}")) for i in (1, 2)]
+  experiment, titles = xm_mock.MockExperiment(), []
+  package = xm.binary(xm_mock.MockExecutor.Spec(), sys.executable, args=["-m", "alma_jax.main"])
+  module.launch(lambda title: titles.append(title) or experiment, "t7", units, package, xm_mock.MockExecutor())
+  jobs = experiment.launched_jobs
+  assert titles == ["t7"] and [job.name for job in jobs] == ["1", "2"] and experiment.work_unit_count == 2
+  assert [job.args.to_list(str) for job in jobs] == [[f"--workdir=runs/{i}", value] for i in (1, 2)]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("xmanager") is not None, reason="XManager is here")
+def test_xm_without_xmanager_is_one_line(project):
+  line = [sys.executable, ROOT / "launch" / "xm.py", "--config=sweep_file.py", "--workdir=runs", "--backend=slurm"]
+  done = run(*line, cwd=project)
+  assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+  assert "error: --backend=slurm needs the package xmanager-slurm" in done.stderr
 
 
 def test_the_table_reads_columns_that_evaluations_write():
