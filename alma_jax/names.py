@@ -47,9 +47,21 @@ CHAT_FORMATS = Names(
     "mini": "alma_jax.mini.formats:CHAT",
   },
 )
-LISTS = Names("a few-shot list", {"requests": "alma_jax.text.fewshot:REQUESTS", "mini": "alma_jax.mini.formats:LIST"})
+LISTS = Names(
+  "a few-shot list",
+  {
+    "requests": "alma_jax.text.fewshot:REQUESTS",
+    "questions": "alma_jax.text.fewshot:QUESTIONS",
+    "mini": "alma_jax.mini.formats:LIST",
+  },
+)
 DIALOGUES = Names(
-  "a few-shot dialogue", {"dialogue": "alma_jax.text.fewshot:DIALOGUE", "mini": "alma_jax.mini.formats:DIALOGUE"}
+  "a few-shot dialogue",
+  {
+    "dialogue": "alma_jax.text.fewshot:DIALOGUE",
+    "answers": "alma_jax.text.fewshot:ANSWERS",
+    "mini": "alma_jax.mini.formats:DIALOGUE",
+  },
 )
 JUDGE_TEMPLATES = Names(
   "a judge template",
@@ -64,6 +76,9 @@ GRADERS: Mapping[str, str] = {  # judges that work as a run's judge, as an evalu
 JUDGES = Names("a judge", {"finetuned": "", "few_shot": "", "regression": "", **GRADERS})  # "": by stages/judge.py
 EVALUATORS = Names("an evaluator", {"mini": "alma_jax.mini.truth:Truth", **GRADERS})
 MODELS = Names("a model", {"mini": "alma_jax.mini:CHECKPOINT"})  # -> a directory
+CATEGORIES = Names(  # called with a row, which has `messages` and perhaps more fields
+  "a function that gives a row's category", {"field": "", "mini": "alma_jax.mini.truth:category"}
+)
 DATA = Names("data", {"mini": "alma_jax.mini.seeds:make"})  # called with (directory, seed)
 
 _folders: list[str] = []  # where modules are looked up first

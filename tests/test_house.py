@@ -133,7 +133,9 @@ def test_no_files_import_each_other():
 
 # The word `mini`
 
-EXAMPLES = re.compile(r"configs/alma\.py:mini|runs/mini|--model=mini")  # commands that a docstring or a flag shows
+EXAMPLES = re.compile(
+  r"configs/(alma|lima|isara|spa)\.py:mini|runs/mini|--model=mini"
+)  # commands that a docstring or a flag shows
 WORD = re.compile(r"\bmini\b", re.IGNORECASE)
 
 

@@ -28,9 +28,15 @@ class MultipleChoice:
   host: Host
   checkpoint: Checkpoint
   needs: tuple[str, ...] = ("choices", "answer")
+  evaluates: bool = False  # the checkpoint whose answers are graded, which is another one every round
+
+  def of(self, checkpoint: Checkpoint) -> "MultipleChoice":
+    return dataclasses.replace(self, checkpoint=checkpoint, evaluates=True)
 
   @property
   def identity(self) -> str:
+    if self.evaluates:
+      return f"rules:multiple_choice 1 {self.host.chat.name} of the graded checkpoint"
     return f"rules:multiple_choice 1 {self.host.chat.name} {self.checkpoint.content[:16]}"
 
   @property

@@ -17,7 +17,7 @@ from alma_jax import names
 from alma_jax.errors import NotFinite, RunError
 from alma_jax.options import ConfigError
 from alma_jax.runtime.display import Bar
-from alma_jax.runtime.host import Host
+from alma_jax.runtime.host import Checkpoint, Host
 from alma_jax.text.chat import Messages
 
 MISSING = 0.02  # the share of responses that an evaluator may leave without a score
@@ -85,6 +85,15 @@ class ShowsProgress(Protocol):
   """A judge that takes so long that it moves a bar itself."""
 
   def shown_scores(self, pairs: Sequence[Answered], bar: Bar) -> list[Verdict]: ...
+
+
+@runtime_checkable
+class ReadsModel(Protocol):
+  """A judge that grades a model by its log-probabilities, and not by its response alone."""
+
+  def of(self, checkpoint: Checkpoint) -> Judge:
+    """The judge that grades this checkpoint."""
+    ...
 
 
 def scores(judge: Judge, pairs: Sequence[Answered], bar: Bar | None = None, missing: bool = False) -> list[Verdict]:

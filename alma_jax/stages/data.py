@@ -179,7 +179,8 @@ def _made(options: Sources) -> dict[str, str]:
 
 
 def _plain(row: SeedRow, need: tuple[str, ...]) -> dict[str, Any]:
-  return {"messages": list(row.messages)} | {key: getattr(row, key) for key in need}
+  about = {"category": row.category} if row.category else {}
+  return {"messages": list(row.messages)} | {key: getattr(row, key) for key in need} | about
 
 
 def _gone(s: Session[Any], options: Sources) -> dict[str, str]:

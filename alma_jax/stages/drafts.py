@@ -60,7 +60,7 @@ def build(
     "text": {"few_shot": dataclasses.asdict(template), **s.describe_text()},
   }
   if growing:
-    fields |= {"writer": growing.writer.content, "words": growing.words}
+    fields |= {"writer": growing.writer.content, "words": growing.words, "round": s.round}
     stage = s.run.stage(f"{pool}/{layout.DRAFTS}", fields, {pairs.name: pairs for pairs in growing.shown})
   else:
     fields |= {"data": {"sft": data.digests["sft"]}, "base": s.base.content}
@@ -73,7 +73,8 @@ def build(
   writer, least_and_most = (growing.writer, growing.words) if growing else (s.base, None)
   tok = s.host.tokenizer
   stops = sampling.Stops(() if tok.eos_id is None else (tok.eos_id,), (template.stop,))
-  shots = _shots(random_numbers(seed, "shots"), options.draws, len(shown), options.shots)
+  round, drawn = (s.round, ("shots", s.round)) if growing else (0, ("shots",))
+  shots = _shots(random_numbers(seed, *drawn), options.draws, len(shown), options.shots)
   # Neighbours in this order begin with the same shots, which the sampler then reads once.
   shares = np.array_split(first + np.lexsort(shots[first:].T[::-1]), parts)
   with s.display.bar("pool: prompts", sum(len(shares[i]) for i in missing), "prompts") as bar:
@@ -84,7 +85,7 @@ def build(
         if len(ids) > options.max_prompt_tokens:
           too_long += 1
         else:
-          requests.append(Request(tuple(ids), key_of(seed, 0, "prompts", draw), f"draft {draw}"))
+          requests.append(Request(tuple(ids), key_of(seed, round, "prompts", draw), f"draft {draw}"))
       written = sampling.drafts(s.host, writer, requests, options, stops, bar)
       records, counts = [], collections.Counter(context_too_long=too_long)
       for draft in written:

@@ -115,22 +115,29 @@ class Asker:
 
 
 def build(
-  s: Session[Any], checkpoint: Checkpoint, judge: Judge, data: Data, options: Options, shots: int = 0
+  s: Session[Any], checkpoint: Checkpoint, judge: Judge | None, data: Data, options: Options, shots: int = 0
 ) -> dict[str, Mean]:
   """The round's answers to every set, graded by every judge; the mean score by each judge on `data.eval`.
 
-  With `shots` the checkpoint is a base model that answers after that many of the demonstrations.
+  `judge` is the run's own, None for a run without one. With `shots` the checkpoint is a base model that answers after
+  that many of the demonstrations.
   """
   asker = Asker(s, options.template(), data.sft[:shots])
   asked = {chosen.name: chosen for chosen in prompt_sets(data, options)}
   answered = {name: answers(asker, checkpoint, chosen, data, options) for name, chosen in asked.items()}
-  graders = {layout.JUDGE: judge} | {name: made(s.host, options, name) for name in options.named_judges}
+  graders = ({layout.JUDGE: judge} if judge else {}) | {
+    name: grader.of(checkpoint) if isinstance(grader, contract.ReadsModel) else grader
+    for name in options.named_judges
+    for grader in [made(s.host, options, name)]
+  }
   found: dict[tuple[str, str], Mean] = {}
   for name, grader in graders.items():  # all sets by one judge, then the next: each judge's model is loaded once
     for chosen, artefact in answered.items():
       if not asked[chosen].fits(grader):
         continue
-      graded = grades(s, artefact, asked[chosen], NamedJudge(name, grader, grader.identity == judge.identity))
+      graded = grades(
+        s, artefact, asked[chosen], NamedJudge(name, grader, judge is not None and grader.identity == judge.identity)
+      )
       if (mean := mean_of(graded)) is not None:
         found[chosen, name] = mean
   row: Row = {"round": s.round, "checkpoint": checkpoint.name}

@@ -64,8 +64,8 @@ def sft(s: Session[Any], job: Job, data: Data, trainsets: Sequence[Trainset] = (
   return training.finish(s, stage, counts | facts, job.options)
 
 
-def mixed(s: Session[Any], job: Job[training.MixedOptions], human: Trainset, own: Sequence[Trainset]) -> Checkpoint:
-  """`job.init` fine-tuned on the examples of `human` and the model's `own`, weighed by gamma."""
+def mixed(s: Session[Any], job: Job, human: Trainset, own: Sequence[Trainset] = ()) -> Checkpoint:
+  """`job.init` fine-tuned on the examples of `human` and the model's `own`, weighed by the gamma of MixedOptions."""
   trainsets = [human, *own]
   stage = s.run.stage(job.name, job.fields(s), {trainset.name: trainset for trainset in trainsets})
   if stage.done:
@@ -76,7 +76,9 @@ def mixed(s: Session[Any], job: Job[training.MixedOptions], human: Trainset, own
   kept, sequences, counts = _clipped(sequences, job.options.row_length)
   _tell(s, job, counts, len(examples), "examples")
   first = np.array(kept) < len(by_set[0])
-  shares = None if first.all() or not first.any() else gamma_shares(sequences, first, job.options)
+  shares = None
+  if isinstance(job.options, training.MixedOptions) and first.any() and not first.all():
+    shares = gamma_shares(sequences, first, job.options)
   chosen = Examples(sequences, [examples[i].prompt_id for i in kept], job.options.average, shares)
   _, facts = training.train(s, stage, job.init, chosen, job.options, job.seed)
   return training.finish(

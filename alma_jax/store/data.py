@@ -30,7 +30,7 @@ from alma_jax.store import verify
 from alma_jax.store.records import Turns
 
 ROLES = ("system", "user", "assistant")
-FIELDS = ("messages", "prompt", "response", "score")
+FIELDS = ("messages", "prompt", "response", "score", "category")
 _TFDS = re.compile(r"tfds:(?P<name>[^:]+(:\d+\.\d+\.\d+)?):(?P<split>.+)")
 LONGEST = 16_000_000  # bytes of a JSONL line, characters of a row: a row is one conversation
 _SHOWN = 10  # first lines of each kind that the report lists
@@ -48,6 +48,7 @@ class SeedRow:
   line: int  # line of a JSONL file, else the row or item, from 1
   chosen: str | None = None  # of a preference pair
   rejected: str | None = None
+  category: str | None = None  # what it is about, where the row has a text in this field
 
   @property
   def answers(self) -> tuple[str, ...]:
@@ -111,8 +112,9 @@ def row_of(item: Any, need: Sequence[str], line: int, where: str) -> SeedRow:
   if "chosen" in need:
     return _pair(item, messages, line, where)
   check_size(sum(len(turn["content"]) for turn in messages) + len(answer or ""), where)
+  category = item["category"] if isinstance(item.get("category"), str) else None
   if "response" not in need:
-    return SeedRow(messages, None, None, line)
+    return SeedRow(messages, None, None, line, category=category)
   if answer is None:
     if "messages" in item:
       raise DataError(f"{where}, field messages: the last turn must be the assistant's, found role 'user'.")
@@ -121,7 +123,7 @@ def row_of(item: Any, need: Sequence[str], line: int, where: str) -> SeedRow:
   if "score" in need:
     _require(("score",), item, where)
     score = _score(item["score"], f"{where}, field score")
-  return SeedRow(messages, answer, score, line)
+  return SeedRow(messages, answer, score, line, category=category)
 
 
 def _pair(item: dict[str, Any], messages: Turns, line: int, where: str) -> SeedRow:

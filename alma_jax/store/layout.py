@@ -89,6 +89,11 @@ def grades_name(answers: str, judge: str = JUDGE) -> str:
   return f"{answers}.{judge}"
 
 
+def categories_name(round: int, judge: str, chosen: str = MAIN_SET) -> str:
+  """The scores by category that a judge gives a round's answers to a set: "round_02/categories-mt_bench.truth"."""
+  return stage_name(round, f"{CATEGORIES}-{chosen}.{judge}" if chosen != MAIN_SET else f"{CATEGORIES}.{judge}")
+
+
 def parent_of(name: str) -> str:
   """The directory of a stage's pool or round: "pool_03" for "pool_03/drafts", "" for "judge"."""
   return name.rpartition("/")[0]

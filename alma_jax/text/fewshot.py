@@ -37,6 +37,10 @@ DIALOGUE = FewShot(
   "### Request\n{prompt}\n\n### Answer\n",
   "###",
 )
+QUESTIONS = FewShot("questions", "", "Question: {prompt}\n\n", "Question: ", "Question:")
+ANSWERS = FewShot(
+  "answers", "", "Question: {prompt}\nAnswer: {response}\n\n", "Question: {prompt}\nAnswer: ", "Question:"
+)  # these two hold no instruction
 
 
 def few_shot_ids(
