@@ -187,6 +187,7 @@ def open_session(config: ConfigDict, workdir: str | pathlib.Path) -> Iterator[Se
   for step in recipe_of(config).checks(host, by_round):
     step()
   with Run(workdir, jax.process_index(), jax.process_count(), barrier, made_with()) as run_directory:
+    run_directory.check_shared()
     run_directory.save_config(json.loads(json.dumps(config.to_dict(), default=str)))
     run_directory.log(
       "start", devices=[d.device_kind for d in jax.devices()], hosts=jax.process_count(), jax=jax.__version__
@@ -218,25 +219,41 @@ def made_with() -> dict[str, Any]:
 
 
 def join_hosts() -> None:
-  """Join all hosts into one program where the launcher started several.
+  """Join all hosts into one program where the launcher started several."""
+  if (how := hosts_of(os.environ)) is not None:
+    jax.distributed.initialize(**how, heartbeat_timeout_seconds=peers.heartbeat())
+    peers.watch()
 
-  JAX itself recognises Slurm, TPU pods and GKE; other launchers set the three JAX_* variables (launch/local.sh does).
+
+def hosts_of(environment: Mapping[str, str]) -> dict[str, Any] | None:
+  """What jax.distributed.initialize is to be told, None for a program of one process.
+
+  | launcher                                       | what it sets                                                 |
+  |------------------------------------------------|--------------------------------------------------------------|
+  | local.sh tpu_pod.sh gke.yaml sky.yaml TrainJob | JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID   |
+  | srun (slurm.sbatch, xmanager-slurm)            | SLURM_STEP_NUM_TASKS and others, which JAX reads             |
+  | GKE with TPUs (gke_tpu.yaml, gcluster)         | TPU_WORKER_HOSTNAMES or TPU_PROCESS_ADDRESSES, and for       |
+  |                                                | several slices MEGASCALE_NUM_SLICES, which JAX reads         |
   """
   names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-  address, count, index = (os.environ.get(name) for name in names)
-  if address and count and index:
-    jax.distributed.initialize(address, int(count), int(index), heartbeat_timeout_seconds=peers.heartbeat())
-  elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+  said = {name: environment[name] for name in names if environment.get(name)}
+  if len(said) == 3:
+    address, count, index = (said[name] for name in names)
+    if not (count.isdigit() and index.isdigit() and int(index) < int(count)):
+      raise ConfigError(f"JAX_PROCESS_ID is {index!r} and JAX_NUM_PROCESSES {count!r}; they must be 0 .. n-1 and n")
+    return {"coordinator_address": address, "num_processes": int(count), "process_id": int(index)}
+  if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
     # JAX gives each Slurm task one GPU; a task that is alone on its node takes all of them.
-    alone = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").split("(")[0] == "1"
-    gpus = int(os.environ.get("SLURM_GPUS_ON_NODE", "0"))
-    local = list(range(gpus)) if alone and gpus else None
-    jax.distributed.initialize(local_device_ids=local, heartbeat_timeout_seconds=peers.heartbeat())
-  elif len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1:
-    jax.distributed.initialize(heartbeat_timeout_seconds=peers.heartbeat())
-  else:
-    return
-  peers.watch()
+    alone = environment.get("SLURM_STEP_TASKS_PER_NODE", "").split("(")[0] == "1"
+    gpus = int(environment.get("SLURM_GPUS_ON_NODE", "0"))
+    return {"local_device_ids": list(range(gpus)) if alone and gpus else None}
+  workers = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES", "")
+  if len(workers.split(",")) > 1 or int(environment.get("MEGASCALE_NUM_SLICES") or "1") > 1:
+    return {}
+  if said:  # each process would take itself for the whole run
+    missing = " and ".join(name for name in names if name not in said)
+    raise ConfigError(f"{' and '.join(said)} is set and {missing} is not: set all three on every host, or none")
+  return None
 
 
 def cache_compilations() -> None:

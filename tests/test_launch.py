@@ -9,9 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 
 import pytest
 import yaml
+
+from alma_jax import start
+from alma_jax.options import ConfigError
 
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPTS = [ROOT / ".ci" / "run", *sorted((ROOT / "launch").glob("*.s[hb]*"))]
@@ -227,20 +231,164 @@ def test_tpu_pod_hands_the_arguments_through_two_shells(tmp_path):
   assert done.stdout.splitlines() == ["10.0.0.1:8476", "2", "1", "-m", "alma_jax.main", value], done.stderr
 
 
+GCLOUD = """#!/usr/bin/env bash
+# The slice's states stand in a file, in the order they are asked for; the first run fails.
+case "$*" in
+  *describe*) state=$(head -n1 "$OUT/states"); sed -i 1d "$OUT/states"; [[ $state != absent ]] && echo "$state"; exit ;;
+esac
+echo "${*:3:2}" >>"$OUT/log"
+[[ "$*" != *alma_jax.main* || -e $OUT/lost ]] || { touch "$OUT/lost"; exit 1; }
+"""
+
+
+def test_tpu_pod_goes_on_when_a_spot_slice_is_taken_away(tmp_path):
+  """From nothing: the slice is asked for, waited for, lost during the run, asked for again, and the run ends there."""
+  (tmp_path / "gcloud").write_text(GCLOUD)
+  (tmp_path / "gcloud").chmod(0o755)
+  env = dict(TPU="s", ZONE="z", TYPE="v6e-16", RUNTIME="r", WAIT="0", OUT=str(tmp_path))
+  command = ["timeout", "30", "launch/tpu_pod.sh", "keep", "--workdir=w"]
+
+  def keep(*states):
+    (tmp_path / "states").write_text("".join(f"{state}\n" for state in states))
+    done = run(*command, **env, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    log = (tmp_path / "log").read_text().splitlines()
+    (tmp_path / "log").unlink()
+    return done.returncode, log
+
+  asked, gone = "queued-resources create", "queued-resources delete"
+  once = ["tpu-vm scp", "tpu-vm ssh", "tpu-vm ssh"]  # setup is a copy and a command, the run another one
+  lost = ("absent", "PROVISIONING", "ACTIVE", "SUSPENDING", "SUSPENDED", "absent", "ACTIVE")
+  assert keep(*lost) == (0, [asked, *once, gone, asked, *once])
+  (tmp_path / "lost").unlink()
+  assert keep("ACTIVE", "ACTIVE") == (1, once)  # the slice is still there: the run itself has failed
+  printed = run("launch/tpu_pod.sh", "--dry-run", "keep", "--workdir=w", **env).stdout
+  assert "create s --zone=z --node-id=s --accelerator-type=v6e-16 --runtime-version=r --spot" in printed
+
+
+# Kubernetes, SkyPilot, Docker. The schemas are the parts of the public ones that the files use, with their sources.
+
+
+def check(schema, value, where):
+  """A small JSON schema: types, required fields, no other fields than those named, enums."""
+  kinds = {"object": dict, "array": list, "string": str, "integer": int, "boolean": bool, "null": type(None)}
+  if kind := schema.get("type"):
+    allowed = tuple(kinds[name] for name in ([kind] if isinstance(kind, str) else kind))
+    assert isinstance(value, allowed), f"{where} is {value!r}, not {kind}"
+  assert "enum" not in schema or value in schema["enum"], f"{where} is {value!r}, not one of {schema['enum']}"
+  if isinstance(value, dict):
+    assert set(schema.get("required", ())) <= set(value), f"{where} lacks {schema['required']}"
+    for name, item in value.items():
+      known = schema.get("properties", {}).get(name, schema.get("additionalProperties"))
+      assert known is not None, f"{where}.{name}: no such field"
+      check(known, item, f"{where}.{name}")
+  for item in value if isinstance(value, list) else ():
+    check(schema.get("items", {}), item, f"{where}[]")
+
+
+def documents(name):
+  return list(yaml.safe_load_all((ROOT / "launch" / name).read_text()))
+
+
+@pytest.mark.parametrize("name", ["gke.yaml", "gke_tpu.yaml", "trainjob.yaml", "sky.yaml"])
+def test_yaml_files_follow_the_public_schemas(name):
+  schemas = json.loads((ROOT / "tests" / "fixtures" / "launch_schemas.json").read_text())[name]
+  assert all(schema["source"] and schema["date"] for schema in schemas)
+  for schema, document in zip(schemas, documents(name), strict=True):
+    check(schema["schema"], document, name)
+    with pytest.raises(AssertionError, match="no such field"):
+      check(schema["schema"], document | {"numNodes": 2}, name)
+
+
+def hosts(**environment):
+  return start.hosts_of(environment)
+
+
 def test_gke_pods_find_each_other():
-  service, job = yaml.safe_load_all((ROOT / "launch" / "gke.yaml").read_text())
+  service, job = documents("gke.yaml")
   pod, spec = job["spec"]["template"]["spec"], job["spec"]
   env = {e["name"]: e for e in pod["containers"][0]["env"]}
-  source = (ROOT / "alma_jax" / "start.py").read_text()
-  assert set(env) == {"JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"}
-  assert all(f'"{name}"' in source for name in env)
   first = f"{job['metadata']['name']}-0.{service['metadata']['name']}"
-  assert env["JAX_COORDINATOR_ADDRESS"]["value"].partition(":")[0] == first
   assert pod["subdomain"] == service["metadata"]["name"]
   assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
   assert int(env["JAX_NUM_PROCESSES"]["value"]) == spec["completions"] == spec["parallelism"]
-  mounts = {m["name"] for m in pod["containers"][0]["volumeMounts"]}
-  assert mounts == {v["name"] for v in pod["volumes"]}
+  given = {name: e["value"] for name, e in env.items() if "value" in e}
+  assert env["JAX_PROCESS_ID"]["valueFrom"]["fieldRef"]["fieldPath"].endswith("job-completion-index']")
+  found = hosts(**given, JAX_PROCESS_ID="1")  # the annotation of the second pod
+  assert found == {"coordinator_address": f"{first}:1234", "num_processes": 2, "process_id": 1}
+
+
+def test_a_trainjob_is_recognised_by_what_its_runtime_sets():
+  """The names and the address are those of Kubeflow Trainer's plugin jax (pkg/runtime/framework/plugins/jax/jax.go)."""
+  [job] = documents("trainjob.yaml")
+  assert job["spec"]["runtimeRef"]["name"] == "jax-distributed"
+  name, nodes = job["metadata"]["name"], job["spec"]["trainer"]["numNodes"]
+  env = {
+    "JAX_NUM_PROCESSES": str(nodes),
+    "JAX_PROCESS_ID": "1",
+    "JAX_COORDINATOR_ADDRESS": f"{name}-node-0-0.{name}:29500",
+  }
+  assert hosts(**env) == {"coordinator_address": "alma-node-0-0.alma:29500", "num_processes": nodes, "process_id": 1}
+  [patch] = job["spec"]["runtimePatches"]
+  [replicated] = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+  pod = replicated["template"]["spec"]["template"]["spec"]
+  assert (replicated["name"], pod["containers"][0]["name"]) == ("node", "node")  # those of the runtime
+
+
+def test_sky_nodes_find_each_other(tmp_path):
+  """The lines of `run` with SkyPilot's variables, and a stand-in for the interpreter."""
+  [task] = documents("sky.yaml")
+  python = tmp_path / "alma_venv" / "bin" / "python"
+  python.parent.mkdir(parents=True)
+  python.write_text('#!/usr/bin/env bash\nenv | grep ^JAX_; printf "%s\\n" "$@"\n')
+  python.chmod(0o755)
+  env = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1"}
+  env |= {"HOME": str(tmp_path), "ARGUMENTS": '--workdir=w --config.rounds="{3: {}}"'}
+  done = run("bash", "-c", task["run"], **env)
+  lines = done.stdout.splitlines()
+  found = hosts(**dict(line.split("=", 1) for line in lines if line.startswith("JAX_") and "PLATFORMS" not in line))
+  assert found == {"coordinator_address": "10.0.0.1:8476", "num_processes": 2, "process_id": 1}, done.stderr
+  assert lines[-4:] == ["-m", "alma_jax.main", "--workdir=w", "--config.rounds={3: {}}"]
+
+
+def test_slurm_tasks_and_tpu_workers_are_recognised():
+  """srun with one task per node takes all GPUs of it; JAX reads the rest itself."""
+  task = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_GPUS_ON_NODE": "4"}
+  assert hosts(**task) == {"local_device_ids": [0, 1, 2, 3]}
+  assert hosts(**task | {"SLURM_STEP_TASKS_PER_NODE": "4(x2)"}) == {"local_device_ids": None}
+  assert hosts(SLURM_STEP_NUM_TASKS="1") is None
+  assert hosts(TPU_WORKER_HOSTNAMES="a,b", TPU_WORKER_ID="1") == {}
+  assert hosts(TPU_PROCESS_ADDRESSES="a:8471,b:8471") == {}
+  assert hosts(TPU_WORKER_HOSTNAMES="a", MEGASCALE_NUM_SLICES="2") == {}  # slices of one host
+  assert hosts(TPU_WORKER_HOSTNAMES="localhost") is None and hosts() is None
+
+
+def test_half_of_the_variables_is_an_error_and_not_a_run_of_one_host():
+  with pytest.raises(
+    ConfigError, match="JAX_COORDINATOR_ADDRESS is set and JAX_NUM_PROCESSES and JAX_PROCESS_ID is not"
+  ):
+    hosts(JAX_COORDINATOR_ADDRESS="a:1")
+  with pytest.raises(ConfigError, match=r"JAX_PROCESS_ID is '2' and JAX_NUM_PROCESSES '2'; they must be 0 .. n-1"):
+    hosts(JAX_COORDINATOR_ADDRESS="a:1", JAX_NUM_PROCESSES="2", JAX_PROCESS_ID="2")
+
+
+def test_the_image_installs_the_extras_of_its_accelerator(tmp_path):
+  """The RUN line of the Dockerfile with a stand-in for pip, for every ACCELERATOR."""
+  text = (ROOT / "launch" / "Dockerfile").read_text().replace("\\\n", "")
+  [line] = [line.removeprefix("RUN ") for line in text.splitlines() if line.startswith("RUN ")]
+  (tmp_path / "pip").write_text('#!/bin/sh\necho "$@"\n')
+  (tmp_path / "pip").chmod(0o755)
+  extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+
+  def installed(accelerator, more=""):
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = run("sh", "-c", line, ACCELERATOR=accelerator, EXTRAS=more, PATH=path)
+    return done.stdout.split()[-1] if done.returncode == 0 else None
+
+  assert [installed(name) for name in ("cpu", "gpu", "tpu", "cuda")] == [".", ".[gpu]", ".[tpu]", None]
+  assert installed("gpu", "ifeval,trackio") == ".[gpu,ifeval,trackio]" and installed("cpu", "ifeval") == ".[ifeval]"
+  assert {"gpu", "tpu", "ifeval", "xmanager", "xmanager-slurm"} <= set(extras)
+  copied = [part for row in text.splitlines() if row.startswith("COPY") for part in row.split()[1:-1]]
+  assert all((ROOT / part).exists() for part in copied)
 
 
 # launch/sweep.py

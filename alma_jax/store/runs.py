@@ -33,7 +33,7 @@ import numpy as np
 
 from alma_jax import __version__
 from alma_jax.errors import RunError, writing
-from alma_jax.store import digests, layout, shards, verify
+from alma_jax.store import digests, file_system, layout, shards, verify
 from alma_jax.store.digests import Digest
 from alma_jax.store.fingerprints import differences, fingerprint_of
 from alma_jax.store.layout import Manifest, load_manifest, read_json
@@ -65,6 +65,7 @@ class Run:
     barrier: Callable[[str], None] = lambda name: None,
     made_with: Mapping[str, Any] | None = None,
   ) -> None:
+    file_system.check_path(workdir)
     self.dir, self.made_with = pathlib.Path(workdir), dict(made_with or {})
     self.process, self.processes, self.barrier = process, processes, barrier
     if self.dir.exists() and not self.dir.is_dir():
@@ -77,6 +78,7 @@ class Run:
     self._lock = Lock(self.dir) if process == 0 else None
     if process == 0:
       shards.remove_temporaries(self.dir)
+      self._check_file_system()
     digests.recall(self.dir / layout.DIGESTS)
 
   def __enter__(self) -> Self:
@@ -88,6 +90,23 @@ class Run:
   def close(self) -> None:
     if self._lock:
       self._lock.release()
+
+  def _check_file_system(self) -> None:
+    try:
+      file_system.check(self.dir)
+    except BaseException:
+      self.close()
+      raise
+
+  def check_shared(self) -> None:
+    """Raise a RunError on a process that does not see the directory of process 0, which has locked it."""
+    self.barrier("the run directory is locked")
+    _wait_for(self.dir / layout.LOCK, self.processes)
+    if not (self.dir / layout.LOCK).exists():
+      raise RunError(
+        f"process {self.process} does not see what process 0 has written in {self.dir}: --workdir must lie on a file"
+        f" system that all hosts share. {file_system.ADVICE}"
+      )
 
   def stage(
     self, name: str, fields: Mapping[str, Any], inputs: "Mapping[str, Input] | None" = None, suffix: str = ".parquet"
