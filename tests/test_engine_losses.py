@@ -15,9 +15,13 @@ from jax.sharding import PartitionSpec as P
 
 from alma_jax.engine import crossentropy, losses
 from alma_jax.engine.losses import Preference, ScoredPairs, preference_of
+from alma_jax.engine.optimizer import Optimizer
 from alma_jax.llama import model as llama
 from alma_jax.llama import sharding
 from alma_jax.options import ConfigError
+from alma_jax.runtime import training
+from alma_jax.runtime.batches import Batches, Examples
+from alma_jax.stages import policy
 from alma_jax.text import packing
 
 ROW = 24
@@ -629,3 +633,27 @@ def test_live_losses_equal_those_of_trl(name):
     loss, metrics = preference_of(KINDS[name][0], pairs)
   assert float(loss) == pytest.approx(float(wanted.mean()), rel=1e-6)
   assert float(metrics["margin"]) == pytest.approx(float((chosen - rejected).mean()), rel=1e-6)
+
+
+# Weights by example
+
+
+@pytest.mark.parametrize("average", ["tokens", "examples"])
+def test_gamma_weighs_the_mean_losses_of_two_sets(average):
+  gamma, human = 0.3, np.array([True] * 3 + [False] * 4)
+  examples = make_examples([9, 20, 6, 24, 12, 15, 7])
+  o = training.MixedOptions(
+    optimizer=Optimizer(1e-3, 0.0), batch=7, epochs=1, row_length=ROW, average=average, gamma=gamma
+  )
+  shares = policy.gamma_shares(examples, human, o)
+  assert np.average(
+    shares, weights=[1 if average == "examples" else m[1:].sum() for _, m in examples]
+  ) == pytest.approx(1)
+  batch = Batches(Examples(examples, range(7), average, shares), o, None, 8)(0)
+  found = float(sft_and_gradient(stacked(), {k: jnp.asarray(v) for k, v in batch.items()})[0])
+  of = np.array([nll(example) for example in examples])  # float64
+  if average == "examples":
+    of /= of[:, 1:]
+  means = [of[half, 0].sum() / of[half, 1].sum() for half in (human, ~human)]
+  assert found == pytest.approx(gamma * means[0] + (1 - gamma) * means[1], rel=1e-5)
+  assert abs(found - of[:, 0].sum() / of[:, 1].sum()) > 1e-3  # which is the loss without weights
