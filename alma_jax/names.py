@@ -65,7 +65,12 @@ DIALOGUES = Names(
 )
 JUDGE_TEMPLATES = Names(
   "a judge template",
-  {"a1": "alma_jax.text.judge:A1", "a2": "alma_jax.text.judge:A2", "mini": "alma_jax.mini.formats:JUDGE"},
+  {
+    "a1": "alma_jax.text.judge:A1",
+    "a2": "alma_jax.text.judge:A2",
+    "a2_reasoned": "alma_jax.text.judge:A2_REASONED",
+    "mini": "alma_jax.mini.formats:JUDGE",
+  },
 )
 GRADERS: Mapping[str, str] = {  # judges that work as a run's judge, as an evaluator and from the command line
   "reward:DIR": "alma_jax.judges.reward:named",

@@ -82,8 +82,9 @@ def llama_8b() -> Config:
   # The judge
   c.judge = section()
   c.judge.kind = "finetuned"  # "few_shot": the base model with three examples (Table 3)
-  c.judge.mode = "expected"  # "integer": the likeliest score (Table 3)
-  c.judge.template = "a2"  # a1, a2 (the paper's appendix), mini
+  c.judge.mode = "expected"  # "integer": the likeliest score (Table 3); "sampled": the mean of draws (3.3.2)
+  c.judge.samples = 8  # draws of "sampled"; reasonings of a template that reasons first
+  c.judge.template = "a2"  # a1, a2 (the paper's appendix), a2_reasoned, mini
   c.judge.held_out = 0.05  # of the annotated prompts, to measure the judge and to accept or refuse the distilled one
   c.judge.train = training(5e-6, 5e-7, batch=64, epochs=2, row_length=2048, warmup=0.05)
   c.judge.distil = section()

@@ -11,7 +11,7 @@ from engine_models import logprobs
 from alma_jax import names
 from alma_jax.errors import NotFinite
 from alma_jax.judges.contract import Answered, Verdict, scores
-from alma_jax.judges.own import OwnJudge, _opening
+from alma_jax.judges.own import OwnJudge, _draws, _opening
 from alma_jax.llama import sharding, weights
 from alma_jax.runtime.display import Bar
 from alma_jax.runtime.host import Checkpoint, EngineOptions, Host, ModelOptions
@@ -97,3 +97,64 @@ def test_worked_examples_are_what_all_prefixes_begin_with(host):
   opening = _opening(prefix_of)
   assert tok.decode(opening).endswith("rate prompt:")
   assert all(tuple(prefix_of(messages)[: len(opening)]) == opening for messages, _ in PAIRS)
+
+
+def judge_of(host, template=TEMPLATE, **more):
+  return OwnJudge(host, Checkpoint("base", host.directory, "base"), template, **more)
+
+
+def test_draws_have_the_exact_distribution_and_unreadable_ones_are_counted():
+  # 40,000 evenly spaced uniform numbers meet each score exactly as often as its raw probability says.
+  probs, mass = np.array([0.5, 0.25, 0.0, 0.125, 0.125, 0, 0, 0, 0, 0, 0]), 0.8
+  read = text.ExpectedScore(0.0, probs, mass)
+  drawn = _draws(read, (np.arange(40_000) + 0.5) / 40_000)
+  assert [drawn.count(score) for score in range(5)] == [16_000, 8_000, 0, 4_000, 4_000]
+  assert drawn.count(None) == 8_000 and _draws(text.ExpectedScore(0.0, probs, 1.0000001), np.array([0.9999999])) == [
+    4.0
+  ]
+
+
+def test_the_mean_of_many_samples_is_the_expected_score_of_what_can_be_read(host, monkeypatch):
+  read = text.expected_score  # the base model gives the scores hardly any mass
+  monkeypatch.setattr(text, "expected_score", lambda *of: read(*of)._replace(mass=0.9))
+  pairs = [Answered(*pair) for pair in PAIRS]
+  exact, n = judge_of(host, shots=SHOTS).scores(pairs), 20_000
+  judge = judge_of(host, mode="sampled", samples=n, shots=SHOTS)
+  found = scores(judge, pairs, missing=True)
+  for one, verdict in zip(exact, found, strict=True):
+    held = verdict.details
+    deviation = np.sqrt(np.array(one.probs) @ (np.arange(11) - one.score) ** 2)
+    assert held["draws"] == n == len(held["scores"]) and held["unreadable"] == held["scores"].count(None)
+    assert abs(held["unreadable"] / n - (1 - one.mass)) < 5 * np.sqrt(max(one.mass * (1 - one.mass), 1e-9) / n)
+    assert abs(verdict.score - one.score) < 5 * deviation / np.sqrt(n - held["unreadable"]) + 1e-6
+    assert verdict.score == pytest.approx(np.mean([x for x in held["scores"] if x is not None]))
+  assert found[0] == found[3] and found == judge.scores(pairs)
+  few = dataclasses.replace(judge, samples=3)
+  other = [dataclasses.replace(few, seed=seed) for seed in (0, 1)]
+  assert other[0].scores(pairs) != other[1].scores(pairs) and other[0].identity != other[1].identity
+  # What draws nothing is the same judge whatever it would draw.
+  assert judge_of(host, samples=3, seed=5).identity == judge_of(host).identity
+
+
+def test_a_score_is_read_behind_each_reasoning_that_comes_to_it(host):
+  base = vars(TEMPLATE) | {"name": "because", "answer_open": ".", "answer_close": " ."}
+  template = text.ReasonedTemplate(**base, think="answer:", after=" ", most_tokens=6)
+  judge, pairs = judge_of(host, template, samples=5, shots=tuple((*shot, "of lyon") for shot in SHOTS)), PAIRS[:3]
+  found = scores(judge, [Answered(*pair) for pair in pairs], missing=True)
+  model, trie = weights.load(host.directory), text.score_paths(host.tokenizer, template)
+  readable = 0
+  for (messages, response), verdict in zip(pairs, found, strict=True):
+    held, means = verdict.details, []
+    assert held["draws"] == len(held["reasons"]) == 5 and held["unreadable"] == held["reasons"].count(None)
+    for reason, score in zip(held["reasons"], held["scores"], strict=True):
+      if reason is None:
+        assert score is None
+        continue
+      ids = text.few_shot_prefix(host.tokenizer, template, judge.shots, messages)
+      ids += text.few_shot_suffix(host.tokenizer, template, response, reason)
+      assert host.tokenizer.decode(ids).split()[-2 - len(reason.split()) :] == f"answer: {reason} .".split()
+      means.append(text.expected_score(trie, logprobs(model, ids, room=128)[len(ids) - 1 : len(ids)]).mean)
+      assert score == pytest.approx(means[-1], abs=1e-5)
+    readable += len(means)
+    assert verdict.score == (pytest.approx(np.mean(means), abs=1e-5) if means else None)
+  assert 0 < readable < 15 and "answer: of lyon . 9" in host.tokenizer.decode(ids)

@@ -277,7 +277,7 @@ def test_unknown_checkpoint_is_named(value):
     ("prompts.shots", (5, 3), r"config\.prompts\.shots is \(5, 3\)"),
     ("prompts.template", "request", r"config\.prompts\.template is 'request'; .* \(did you mean 'requests'\?\)"),
     ("eval.few_shot", "dialog", r"config\.eval\.few_shot is 'dialog'; .* \(did you mean 'dialogue'\?\)"),
-    ("judge.template", "a3", r"config\.judge\.template is 'a3'; it may be 'a1', 'a2', 'mini' or"),
+    ("judge.template", "a3", r"config\.judge\.template is 'a3'; it may be 'a1', 'a2', 'a2_reasoned', 'mini' or"),
     ("judge.kind", "tuned", r"config\.judge\.kind is 'tuned'; .* \(did you mean 'finetuned'\?\)"),
     ("eval.judges", ("x=minni",), r"config\.eval\.judges is 'minni'; .* \(did you mean 'mini'\?\)"),
     ("eval.judges", ("no_such_module:It",), r"there is no module 'no_such_module' in"),

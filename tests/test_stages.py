@@ -236,6 +236,20 @@ def test_too_few_annotations_are_said_before_anything_is_trained(prompts, kind, 
       judge.check_annotations(rows, options, 0)
 
 
+def test_a_template_that_reasons_needs_reasons_and_is_not_distilled():
+  config = alma.mini()
+  config.judge.template = "a2_reasoned"
+  with pytest.raises(UserError, match=r"config.judge.distil.prompts is 384, and the template 'a2_reasoned' reasons"):
+    start.checked_options(config)
+  config.judge.distil.prompts = 0
+  options = start.checked_options(config)[0].judge
+  rows = [SeedRow(prompt(n).messages, "answer", 5.0, n, reason="it is") for n in range(3)]
+  judge.check_annotations(rows, options, 0)
+  rows[1] = dataclasses.replace(rows[1], reason=" ")
+  with pytest.raises(RunError, match="gives 3 annotated responses, and 1 have no `reason`"):
+    judge.check_annotations(rows, options, 0)
+
+
 def of_rows(rows):
   return types.SimpleNamespace(prompts=types.SimpleNamespace(manifest={"rows": rows}))
 

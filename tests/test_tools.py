@@ -402,6 +402,9 @@ def test_sampled_scores_follow_the_probabilities_and_the_words_alone():
   assert drawn == [score._score("sampled", verdict, (0, "score", i, None, "text")) for i in range(8000)]
   for s, p in enumerate(probs):
     assert abs(drawn.count(s) / 8000 - p) <= 5 * (p * (1 - p) / 8000) ** 0.5
+  many = score._score("sampled", verdict, (0, "score", 0, None, "text"), samples=4000)
+  deviation = (sum(p * (s - 5.2) ** 2 for s, p in enumerate(probs))) ** 0.5  # 5.2 is the mean under `probs`
+  assert abs(many - 5.2) < 5 * deviation / 4000**0.5
 
 
 def test_rows_of_the_sampler_messages_and_pairs_are_scored_alike(tmp_path):

@@ -11,12 +11,19 @@ import pytest
 from alma_jax.evals import answers
 from alma_jax.evals.answers import AnswersError
 from alma_jax.judges import api_http
-from alma_jax.tools import evaluate, score
+from alma_jax.judges.own import OwnJudge
+from alma_jax.mini.formats import JUDGE
+from alma_jax.text.judge import Shot
+from alma_jax.tools import command, evaluate, score
 
 
 def jsonl(path, rows):
   path.write_text("".join(json.dumps(row) + "\n" for row in rows))
   return path
+
+
+def user(text):
+  return ({"role": "user", "content": text},)
 
 
 def completion(text):
@@ -251,11 +258,33 @@ def test_the_packages_own_judge_gives_the_scores_of_the_scorer(tmp_path):
   assert [(x["score"], x["mass"]) for x in grades(tmp_path / "g")] == [(x["score"], x["mass"]) for x in scored]
 
 
+def test_a_base_model_judges_after_the_examples_of_a_file(tmp_path, capsys):
+  source = jsonl(tmp_path / "a.jsonl", [{"prompt": "country : lyon", "response": r} for r in ("lyon france .", "rome")])
+  rows = [{"prompt": f"country : {x}", "response": f"{x} france .", "score": n} for x, n in (("oslo", 2), ("lyon", 9))]
+  shots = jsonl(tmp_path / "shots.jsonl", rows)
+  asked = ("--rows=4", f"--shots={shots}")
+  assert grade(f"--input={source}", "--with=own:mini", *asked, f"--output={tmp_path / 'g'}") == 0
+  host = command.open_model(score.FLAGS.values(["--model=mini", "--input=x", "--output=x", "--rows=4"]), str).host
+  judge = OwnJudge(
+    host, host.base, JUDGE, shots=tuple(Shot(user(r["prompt"]), r["response"], r["score"]) for r in rows)
+  )
+  exact = [v.score for v in judge.scores([(user("country : lyon"), r) for r in ("lyon france .", "rome")])]
+  assert [x["score"] for x in grades(tmp_path / "g")] == pytest.approx(exact, abs=1e-5)
+  assert json.loads((tmp_path / "g" / "summary.json").read_text())["judge"] == judge.identity
+  jsonl(shots, [rows[0] | {"score": 2.5}])
+  assert grade(f"--input={source}", "--with=own:mini", *asked, f"--output={tmp_path / 'h'}") == 1
+  assert "shots.jsonl, line 1: an example's score is a whole number from 0 to 10" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
   "flags, message",
   [
     (("--with=api:x",), "must be MODEL@URL"),
     (("--with=api:",), "the text after the colon is missing"),
+    (
+      ("--with=rules:length", "--mode=sampled"),
+      "mode is 'sampled'; it is for a judge own:DIR, and with is 'rules:length'",
+    ),
     (("--with=graders:Nobody",), "with is 'graders:Nobody'"),
     (("--with=api:m@http://h", "--protocol=mtbench"), "did you mean 'mt_bench'"),
     (("--with=api:m@http://h", "--batch_in=x", "--batch_out=y"), "two commands"),

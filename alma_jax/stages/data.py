@@ -70,7 +70,7 @@ class Options(Sources):
   """What ALMA reads."""
 
   sft: str = ""  # demonstrations: messages, or prompt and response
-  judge: str = ""  # annotations: the same with a score 0..10
+  judge: str = ""  # annotations: the same with a score 0..10, and a reason where the judge's template reasons
   eval: str = ""  # evaluation prompts; empty: hold some demonstrations out
   held_out: int = option(200, least=1)  # how many, then
 
@@ -179,7 +179,7 @@ def _made(options: Sources) -> dict[str, str]:
 
 
 def _plain(row: SeedRow, need: tuple[str, ...]) -> dict[str, Any]:
-  about = {"category": row.category} if row.category else {}
+  about = {name: value for name in ("category", "reason") if (value := getattr(row, name))}
   return {"messages": list(row.messages)} | {key: getattr(row, key) for key in need} | about
 
 

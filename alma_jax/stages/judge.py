@@ -53,12 +53,26 @@ class DistilOptions(Checked):
 class Options(Checked):
   # "finetuned"; "few_shot": the base model with three examples (Table 3); "regression": a scalar head; docs/judges.md
   kind: str = option("finetuned", names=names.JUDGES)
-  mode: Literal["expected", "integer"] = "expected"  # "integer": the likeliest score (Table 3)
+  # "integer": the likeliest score (Table 3); "sampled": the mean of `samples` draws (3.3.2)
+  mode: Literal["expected", "integer", "sampled"] = "expected"
+  samples: int = option(8, least=1)  # draws of "sampled"; reasonings of a template that reasons first
   template: str = option("a2", names=names.JUDGE_TEMPLATES)
   # Of the annotated prompts, to measure the judge and to accept or refuse the distilled one; at least one prompt
   held_out: float = option(0.05, least=0, most=0.5)
   train: training.Options
   distil: DistilOptions
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    if self.kind == "finetuned" and self.distil.prompts and self.reasons:
+      raise ConfigError(
+        f"distil.prompts is {self.distil.prompts:,}, and the template {self.template!r} reasons: a judge is distilled"
+        " on scores without reasons; set distil.prompts to 0"
+      )
+
+  @property
+  def reasons(self) -> bool:
+    return isinstance(self.judge_template(), templates.ReasonedTemplate)
 
   def judge_template(self) -> templates.JudgeTemplate:
     return names.resolve(names.JUDGE_TEMPLATES, self.template, "judge.template")
@@ -77,6 +91,7 @@ class Scored:
   response: str
   score: float
   weight: float = 1.0
+  reason: str = ""  # for a template that reasons
 
 
 def check(host: Host, options: Options) -> None:
@@ -104,11 +119,19 @@ def check_annotations(annotations: Sequence[SeedRow], options: Options, seed: in
     )
   if options.kind == "few_shot" and len(annotations) < 3:
     raise RunError(f"{there}, and judge.kind 'few_shot' shows three: give three or more")
+  lacking = sum(not (row.reason or "").strip() for row in annotations)
+  if lacking and options.kind in ("finetuned", "few_shot") and options.reasons:
+    raise RunError(
+      f"{there}, and {lacking:,} have no `reason`; the judge learns from it to reason as its template"
+      f" {options.template!r} asks: add the field, or take another judge.template"
+    )
 
 
 def check_lengths(host: Host, options: Options, written: sampling.Options, where: str) -> None:
   """Raise a ConfigError if the longest prompt and response do not fit into the model's positions with the template."""
-  around, positions = _around(host, options), host.config.max_positions
+  around, positions, template = _around(host, options), host.config.max_positions, options.judge_template()
+  if isinstance(template, templates.ReasonedTemplate):
+    around += template.most_tokens
   if written.longest <= positions < around + written.longest:  # a longer one is an error without the template
     raise ConfigError(
       f"{where}: max_prompt_tokens + max_new_tokens is {written.longest:,}, and the judge's template"
@@ -130,8 +153,17 @@ def of_user(s: Session[Any], options: Options) -> Judge:
 def few_shot(s: Session[Any], data: Data, options: Options) -> OwnJudge:
   """The untrained judge: the base model with three worked examples (low, middle, high score)."""
   shown = _shown(data.judge, s.options.seed)
-  shots = tuple((row.messages, row.response or "", round(row.score or 0.0)) for row in shown)
-  return OwnJudge(s.host, s.base, options.judge_template(), options.mode, shots)
+  return _asked(s, s.base, options, tuple(map(shot, shown)))
+
+
+def shot(row: SeedRow) -> templates.Shot:
+  """An annotation as a worked example."""
+  return templates.Shot(row.messages, row.response or "", round(row.score or 0.0), row.reason or "")
+
+
+def _asked(s: Session[Any], model: Checkpoint, options: Options, shots: tuple[templates.Shot, ...] = ()) -> OwnJudge:
+  """The model asked as the options say."""
+  return OwnJudge(s.host, model, options.judge_template(), options.mode, shots, options.samples, s.options.seed)
 
 
 def _shown(annotations: Sequence[SeedRow], seed: int) -> list[SeedRow]:
@@ -161,13 +193,16 @@ def finetuned(s: Session[Any], data: Data, options: Options) -> OwnJudge:
   stage = s.run.stage(layout.JUDGE, fields)
   if not stage.done:
     rows = [
-      Scored(f"annotation of {prompt_id(r.messages)}", r.messages, r.response or "", r.score or 0.0) for r in train
+      Scored(
+        f"annotation of {prompt_id(r.messages)}", r.messages, r.response or "", r.score or 0.0, reason=r.reason or ""
+      )
+      for r in train
     ]
     examples, counts = _examples(s, options.judge_template(), rows, options.train)
     _, facts = training.train(s, stage, s.base, examples, options.train, key_of(seed, "judge")[0])
     counts |= {"annotations": len(train), "held_out": len(held_out)}
     training.finish(s, stage, counts | facts, options.train)
-  return OwnJudge(s.host, training.trained(stage), options.judge_template(), options.mode)
+  return _asked(s, training.trained(stage), options)
 
 
 RIDGE = 0.1  # of the mean square of a hidden state's numbers
@@ -376,7 +411,8 @@ def _examples(
   kept, row_names, dropped = [], [], 0
   for row in rows:
     score = math.floor(row.score + 0.5)
-    ids, mask = templates.judge_example(s.host.tokenizer, s.host.chat, template, row.messages, row.response, score)
+    tok, fmt = s.host.tokenizer, s.host.chat
+    ids, mask = templates.judge_example(tok, fmt, template, row.messages, row.response, score, row.reason)
     if len(ids) > options.row_length:
       dropped += 1
     else:

@@ -57,6 +57,8 @@ def _counts(found: list[Verdict], scale: contract.Scale | None) -> dict[str, Any
   masses = [v.mass for v in found if v.mass is not None]
   if masses:
     counts["mass_sum"] = sum(masses)
+  if drawn := [v.details for v in found if v.details and "unreadable" in v.details]:  # by a judge that draws samples
+    counts |= {name: sum(details[name] for details in drawn) for name in ("draws", "unreadable")}
   if scale:
     # The nearest of eleven evenly spaced marks from the lowest score to the highest.
     low, width = scale[0], (scale[1] - scale[0]) / (BINS - 1)

@@ -49,6 +49,7 @@ class SeedRow:
   chosen: str | None = None  # of a preference pair
   rejected: str | None = None
   category: str | None = None  # what it is about, where the row has a text in this field
+  reason: str | None = None  # of an annotation: why it has this score
 
   @property
   def answers(self) -> tuple[str, ...]:
@@ -68,7 +69,7 @@ def load_examples(
   for line, item in items:
     total += 1
     row = row_of(item, need, line, f"{source}, {unit} {line}")
-    ignored.update(item.keys() - {*FIELDS, *need})
+    ignored.update(item.keys() - {*FIELDS, *need, *(("reason",) if "score" in need else ())})
     # Two annotators may give one answer different scores: such rows are both kept.
     key = (tuple((m["role"], m["content"]) for m in row.messages), row.answers, row.score)
     texts = [m["content"] for m in row.messages if m["role"] != "system"]
@@ -119,11 +120,12 @@ def row_of(item: Any, need: Sequence[str], line: int, where: str) -> SeedRow:
     if "messages" in item:
       raise DataError(f"{where}, field messages: the last turn must be the assistant's, found role 'user'.")
     _require(("response",), item, where)
-  score = None
+  score, reason = None, None
   if "score" in need:
     _require(("score",), item, where)
     score = _score(item["score"], f"{where}, field score")
-  return SeedRow(messages, answer, score, line, category=category)
+    reason = text_of(item["reason"], f"{where}, field reason") if "reason" in item else None
+  return SeedRow(messages, answer, score, line, category=category, reason=reason)
 
 
 def _pair(item: dict[str, Any], messages: Turns, line: int, where: str) -> SeedRow:

@@ -8,6 +8,9 @@
   ids, mask = judge_example(tok, fmt, A2, messages, response, 7)   # for fine-tuning
   prefix, suffix = few_shot_prefix(tok, A2, shots, messages), few_shot_suffix(tok, A2, response)   # for a base model
 
+A template that reasons first is a ReasonedTemplate: the suffix then ends where the reasoning begins, or, with one
+given, behind it.
+
 Nothing is parsed. The forced prefix never ends with a space. A score of several tokens ("10" for Llama-2) gets the sum
 of its log-probs, and a score that another one extends ("1") competes with its closing bracket included. Texts may hold
 "{prompt}", "[[10]]" or anything else: templates are split once, before texts are filled in.
@@ -24,7 +27,15 @@ from alma_jax.text.chat import ChatFormat, Messages, cut_spaces, encode_pieces
 from alma_jax.text.tokenizer import TextError, Tokenizer
 
 SCORES = range(11)
-Shot = tuple[Messages, str, int]  # a worked example: the conversation, the response, its score
+
+
+class Shot(NamedTuple):
+  """A worked example."""
+
+  messages: Messages
+  response: str
+  score: int
+  reason: str = ""  # that a template which reasons shows before the score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +56,17 @@ class JudgeTemplate:
   def answer(self, score: int) -> str:
     said = self.options[score] if self.options else f"{score}{self.answer_close}"
     return self.answer_open + self.lead + said
+
+
+@dataclasses.dataclass(frozen=True)
+class ReasonedTemplate(JudgeTemplate):
+  """A template whose answer reasons first: think + reasoning + after + answer_open + lead + score + answer_close. The
+  judge draws the reasoning, and the score is read behind it as for every template."""
+
+  think: str = "Explanation:"  # the forced beginning; it does not end with a space
+  after: str = "\n\n"
+  most_tokens: int = 512  # of a reasoning; one that is longer has no score
+  temperature: float = 1.0
 
 
 A1 = JudgeTemplate(
@@ -98,6 +120,18 @@ of 0 to 10 by strictly following this format: "[[rating]]", for example: "Rating
   answer_open="Rating: [[",
   answer_close="]]",
 )
+# The sentence that a2 leaves out of MT-Bench's own template.
+A2_REASONED = ReasonedTemplate(
+  **{
+    **vars(A2),
+    "name": "a2_reasoned",
+    "instruction": A2.instruction.replace(
+      "Please just rate",
+      "Begin your evaluation by providing a short explanation. Be as objective as possible. After providing your "
+      "explanation, please rate",
+    ),
+  }
+)
 
 
 def judge_prefix(tok: Tokenizer, fmt: ChatFormat, template: JudgeTemplate, messages: Messages) -> list[int]:
@@ -108,20 +142,38 @@ def judge_prefix(tok: Tokenizer, fmt: ChatFormat, template: JudgeTemplate, messa
   return encode_pieces(tok, fmt, [*opening, (text, False)])
 
 
-def judge_suffix(tok: Tokenizer, fmt: ChatFormat, template: JudgeTemplate, response: str) -> list[int]:
-  """The ids from the response up to and including the forced prefix of the answer."""
+def opened(template: JudgeTemplate, reason: str | None) -> str:
+  """The answer up to the score, after this reasoning where the template reasons; None: up to the reasoning."""
+  if not isinstance(template, ReasonedTemplate):
+    return template.answer_open
+  return template.think if reason is None else reasoned(template, reason) + template.answer_open
+
+
+def reasoned(template: JudgeTemplate, reason: str) -> str:
+  """What stands before the answer of a template without reasoning: nothing, or the reasoning."""
+  if not isinstance(template, ReasonedTemplate):
+    return ""
+  return f"{template.think} {reason.strip()}{template.after}"
+
+
+def judge_suffix(
+  tok: Tokenizer, fmt: ChatFormat, template: JudgeTemplate, response: str, reason: str | None = None
+) -> list[int]:
+  """The ids from the response up to and including what the answer is `opened` with."""
   head, answer_lead = _response_part(tok, fmt, template, response)
-  return head + tok.encode(answer_lead + template.answer_open)
+  return head + tok.encode(answer_lead + opened(template, reason))
 
 
 def judge_example(
-  tok: Tokenizer, fmt: ChatFormat, template: JudgeTemplate, messages: Messages, response: str, score: int
-) -> tuple[list[int], list[bool]]:
+  tok: Tokenizer, fmt: ChatFormat, template: JudgeTemplate, messages: Messages, response: str, score: int,
+  reason: str = "",
+) -> tuple[list[int], list[bool]]:  # fmt: skip
   """The ids to fine-tune on, and the mask: the loss lies on the answer and its stop token."""
   score = _checked(score)
   head, answer_lead = _response_part(tok, fmt, template, response)
   head = judge_prefix(tok, fmt, template, messages) + head
-  answer = tok.encode(answer_lead + template.answer(score)) + encode_pieces(tok, fmt, [(fmt.stop, True)])
+  said = answer_lead + reasoned(template, reason) + template.answer(score)
+  answer = tok.encode(said) + encode_pieces(tok, fmt, [(fmt.stop, True)])
   return head + answer, [False] * len(head) + [True] * len(answer)
 
 
@@ -129,19 +181,21 @@ def few_shot_prefix(tok: Tokenizer, template: JudgeTemplate, shots: Sequence[Sho
   """The ids of raw text for a base model, up to where the response begins: instruction, worked examples, the prompt."""
   item = _split(template)
   text = template.instruction
-  for shown, said, score in shots:
-    text += item.before + conversation_text(shown) + item.between + said.strip() + item.after + template.gap
-    text += template.answer(_checked(score)) + template.between_shots
+  for shot in shots:
+    shown = Shot(*shot)
+    text += item.before + conversation_text(shown.messages) + item.between + shown.response.strip() + item.after
+    text += template.gap + reasoned(template, shown.reason) + template.answer(_checked(shown.score))
+    text += template.between_shots
   text += item.before + conversation_text(messages) + cut_spaces(item.between)[0]
   return [*tok.opening, *tok.encode(text)]
 
 
-def few_shot_suffix(tok: Tokenizer, template: JudgeTemplate, response: str) -> list[int]:
-  """The ids from the response up to and including the forced prefix of the answer."""
+def few_shot_suffix(tok: Tokenizer, template: JudgeTemplate, response: str, reason: str | None = None) -> list[int]:
+  """The ids from the response up to and including what the answer is `opened` with."""
   item = _split(template)
   _, space = cut_spaces(item.between)
   gap, answer_lead = cut_spaces(template.gap)
-  return tok.encode(space + response.strip() + item.after + gap) + tok.encode(answer_lead + template.answer_open)
+  return tok.encode(space + response.strip() + item.after + gap) + tok.encode(answer_lead + opened(template, reason))
 
 
 def conversation_text(messages: Messages) -> str:
@@ -175,7 +229,7 @@ class ExpectedScore(NamedTuple):
 
 def check_writable(tok: Tokenizer, template: JudgeTemplate) -> None:
   """Raise a TextError if the tokenizer cannot write the template, or if its scores cannot be read from tokens."""
-  for text in (template.instruction, *_split(template), *map(template.answer, SCORES)):
+  for text in (template.instruction, *_split(template), reasoned(template, ""), *map(template.answer, SCORES)):
     tok.check_writes(text, f"judge template {template.name!r}")
   score_paths(tok, template)
 

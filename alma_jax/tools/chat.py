@@ -64,14 +64,14 @@ class ChatError(UserError):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options(command.Shared):
   judge: str = option("", doc="the judge of /judge and /best: own:DIR, " + ", ".join(names.EVALUATORS.words))
-  template: str | None = option(None, names=names.JUDGE_TEMPLATES, doc="of own:DIR (that of its run, else a2)")
+  own: command.OwnOptions = spread(command.OwnOptions)
   system: str = option("", doc="a system turn to begin with")
   decoding: Decoding = spread(Decoding)
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    if self.judge and command.own_of(self.judge) is None:
-      names.check(names.EVALUATORS, self.judge, "judge")
+    if self.judge:
+      command.check_judge(self.judge, self.own, "judge")
 
 
 FLAGS = command.Flags(
@@ -249,7 +249,7 @@ class Talk:
   @functools.cached_property
   def judge(self) -> Judge:
     judge = self.options.judge or f"own:{_run_of(self.options.model)}"
-    return command.opened_judge(dataclasses.replace(self.options, model=""), judge, self.options.template)[1]
+    return command.opened_judge(dataclasses.replace(self.options, model=""), judge, self.options.own)[1]
 
   def judged(self, argument: str = "") -> None:
     """Print the score of the last answer."""

@@ -29,10 +29,10 @@ from alma_jax.engine.slots import SlotsError
 from alma_jax.errors import RunError, UserError
 from alma_jax.judges import contract
 from alma_jax.judges.contract import Judge
-from alma_jax.judges.own import OwnJudge
+from alma_jax.judges.own import Mode, OwnJudge
 from alma_jax.llama import sharding
 from alma_jax.llama.config import ModelError, read_config
-from alma_jax.options import Checked, ConfigError, build, fields_of, option, spread
+from alma_jax.options import Checked, ConfigError, build, fields_of, option, refuse, spread
 from alma_jax.runtime.display import Display
 from alma_jax.runtime.host import (
   Checkpoint,
@@ -43,11 +43,13 @@ from alma_jax.runtime.host import (
   fitting_chats,
   model_directory,
 )
-from alma_jax.store import digests, layout, shards
+from alma_jax.store import data, digests, layout, shards
+from alma_jax.store.data import DataError
 from alma_jax.store.lock import LockedError
 from alma_jax.store.runs import ChangedError, Run
 from alma_jax.text import chat
 from alma_jax.text import judge as templates
+from alma_jax.text.judge import Shot
 from alma_jax.text.tokenizer import TextError, load_tokenizer
 
 MEMORY = "Lower --slots (sampling) or --rows (scoring), or share the model among devices: --tensor."
@@ -199,6 +201,26 @@ def open_model(options: Shared, stage_of: Callable[[pathlib.Path], pathlib.Path]
   return Opened(model, host, Checkpoint(options.model, host.directory, content_of(host.directory)))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OwnOptions(Checked):
+  """How the judge own:DIR is asked."""
+
+  template: str | None = option(None, names=names.JUDGE_TEMPLATES, doc="of own:DIR (that of its run, else a2)")
+  mode: Mode = option("expected", doc="own:DIR's score is the mean (expected), the likeliest one (integer), or sampled")
+  samples: int = option(8, least=1, doc="draws of --mode=sampled; reasonings of a template that reasons first")
+  shots: str | None = option(None, doc="a file of annotations that own:DIR, a base model, is shown as examples")
+
+  def read_shots(self) -> tuple[Shot, ...]:
+    """The worked examples of the file."""
+    if self.shots is None:
+      return ()
+    rows, _ = data.load_examples(self.shots, ("response", "score"))
+    for row in rows:
+      if row.score not in templates.SCORES:
+        raise DataError(f"{self.shots}, line {row.line}: an example's score is a whole number from 0 to 10")
+    return tuple(Shot(row.messages, row.response or "", round(row.score or 0.0), row.reason or "") for row in rows)
+
+
 class WithoutModel(Host):
   """This host's devices, for a judge that needs no model; `flag` named it."""
 
@@ -216,12 +238,12 @@ class WithoutModel(Host):
     raise AttributeError(name)
 
 
-def own_judge(opened: Opened, template: str | None) -> OwnJudge:
-  """The model as a judge; `template` is the flag's, else that of the model's run."""
-  word = template or opened.model.template or "a2"
+def own_judge(opened: Opened, own: OwnOptions, seed: int = 0) -> OwnJudge:
+  """The model as a judge; a template that is not given is that of the model's run."""
+  word = own.template or opened.model.template or "a2"
   asked = names.resolve(names.JUDGE_TEMPLATES, word, "--template")
   templates.check_writable(opened.host.tokenizer, asked)
-  return OwnJudge(opened.host, opened.checkpoint, asked, "expected")
+  return OwnJudge(opened.host, opened.checkpoint, asked, own.mode, own.read_shots(), own.samples, seed)
 
 
 def stop_ids(host: Host) -> tuple[int, ...]:
@@ -240,11 +262,22 @@ def own_of(judge: str) -> str | None:
   return where if word == "own" and where else None
 
 
-def opened_judge(options: Shared, judge: str, template: str | None) -> tuple[Host, Judge]:
-  """The judge of --with and its host; --model is for judges that need one."""
-  if own := own_of(judge):
-    opened = open_model(dataclasses.replace(options, model=own), layout.judge_of)
-    return opened.host, own_judge(opened, template)  # pyright: ignore[reportReturnType]  # a cached_property is a property
+def check_judge(judge: str, own: OwnOptions, field: str) -> None:
+  """Raise where there is no such judge, or where `own` is for another one."""
+  if own_of(judge) is not None:
+    return
+  names.check(names.EVALUATORS, judge, field)
+  for given in dataclasses.fields(own):
+    if getattr(own, given.name) != given.default:
+      refuse(given.name, getattr(own, given.name), f"is for a judge own:DIR, and {field.rstrip('_')} is {judge!r}")
+
+
+def opened_judge(options: Shared, judge: str, own: OwnOptions) -> tuple[Host, Judge]:
+  """The judge of --with and its host; --model is for judges that need one, and `own` for own:DIR."""
+  if place := own_of(judge):
+    # What examples are shown to is a base model, which has no chat format.
+    opened = open_model(dataclasses.replace(options, model=place), layout.judge_of, raw=own.shots is not None)
+    return opened.host, own_judge(opened, own, options.seed)  # pyright: ignore[reportReturnType]  # cached_property
   opened = open_model(options, layout.judge_of) if options.model else None
   host = opened.host if opened else WithoutModel(options, "--with")
   return host, contract.by_name(names.EVALUATORS, judge, host, options, "--with")

@@ -50,7 +50,7 @@ from alma_jax.evals import answers, protocols, scoring
 from alma_jax.evals.protocols import Item
 from alma_jax.judges import api, contract
 from alma_jax.judges.api_asking import Answers, Asking, Limits, estimate, price_of, served_by
-from alma_jax.options import ConfigError, option
+from alma_jax.options import ConfigError, option, spread
 from alma_jax.runtime.display import Display
 from alma_jax.store import shards, statistics
 from alma_jax.tools import command, evaluate_answer, evaluate_compare, evaluate_export, evaluate_judge
@@ -68,7 +68,7 @@ class Options(command.Shared):
   set: str | None = option(None, doc="the file of the questions, where the answers do not hold them")
   against: str | None = option(None, doc="the answers of the model to compare with")
   references: str | None = option(None, doc="right answers, for the categories of mt_bench that need them")
-  template: str | None = option(None, names=names.JUDGE_TEMPLATES, doc="of own:DIR (that of its run, else a2)")
+  own: command.OwnOptions = spread(command.OwnOptions)
   model: str = option("", doc="a model, for judges that need one")
   batch_out: str | None = option(None, doc="write the requests here instead of sending them")
   batch_in: str | None = option(None, doc="the results of such a file")
@@ -80,8 +80,7 @@ class Options(command.Shared):
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    if command.own_of(self.with_) is None:
-      names.check(names.EVALUATORS, self.with_, "with_")
+    command.check_judge(self.with_, self.own, "with_")
     live_only = ("batch_out", "batch_in", "prices", "budget", "budget_tokens", "dry_run")
     given = [name for name in live_only if getattr(self, name) not in (None, False)]
     if given and not self.through_api:
@@ -204,7 +203,7 @@ def _limits(options: Options) -> Limits:
 
 
 def _with_judge(options: Options, items: Sequence[Item], directory: pathlib.Path) -> None:
-  host, judge = command.opened_judge(options, options.with_, options.template)
+  host, judge = command.opened_judge(options, options.with_, options.own)
   directory.mkdir(exist_ok=True)
   pairs = [contract.Answered(_messages(item), item.answers[-1], name=item.id, row=item.row) for item in items]
   with host.display.bar("judging", len(pairs), "answers") as bar:

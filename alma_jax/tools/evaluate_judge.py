@@ -25,7 +25,7 @@ from alma_jax import names
 from alma_jax.errors import RunError
 from alma_jax.evals import preferences
 from alma_jax.judges import contract
-from alma_jax.options import option
+from alma_jax.options import option, spread
 from alma_jax.store import shards
 from alma_jax.tools import command
 
@@ -37,13 +37,12 @@ class Options(command.Shared):
   with_: str = option(doc="the judge: own:DIR, " + ", ".join(names.EVALUATORS.words))
   ties: Literal["", "wrong", "half", "share"] = option("", doc="wrong, half or share; else as the benchmark has it")
   counts: Literal["current", "pre-2024-09"] = option("current", doc="of RewardBench 1's xstest: current, pre-2024-09")
-  template: str | None = option(None, names=names.JUDGE_TEMPLATES, doc="of own:DIR (that of its run, else a2)")
+  own: command.OwnOptions = spread(command.OwnOptions)
   model: str = option("", doc="a model, for judges that need one")
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    if command.own_of(self.with_) is None:
-      names.check(names.EVALUATORS, self.with_, "with_")
+    command.check_judge(self.with_, self.own, "with_")
 
 
 FLAGS = command.Flags("evaluate judge", __doc__, Options, ("slots", "tensor", "input"), input="")
@@ -61,7 +60,7 @@ def run(options: Options) -> None:
   command.check_place(directory)
   if directory.is_file():
     raise RunError(f"--output: {directory} is a file; name a directory")
-  host, judge = command.opened_judge(options, options.with_, options.template)
+  host, judge = command.opened_judge(options, options.with_, options.own)
   pairs = [
     contract.Answered(asked, answer, name=f"case {case.id}, answer {at}")
     for case in cases

@@ -10,8 +10,9 @@ order of the input:
 
 `id` is the row's own, else a hash of its prompt. `mass` is the probability that the judge gave to the eleven scores
 together before `probs` were made to sum to 1: far below 1, the judge was not trained on this template. --mode says what
-`score` is: the mean of the scores under `probs`, the likeliest one, or one drawn from them, which depends on seed, id,
-sample_id and the response alone.
+`score` is: the mean of the scores under `probs`, the likeliest one, or the mean of --samples drawn from them, which
+depends on seed, id, sample_id and the response alone. --shots=FILE shows the model, a base model, those annotations as
+examples. A template that reasons first (a2_reasoned) has --samples reasonings, and the score is read behind them.
 
 --judge=reward:DIR is a reward model, --judge=implicit:DIR,REF two checkpoints (docs/judges.md); neither needs --model.
 --judge=rules:NAME judges by rule: rules:ifeval by the row's `instruction_id_list` and `kwargs`, rules:exact_match by
@@ -43,7 +44,6 @@ from alma_jax.options import ConfigError, option
 from alma_jax.runtime.host import Host
 from alma_jax.store import data, layout
 from alma_jax.store.data import DataError
-from alma_jax.text import judge as templates
 from alma_jax.text.chat import Messages
 from alma_jax.tools import command, jsonl
 
@@ -65,6 +65,8 @@ class Options(command.Shared):
     None, names=names.JUDGE_TEMPLATES, doc="the judge's template (that of the model's run, else a2)"
   )
 
+  samples: int = option(1, least=1, doc="draws of --mode=sampled; reasonings of a template that reasons first")
+  shots: str | None = option(None, doc="a file of annotations that the model, a base model, is shown as examples")
   skip: bool = option(False, doc="leave out responses that are too long for the judge's model, and count them")
 
   def __post_init__(self) -> None:
@@ -90,7 +92,8 @@ def main(arguments: Sequence[str]) -> int:
 def run(options: Options) -> None:
   output = pathlib.Path(options.output)
   jsonl.check_output(output)
-  opened = command.open_model(options, layout.judge_of) if options.model else None
+  raw = options.shots is not None  # what examples are shown to is a base model, which has no chat format
+  opened = command.open_model(options, layout.judge_of, raw) if options.model else None
   host = opened.host if opened else command.WithoutModel(options, "--judge")
   judge = _judge(options, opened, host)
   sizes, skipped = _survey(options, judge)
@@ -98,6 +101,7 @@ def run(options: Options) -> None:
   scored, masses, warned = 0, 0.0, False
   fields = command.decides("score", options, opened) | {"judge": judge.identity, "mode": options.mode}
   fields["seed"] = options.seed if options.mode == "sampled" else None
+  fields |= {"samples": options.samples} if options.mode == "sampled" and options.samples > 1 else {}
   with jsonl.stage_of(output, options, fields) as stage:
     there, parts = stage.done, jsonl.Parts(stage, sizes, together)
     host.display.say(f"{judge.identity}: {options.mode} score of {parts.total:,} responses")
@@ -143,7 +147,8 @@ def _judge(options: Options, opened: command.Opened | None, host: Host) -> Judge
     return contract.by_name(names.EVALUATORS, str(options.judge), host, options, "--judge")
   if opened is None:
     raise RuntimeError("neither a model nor a judge")
-  judge = command.own_judge(opened, options.template)
+  own = command.OwnOptions(template=options.template, samples=options.samples, shots=options.shots)
+  judge = command.own_judge(opened, own, options.seed)
   return judge  # pyright: ignore[reportReturnType]  # a cached_property is a property
 
 
@@ -241,15 +246,13 @@ def _check_length(options: Options, judge: OwnJudge, row: Row) -> None:
 
 def _too_long(judge: OwnJudge, row: Row, answer: Answer) -> int:
   """The tokens of a response with its prompt and the template if the model has no positions for them, else 0."""
-  host, template, tok = judge.host, judge.template, judge.host.tokenizer
+  template, positions = judge.template, judge.host.config.max_positions
   around = len(f"{template.instruction}{template.item}{template.answer_open}".encode()) + 64
   most = sum(len(m["role"]) + len(m["content"].encode()) for m in row.messages) + around + len(answer.text.encode())
-  if most <= host.config.max_positions:  # a token is a byte at least: no need to count
+  if not (judge.shots or judge.draws) and most <= positions:  # a token is a byte at least: no need to count
     return 0
-  length = len(templates.judge_prefix(tok, host.chat, template, row.messages))
-  length += len(templates.judge_suffix(tok, host.chat, template, answer.text))
-  length += len(templates.score_paths(tok, template).inner)
-  return length if length > host.config.max_positions else 0
+  length = judge.tokens(row.messages, answer.text)
+  return length if length > positions else 0
 
 
 def _of_sample(answer: Answer) -> str:
@@ -259,20 +262,22 @@ def _of_sample(answer: Answer) -> str:
 def _line(options: Options, judge: Judge, row: Row, answer: Answer, verdict: Verdict) -> dict[str, Any]:
   if options.mode != "expected" and verdict.probs is None:
     raise ConfigError(f"--mode={options.mode} needs probabilities, and the judge {judge.identity!r} none")
-  score = _score(options.mode, verdict, (options.seed, "score", row.id, answer.sample, answer.text))
+  words = options.seed, "score", row.id, answer.sample, answer.text
+  score = _score(options.mode, verdict, words, options.samples)
   known = {"id": row.id} if answer.sample is None else {"id": row.id, "sample_id": answer.sample}
   details = {} if verdict.details is None else {"details": verdict.details}
   return {**known, "score": score, "probs": verdict.probs, "mass": verdict.mass, **details}
 
 
-def _score(mode: str, verdict: Verdict, words: Sequence[object]) -> float | None:
+def _score(mode: str, verdict: Verdict, words: Sequence[object], samples: int = 1) -> float | None:
   """What --mode reads from a verdict; `words` decide what is drawn."""
   if mode == "expected" or verdict.probs is None:
     return verdict.score
   if mode == "argmax":
     return float(np.argmax(verdict.probs))
   reached = np.cumsum(verdict.probs)
-  return float(np.searchsorted(reached, random_numbers(*words).random() * reached[-1], side="right"))
+  drawn = random_numbers(*words).random(samples) * reached[-1]
+  return float(np.searchsorted(reached, drawn, side="right").mean())
 
 
 if __name__ == "__main__":
