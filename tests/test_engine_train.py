@@ -191,7 +191,7 @@ def test_adam_moments_are_sharded_like_the_weights():
   seen = []
 
   def save(step, state):
-    model, moments = state
+    model, moments, _ = state
     adam = next(s for s in jax.tree.leaves(moments, is_leaf=is_adam) if is_adam(s))
     for moment in (adam.mu, adam.nu):
       seen.append(

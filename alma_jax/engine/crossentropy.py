@@ -2,6 +2,7 @@
 
   token_logprobs(model, hidden, targets, where)        log p of every target; 0 where `where` is False
   weighted_logprobs(model, hidden, targets, weights)   their weighted sum, with its gradient made on the way
+  mixed_logprobs(models, hidden, mix, targets, where)  log p under a mixture of two models' logits, without a gradient
 
 Prompts and padding cost nothing: only supervised places are taken, a tile of them at a time. With 2 rows of 6 tokens,
 x for what is supervised, and tiles of 3 places:
@@ -64,6 +65,34 @@ def weighted_logprobs(model: llama.Llama, hidden: Array, targets: Array, weights
   return _on_own_rows(total, targets)(_weight(model), hidden, targets, weights).sum()
 
 
+def mixed_logprobs(
+  models: tuple[llama.Llama, llama.Llama], hidden: tuple[Array, Array], mix: float, targets: Array, where: Array
+) -> Array:
+  """fp32 log p(target) [B, T] of the logits l + mix (l - l') of two models and their hidden states; 0 where `where` is
+  False. No gradient goes through it."""
+  ours, theirs = models
+  hidden, tile = jax.lax.stop_gradient(hidden), _tile(ours, targets)
+  if not tile:
+    z = jax.lax.stop_gradient((1 + mix) * llama.logits(ours, hidden[0]) - mix * llama.logits(theirs, hidden[1]))
+    return jnp.where(where, jnp.take_along_axis(z, targets[..., None], -1)[..., 0] - jax.nn.logsumexp(z, axis=-1), 0.0)
+
+  def logprobs(heads: tuple[Array, Array], *rows: Array) -> Array:
+    x, other, y, supervised = map(_flat, rows)
+    places, count = _tiles(max(1, tile // 2), supervised)  # two models' logits are there at a time
+
+    def step(i: Array, found: Array) -> Array:
+      at = places[i]
+      z = (1 + mix) * _logits(_axes(ours), heads[0], _at(x, at)) - mix * _logits(
+        _axes(theirs), heads[1], _at(other, at)
+      )
+      return _put(found, at, _picked(z, _at(y, at)) - jax.nn.logsumexp(z, axis=-1))
+
+    return jax.lax.fori_loop(0, count, step, jnp.zeros(y.shape, jnp.float32)).reshape(rows[2].shape)
+
+  heads = jax.lax.stop_gradient((_weight(ours), _weight(theirs)))
+  return _on_own_rows(logprobs, targets, rows=4)(heads, *hidden, targets, where)
+
+
 def _weight(model: llama.Llama) -> Array:
   return (model.embed if model.head is None else model.head)[...]
 
@@ -113,12 +142,12 @@ def _whole(targets: Array, mesh: jax.sharding.AbstractMesh) -> bool:
   return targets.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) != 0
 
 
-def _on_own_rows(f: Callable[..., Array], targets: Array) -> Callable[..., Array]:
+def _on_own_rows(f: Callable[..., Array], targets: Array, rows: int = 3) -> Callable[..., Array]:
   """f(weight, arrays by rows) on every device's own rows: then no tile takes from two devices, and the devices' shares
-  of the weight's gradient meet once, at the end."""
+  of the weight's gradient meet once, at the end. `rows` is the number of these arrays."""
   if _whole(targets, jax.sharding.get_abstract_mesh()):
     return f
-  specs = P(), P(BATCH), P(BATCH), P(BATCH)
+  specs = P(), *[P(BATCH)] * rows
   return jax.shard_map(f, in_specs=specs, out_specs=P(BATCH), axis_names=set(BATCH), check_vma=False)
 
 

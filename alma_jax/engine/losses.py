@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from alma_jax.engine.crossentropy import token_logprobs, weighted_logprobs
+from alma_jax.engine.crossentropy import mixed_logprobs, token_logprobs, weighted_logprobs
 from alma_jax.llama import model as llama
 from alma_jax.options import Checked, ConfigError, option, refuse
 
@@ -44,7 +44,11 @@ def totals(batch: Batch) -> Totals:
 
 def batch_logprobs(model: llama.Llama, batch: Batch, how: How = How()) -> Array:
   """fp32 [rows, T] log-probs of the batch's targets, zero where nothing is supervised."""
-  return token_logprobs(model, _hidden(model, batch, how), batch["targets"], batch["weights"] > 0)
+  return _logprobs(model, _hidden(model, batch, how), batch)
+
+
+def _logprobs(model: llama.Llama, hidden: Array, batch: Batch) -> Array:
+  return token_logprobs(model, hidden, batch["targets"], batch["weights"] > 0)
 
 
 def _hidden(model: llama.Llama, batch: Batch, how: How) -> Array:
@@ -153,6 +157,65 @@ class Preference(Checked):
     return self.loss in ("ipo", "dpo_norm", "simpo")
 
 
+@dataclasses.dataclass(frozen=True)
+class SelfRefinement(Preference):
+  """DPO that does not trust the pairs it is least sure of, with de-coupled noise detection (SPA, arXiv 2406.04412).
+
+  A pair is believed if its margin beta h~ is above tau; the order of the others counts as wrong with the probability e:
+
+    -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h)        e = 0 for pairs that are believed, else `smoothing`
+
+  tau is a low quantile of the margins of the last `window` steps, and 0 until there are so many. h~ is h under the
+  log-probs of the logits l + mix (l - l_ref), a policy that has gone further from its reference. No gradient goes
+  through e. With smoothing 0 this is DPO.
+  """
+
+  smoothing: float = option(0.1, least=0, below=0.5)  # e of the pairs that are not believed (the paper's alpha)
+  believing: float = option(0.2, least=0, most=1)  # in this first share of the steps every pair is believed
+  mix: float = option(0.0, least=0)  # how far the policy is extrapolated to find noise (lambda); 0: h~ is h
+  window: int = option(50, least=1)  # steps whose margins tau is found in
+  quantile: float = option(0.1, least=0, below=1)  # tau is this quantile of them
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    if self.loss != "dpo":
+      refuse("loss", self.loss, "must be 'dpo': it is DPO that self-refinement changes")
+
+  def smoothing_at(self, step: int, steps: int) -> float:
+    return self.smoothing if step >= self.believing * steps else 0.0
+
+
+Memory = dict[str, Array]  # what a training remembers of its steps: "margins" [size], "seen"; {} for most
+
+
+def no_margins(size: int) -> Memory:
+  """An empty memory of so many margins."""
+  return {"margins": jnp.zeros(size, jnp.float32), "seen": jnp.zeros((), jnp.int32)} if size else {}
+
+
+def remembered(memory: Memory, margins: Array, real: Array) -> Memory:
+  """The memory with the margins [pairs] of a step, those that are not real left out; the oldest make room.
+
+  A memory of 4 that has seen 5 margins, and the next three, of which the second is not real:
+
+    margins   e b c d      ->      e f g d      the next ones go to the places 5 and 6 modulo 4
+    seen      5                    7
+  """
+  size, count = memory["margins"].shape[0], jnp.cumsum(real > 0)
+  at = jnp.where(real > 0, (memory["seen"] + count - 1) % size, size)
+  kept = memory["margins"].at[at].set(margins.astype(jnp.float32), mode="drop")
+  return {"margins": kept, "seen": memory["seen"] + count[-1].astype(jnp.int32)}
+
+
+def threshold(p: SelfRefinement, memory: Memory) -> Array:
+  """tau: the middle of the margins k and k + 1 in their order, k = quantile * their number; 0 until all are known. Of
+  50 margins and the quantile 0.1 these are numbers 5 and 6, from 0, as in the paper's code."""
+  ordered = jnp.sort(memory["margins"])
+  k = min(int(p.quantile * len(ordered) + 1e-9), len(ordered) - 1)
+  tau = (ordered[k] + ordered[min(k + 1, len(ordered) - 1)]) / 2
+  return jnp.where(memory["seen"] >= len(ordered), tau, 0.0)
+
+
 class ScoredPairs(NamedTuple):
   """What a preference loss is computed from; chosen and rejected stand in the columns."""
 
@@ -161,24 +224,47 @@ class ScoredPairs(NamedTuple):
   reference: Array | None  # [pairs, 2] the reference's log-probs, if the loss has one
   real: Array  # [pairs] 0 for what only fills the batch up
   kl: Array | float = 0.0  # kto: the average log-ratio, see `divergence`
+  smoothing: Array | float = 0.0  # self-refinement: [pairs] the probability that a pair is the wrong way round
 
 
 def preference(
-  model: llama.Llama, batch: Batch, p: Preference, how: How = How(), whole: Totals | None = None
+  model: llama.Llama,
+  batch: Batch,
+  p: Preference,
+  how: How = How(),
+  whole: Totals | None = None,
+  compared: llama.Llama | None = None,
 ) -> tuple[Array, Metrics]:
   """Loss and metrics of pairs: the sequences 2 i and 2 i + 1 are pair i's chosen and rejected. `real` [pairs] is 0 for
-  what only fills the batch up; `reference` [pairs, sides] and `kl` are there if the loss has them."""
+  what only fills the batch up; `reference` [pairs, sides] and `kl` are there if the loss has them.
+
+  For self-refinement `threshold` and `smoothing` are numbers, `compared` is the reference model if the loss mixes
+  logits, and the metric "margins" [pairs] is what noise was looked for in.
+  """
   pairs = batch["real"].shape[0]
 
   def by_pair(x: Array) -> Array:
     return sequence_logprobs(x, batch, 2 * pairs).reshape(pairs, 2)
 
-  logprobs, lengths = by_pair(batch_logprobs(model, batch, how)), by_pair(jnp.ones(batch["weights"].shape))
+  hidden = _hidden(model, batch, how)
+  logprobs, lengths = by_pair(_logprobs(model, hidden, batch)), by_pair(jnp.ones(batch["weights"].shape))
   reference = batch["reference"][:, :2] if p.has_reference else None
   here = batch["real"] * (lengths[:, 0] > 0)  # the others are in other parts of the batch
   scored = ScoredPairs(logprobs, lengths, reference, here, batch.get("kl", 0.0))
-  loss, metrics = preference_of(p, scored, (whole or totals(batch))["pairs"])
-  return loss, metrics | {"target_tokens": (batch["weights"] > 0).sum()}
+  count, refined = (whole or totals(batch))["pairs"], {}
+  if isinstance(p, SelfRefinement):
+    surer = logprobs
+    if compared is not None:
+      states = hidden, _hidden(compared, batch, How())
+      where = batch["weights"] > 0
+      surer = by_pair(mixed_logprobs((model, compared), states, p.mix, batch["targets"], where))
+    ratios = surer - batch["reference"][:, :2]
+    margins = jax.lax.stop_gradient(p.beta * (ratios[:, 0] - ratios[:, 1]))
+    doubted = margins <= batch["threshold"]
+    scored = scored._replace(smoothing=batch["smoothing"] * doubted)
+    refined = {"margins": margins * here, "doubted": (doubted * here).sum() / count}
+  loss, metrics = preference_of(p, scored, count)
+  return loss, metrics | refined | {"target_tokens": (batch["weights"] > 0).sum()}
 
 
 def divergence(logprobs: Array, reference: Array, real: Array) -> Array:
@@ -214,21 +300,23 @@ def preference_of(p: Preference, pairs: ScoredPairs, count: Array | None = None)
     loss = mean(jax.nn.sigmoid(away[:, 0]) + jax.nn.sigmoid(-away[:, 1])) / 2
     metrics["kl"] = pairs.kl * (real.sum() / count)
   else:
-    loss = mean(_of_margin(p, margin))
+    loss = mean(_of_margin(p, margin, pairs.smoothing))
   if p.nll_weight:
     metrics["nll"] = mean(-logprobs[:, 0] / lengths[:, 0])
     loss = loss + p.nll_weight * metrics["nll"]
   return loss, {"loss": loss} | metrics
 
 
-def _of_margin(p: Preference, margin: Array) -> Array:
-  """The losses [pairs] of margins beta h."""
+def _of_margin(p: Preference, margin: Array, smoothing: Array | float = 0.0) -> Array:
+  """The losses [pairs] of margins beta h; `smoothing` is self-refinement's."""
   if p.loss in ("ipo", "ipo_sum"):
     return (margin / p.beta - 1 / (2 * p.beta)) ** 2
   if p.loss == "hinge":
     return jax.nn.relu(1 - margin)
   e, margin = p.label_smoothing, margin - p.beta * p.gamma_beta_ratio
   right, wrong = -jax.nn.log_sigmoid(margin), -jax.nn.log_sigmoid(-margin)
+  if isinstance(p, SelfRefinement):
+    return (1 - smoothing) * right + smoothing * wrong
   if p.loss == "rdpo":
     return ((1 - e) * right - e * wrong) / (1 - 2 * e)
   return (1 - e) * right + e * wrong if e else right

@@ -36,7 +36,6 @@ from alma_jax.llama.config import LlamaConfig
 from alma_jax.llama.sharding import BATCH
 from alma_jax.options import Checked, option, refuse
 
-State = tuple[llama.Llama, optax.OptState]  # the fp32 model and its moments
 Tree = TypeVar("Tree")
 
 
@@ -46,6 +45,14 @@ class TrainingError(UserError):
 
 class Stopped(Exception):
   """Training that was asked to stop and has saved its state."""
+
+
+class State(NamedTuple):
+  """What a checkpoint holds."""
+
+  model: llama.Llama  # fp32
+  moments: optax.OptState
+  memory: losses.Memory  # of self-refinement
 
 
 # What is trained
@@ -59,17 +66,29 @@ class Objective(Checked):
   remat: Literal["auto", "none", "products", "full"] = "none"  # what is kept for the backward pass; auto: see `planned`
   dropout: float = option(0.0, least=0)  # residual dropout of the last layer; it rises evenly from 0 in the first
   compute_dtype: str = "float32"
+  remembers: int = option(0, least=0)  # margins that self-refinement finds its threshold in
 
   def __post_init__(self) -> None:
     super().__post_init__()
     if not self.dropout < 1:
       refuse("dropout", self.dropout, "must be at least 0 and below 1")
 
-  def loss(self, model: llama.Llama, batch: Batch, whole: losses.Totals) -> tuple[Array, Metrics]:
+  @property
+  def refinement(self) -> losses.SelfRefinement | None:
+    return self.kind if isinstance(self.kind, losses.SelfRefinement) else None
+
+  @property
+  def compares(self) -> bool:
+    """True if the steps need the reference model itself beside its log-probs."""
+    return self.refinement is not None and self.refinement.mix > 0
+
+  def loss(
+    self, model: llama.Llama, batch: Batch, whole: losses.Totals, reference: llama.Llama | None = None
+  ) -> tuple[Array, Metrics]:
     """The loss and metrics of a batch, which is part of one with the totals `whole`."""
     how = losses.How(self.remat, self.dropout)
     if isinstance(self.kind, losses.Preference):
-      return losses.preference(model, batch, self.kind, how, whole)
+      return losses.preference(model, batch, self.kind, how, whole, reference)
     if isinstance(self.kind, losses.Grpo):
       return losses.grpo(model, batch, self.kind, how, whole)
     if isinstance(self.kind, losses.Regression):
@@ -105,7 +124,7 @@ class Hooks:
 
 class _Programs(NamedTuple):
   start: Callable[[llama.Llama], State]
-  step: Any  # jitted (state, batch, rate) -> (state, metrics)
+  step: Any  # jitted (state, batch, rate, and the reference model if it is compared) -> (state, metrics)
   state: Any  # shapes and shardings of the State
 
 
@@ -117,18 +136,27 @@ def _programs(c: LlamaConfig, mesh: Mesh, o: Optimizer, objective: Objective) ->
   def fresh() -> llama.Llama:
     return llama.init(c, 0)
 
-  abstract = jax.eval_shape(fresh), jax.eval_shape(lambda: tx.init(fresh()))
-  shardings = tuple(sharding.shardings(tree, mesh, sharding.TRAIN) for tree in abstract)
+  def begun(model: llama.Llama) -> State:
+    return State(model, tx.init(model), losses.no_margins(objective.remembers))
+
+  abstract = jax.eval_shape(lambda: begun(fresh()))
+  shardings = State(*(sharding.shardings(tree, mesh, sharding.TRAIN) for tree in abstract))
 
   @functools.partial(jax.jit, donate_argnums=0, out_shardings=shardings)
   def start(model: llama.Llama) -> State:
-    model = llama.cast(model, jnp.float32)
-    return model, tx.init(model)
+    return begun(llama.cast(model, jnp.float32))
 
   @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
-  def step(state: State, batch: dict[str, Any], rate: Array) -> tuple[State, Metrics]:
-    model, moments = state
-    (_, metrics), gradient = _gradient(llama.cast(model, objective.compute_dtype), batch, objective)
+  def step(
+    state: State, batch: dict[str, Any], rate: Array, reference: llama.Llama | None = None
+  ) -> tuple[State, Metrics]:
+    model, moments, memory = state
+    if objective.refinement:  # by the margins of the steps before this one
+      batch = batch | {"threshold": losses.threshold(objective.refinement, memory)}
+    (_, metrics), gradient = _gradient(llama.cast(model, objective.compute_dtype), batch, objective, reference)
+    if objective.refinement:
+      memory = losses.remembered(memory, metrics.pop("margins"), batch["real"])
+      metrics = metrics | {"threshold": batch["threshold"]}
     norm = optax.tree.norm(jax.tree.map(lambda x: x.astype(jnp.float32), gradient))
     # A gradient that is not finite changes no weight: the loop ends there, and looks at what the weights make of it.
     finite = jnp.isfinite(metrics["loss"] + norm)
@@ -137,7 +165,7 @@ def _programs(c: LlamaConfig, mesh: Mesh, o: Optimizer, objective: Objective) ->
     updates, moments = tx.update(gradient, moments, model)
     rate = jnp.where(finite, rate, 0.0)
     model = jax.tree.map(lambda w, u: w - rate * u, model, updates)
-    return (model, moments), metrics | {"gradient_norm": norm}
+    return State(model, moments, memory), metrics | {"gradient_norm": norm}
 
   placed = jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), abstract, shardings)
   return _Programs(start, step, placed)
@@ -148,7 +176,9 @@ def abstract_state(c: LlamaConfig, mesh: Mesh, moments: Literal["float32", "bflo
   return _programs(c, mesh, Optimizer(1.0, 0.0, moments=moments), Objective()).state
 
 
-def _gradient(model: llama.Llama, batch: dict[str, Any], objective: Objective) -> Any:
+def _gradient(
+  model: llama.Llama, batch: dict[str, Any], objective: Objective, reference: llama.Llama | None = None
+) -> Any:
   """The ((loss, metrics), gradient) of a batch whose arrays by rows lead with the passes.
 
   With 8 rows of 512 tokens in 2 passes, and 4 pairs:
@@ -175,7 +205,7 @@ def _gradient(model: llama.Llama, batch: dict[str, Any], objective: Objective) -
       part = part | {"key": jnp.stack([constants["key"][0], constants["key"][1] * passes + i.astype(jnp.uint32)])}
 
     def value(model: llama.Llama) -> tuple[Array, Metrics]:
-      return objective.loss(model, constants | part, whole)
+      return objective.loss(model, constants | part, whole, reference)
 
     return jax.value_and_grad(value, has_aux=True)(model)
 
@@ -323,8 +353,14 @@ def _plan(
   batch = jax.tree.map(abstract, _in_passes(batch, passes))
   if objective.dropout:
     batch["key"] = abstract(np.zeros(2, np.uint32))
+  if objective.refinement:
+    batch["smoothing"] = abstract(np.float32(0))
+  frozen = []
+  if objective.compares:
+    dtype = jnp.dtype(objective.compute_dtype)
+    frozen = [jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), programs.state.model)]
   with jax.set_mesh(mesh):
-    lowered = programs.step.lower(programs.state, batch, abstract(np.float32(0)))
+    lowered = programs.step.lower(programs.state, batch, abstract(np.float32(0)), *frozen)
     try:
       compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as e:
@@ -367,12 +403,15 @@ def fit(
   task: TrainingTask,
   plan: Plan | None = None,
   hooks: Hooks = Hooks(),
+  reference: llama.Llama | None = None,
 ) -> llama.Llama:
   """The trained fp32 model; the given one is used up.
 
   `batches(step)` is the whole global batch on every host; the mesh's batch ways times the passes divide its rows.
+  `reference`, in the dtype of forward passes, is there if the objective compares.
   """
   c, mesh, late = model.c, task.mesh, None
+  frozen = [reference] if task.objective.compares else []
 
   def settle(step: int, rate: float, found: Metrics) -> None:
     """Look at the metrics of a step that has been made."""
@@ -380,7 +419,7 @@ def fit(
     metrics["learning_rate"] = rate
     wrong = [name for name, x in metrics.items() if not math.isfinite(x)]
     if wrong:
-      more = hooks.failed(step, state[0]) if hooks.failed else ""
+      more = hooks.failed(step, state.model) if hooks.failed else ""
       others = "".join(f", {name} {metrics[name]}" for name in wrong if name not in ("loss", "gradient_norm"))
       raise TrainingError(
         f"step {step + 1} of {task.steps}: the loss is {metrics['loss']} and the gradient norm"
@@ -399,8 +438,10 @@ def fit(
       batch = jax.tree.map(lambda x: global_array(x, mesh), _in_passes(batch, plan.passes))
       if task.objective.dropout:
         batch["key"] = global_array(np.array([task.seed, step], np.uint32), mesh)
+      if refinement := task.objective.refinement:
+        batch["smoothing"] = global_array(np.float32(refinement.smoothing_at(step, task.steps)), mesh)
       rate = learning_rate(task.optimizer, step, task.steps)
-      state, metrics = plan.step(state, batch, global_array(np.float32(rate), mesh))
+      state, metrics = plan.step(state, batch, global_array(np.float32(rate), mesh), *frozen)
       # While the devices make this step, the host looks at the last one; before a save it waits for this one too.
       if late is not None:
         settle(*late)
@@ -414,7 +455,7 @@ def fit(
           raise Stopped
     if late:
       settle(*late)
-  return state[0]
+  return state.model
 
 
 def _agreed(flag: bool, step: int, metrics: Metrics) -> bool:

@@ -5,7 +5,7 @@
       state = checkpoints.load(checkpoints.latest, state)
     checkpoints.save(200, state)
 
-The names are paths in the state:  model/embed  model/blocks/q  moments/0/mu/blocks/q  moments/0/count
+The names are paths in the state:  model/embed  model/blocks/q  moments/0/mu/blocks/q  moments/0/count  memory/margins
 Beside each array stand sums of its bits, which are compared when it is read: Orbax does not notice a changed byte.
 """
 
@@ -129,9 +129,12 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 def named(state: State) -> dict[str, Any]:
   """The arrays of a state by name, in the order of its leaves."""
-  paths = jax.tree_util.tree_leaves_with_path({"model": state[0], "moments": state[1]})
-  # Flax says .value where it wraps an array.
-  return {jax.tree_util.keystr(p, simple=True, separator="/").removesuffix("/value"): leaf for p, leaf in paths}
+  paths = [
+    (f"{part}/{jax.tree_util.keystr(path, simple=True, separator='/')}", leaf)
+    for part, tree in zip(State._fields, state, strict=False)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  ]
+  return {path.removesuffix("/value"): leaf for path, leaf in paths}  # Flax says .value where it wraps an array
 
 
 def sums_of_bits(arrays: Mapping[str, Array]) -> dict[str, Array]:

@@ -101,6 +101,16 @@ class PreferenceOptions(PolicyOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RefinedOptions(PreferenceOptions):
+  """A training stage on pairs that a model has judged itself (SPA)."""
+
+  preference: losses.SelfRefinement = spread(losses.SelfRefinement)
+
+  def objective(self, compute_dtype: str) -> Objective:
+    return dataclasses.replace(super().objective(compute_dtype), remembers=self.preference.window * self.batch)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class GrpoOptions(Options):
   """A training stage on all responses of a round; a step takes `batch` of them."""
 
@@ -125,9 +135,16 @@ def check_row_length(host: Host, options: Options, where: str, least: int, what:
 
 
 def train(
-  s: Session, stage: Stage, init: Checkpoint, data: TrainingData, options: Options, seed: int
+  s: Session,
+  stage: Stage,
+  init: Checkpoint,
+  data: TrainingData,
+  options: Options,
+  seed: int,
+  reference: Checkpoint | None = None,
 ) -> tuple[pathlib.Path, dict[str, int]]:
-  """Train `init` on the data and write `stage.dir/model`; that directory, and facts for the manifest."""
+  """Train `init` on the data and write `stage.dir/model`; that directory, and facts for the manifest. `reference` is
+  there if the objective compares with the model itself."""
   s.host.free()
   passes = min(options.passes, max(1, options.batch))
   batches = Batches(data, options, seed, sharding.replicas(s.mesh) * passes)
@@ -193,8 +210,12 @@ def train(
           several = jax.process_count() > 1  # all hosts begin with the bits of the first one
           head = multihost_utils.broadcast_one_to_all(data.head) if several else data.head
           start = weights.with_scores(start, np.asarray(head), s.mesh)
-        hooks = Hooks(restore, save, options.checkpoint_every, report, failed, stop)
-        model = fit(start, batches, task, plan, hooks)
+        hooks, beside = Hooks(restore, save, options.checkpoint_every, report, failed, stop), None
+        if objective.compares:
+          if reference is None:
+            raise RuntimeError(f"{stage.name}: the loss compares with a reference model, and none is given")
+          beside = s.host.load(reference, s.mesh, sharding.TRAIN, s.host.dtype)
+        model = fit(start, batches, task, plan, hooks, beside)
     except Stopped:
       s.display.say(f"{stage.name}: stopped and saved; the same command goes on from here")
       raise SystemExit(143) from None

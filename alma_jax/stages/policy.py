@@ -125,7 +125,7 @@ def dpo(
     reference=np.concatenate(logprobs) if logprobs else None,
     others=[of[2] for of in sides] if loss.sides == 3 else None,
   )
-  _, facts = training.train(s, stage, job.init, pairs, job.options, job.seed)
+  _, facts = training.train(s, stage, job.init, pairs, job.options, job.seed, reference)
   return training.finish(s, stage, counts | facts, job.options)
 
 
