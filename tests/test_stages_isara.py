@@ -19,6 +19,7 @@ from alma_jax.keys import key_of
 from alma_jax.mini import CHECKPOINT
 from alma_jax.options import ConfigError
 from alma_jax.recipes import isara as recipe
+from alma_jax.report import generated, numbers, page
 from alma_jax.runtime import clustering, sampling
 from alma_jax.runtime.sampling import Draft
 from alma_jax.stages import categories, drafts, neighbours, pairs, policy, prompts, responses
@@ -404,6 +405,24 @@ def test_scores_by_category_with_seen_and_unseen_ones_and_the_rate_of_harm(sessi
   assert [row["seen"] for row in found["by"].values()] == [True, False, False]
   with pytest.raises(ConfigError, match="one bound"):
     categories.Options(harmful_above=1.0, harmful_below=0.0)
+
+
+def test_the_report_shows_what_was_kept_and_the_categories(session, world):
+  _, _, _, kept = iteration(session, world)
+  categories_of = session.run.dir / "round_01/categories.truth"
+  assert categories_of.exists()  # by the test above
+  facts = numbers.facts(session.run.dir)
+  found = generated.generated(facts)
+  (row,) = found.table.rows
+  share = f"{len(kept.read()) / len(world.drafted):.1%}"
+  assert row[0] == "2" and row[1] == f"{len(world.drafted)}" and row[3] == f"{len(kept.read())}" and row[4] == share
+  assert {cells[0] for cells in found.dropped.rows} >= {"near answer", "copies shot"}
+  (section,) = generated.categories(facts)
+  assert section.title == "truth, the evaluation prompts"
+  assert section.table.head[:4] == ["round", "seen", "unseen", "a (seen)"]
+  assert section.table.rows[0][1].startswith("3.00 ±") and "seen 3.00" in section.chart
+  text = page.write(session.run.dir).read_text()
+  assert "Generated pairs" in text and "harmful: unseen" in text and "could not be made" not in text
 
 
 def test_multiple_choice_grades_the_checkpoint_of_the_round():

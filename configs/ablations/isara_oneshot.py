@@ -1,0 +1,22 @@
+"""ISARA (arXiv 2401.06785) on the miniature world: four iterations, or one of the same size altogether.
+
+  python launch/sweep.py --config=configs/ablations/isara_oneshot.py --workdir=runs/isara_oneshot
+
+4 x 96 generated questions against 1 x 384, 3 seeds. The one large iteration is the paper's control: the same number of
+samples by the first model alone.
+"""
+
+from collections.abc import Callable
+
+from configs import isara
+from configs.common import Config
+
+
+def get_config() -> Config:
+  return isara.mini()
+
+
+def sweep(add: Callable[..., None]) -> None:
+  for seed in range(3):
+    for rounds in (4, 1):
+      add(seed=seed, feedback_rounds=rounds, prompts=dict(draws=384 // rounds))

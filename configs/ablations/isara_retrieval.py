@@ -1,0 +1,23 @@
+"""ISARA (arXiv 2401.06785) on the miniature world: answers after the nearest pairs, or after random ones.
+
+  python launch/sweep.py --config=configs/ablations/isara_retrieval.py --workdir=runs/isara_retrieval
+
+2 kinds of shots x 3 seeds, three iterations each. Questions are the same in the first iteration of both.
+"""
+
+from collections.abc import Callable
+
+from configs import isara
+from configs.common import Config
+
+
+def get_config() -> Config:
+  c = isara.mini()
+  c.feedback_rounds = 3
+  return c
+
+
+def sweep(add: Callable[..., None]) -> None:
+  for seed in range(3):
+    for method in ("knn", "random"):
+      add(seed=seed, neighbours=dict(method=method))

@@ -1,0 +1,25 @@
+"""ISARA (arXiv 2401.06785) on the miniature world: human pairs of one category, all categories evaluated.
+
+  python launch/sweep.py --config=configs/ablations/isara_transfer.py --workdir=runs/isara_transfer
+
+16 human pairs of one category each, or of all of them, x 3 seeds, two iterations each. Every run's report has the seen
+and the unseen categories round by round, with SFT on the human pairs alone as round 1; the sweep's table has the mean.
+"""
+
+from collections.abc import Callable
+
+from configs import isara
+from configs.common import Config
+
+
+def get_config() -> Config:
+  c = isara.mini()
+  c.feedback_rounds = 2
+  c.data.pairs = 16
+  return c
+
+
+def sweep(add: Callable[..., None]) -> None:
+  for seed in range(3):
+    for chosen in ((), ("country",), ("food",), ("sport",)):
+      add(seed=seed, categories=dict(seeds=chosen))
