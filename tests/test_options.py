@@ -241,7 +241,8 @@ def test_a_sweep_changes_one_thing_per_seed(name):
 
 def test_there_is_a_sweep_for_each_table():
   assert ABLATIONS == [
-    "control_random", "figure3_n", "isara_oneshot", "isara_retrieval", "isara_transfer", "table3_judge", "table4_prompts", "table5_checkpoints", "table7_dpo",
+    "control_random", "figure3_n", "isara_oneshot", "isara_retrieval", "isara_transfer",
+    "table3_judge", "table4_prompts", "table5_checkpoints", "table7_dpo",
   ]  # fmt: skip
 
 
