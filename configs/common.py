@@ -41,6 +41,7 @@ def training(
     passes=1,  # parts that a step's batch is taken in; more parts need less memory
     checkpoint_every=200,  # steps between checkpoints inside a stage; the last two are kept
     checkpoint_keep=0,  # checkpoints at multiples of this many steps stay for good; 0: none
+    keep_epochs=0,  # the models of this epoch and of all later ones stay (LIMA: 1); 0: only the last one does
   )
   return _changed("training", c, changes)
 

@@ -107,8 +107,8 @@ def test_options_are_what_the_config_says_and_have_its_defaults(kind, section):
   assert set(options_lib.fields_of(kind)) == set(config.keys())
   found = options_lib.build(kind, config, "config.sft")
   assert found == options_lib.build(kind, SETTINGS, "config.sft")
-  practical = {"remat", "passes", "checkpoint_every", "checkpoint_keep"}
-  assert options_lib.fingerprint(found) == {k: v for k, v in config.to_dict().items() if k not in practical}
+  left_out = {"remat", "passes", "checkpoint_every", "checkpoint_keep", "keep_epochs"}  # practical, or 0 and later
+  assert options_lib.fingerprint(found) == {k: v for k, v in config.to_dict().items() if k not in left_out}
 
 
 @pytest.mark.parametrize(
@@ -175,6 +175,31 @@ def test_a_killed_training_ends_like_one_that_was_not(kills, session, straight, 
   assert metrics(stage) == metrics(straight[0])
   assert [row["step"] for row in metrics(stage)] == [1, 2, 3, 4, 5, 6]
   assert facts == straight[1]
+
+
+@pytest.mark.parametrize("kills", [[], [2, 5]])
+def test_the_models_of_epochs_stay_and_are_those_of_a_training_that_was_never_killed(
+  kills, session, straight, monkeypatch
+):
+  """Steps 3 and 6 end the two epochs, checkpoints are written after 2 and 4: one kill comes before the first epoch's
+  model, the other after it."""
+  stage, settings = new_stage(session, f"epochs_{len(kills)}"), options(keep_epochs=1)
+  for step in kills:
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+      killed_at(patch, step)
+      training.train(session, stage, session.base, data(make_examples(session)), settings, seed=5)
+  _, facts = training.train(session, stage, session.base, data(make_examples(session)), settings, seed=5)
+  last = training.finish(session, stage, facts, settings)
+  kept = training.by_epoch(stage)
+  assert list(kept) == [1, 2] and kept[2] == last and kept[1].content != last.content
+  assert weights_file(stage) == weights_file(straight[0])
+  assert stage.manifest["files"].keys() >= {"epoch_01/model/model.safetensors", "model/model.safetensors"}
+  half = new_stage(session, f"epochs_alone_{len(kills)}")  # the same first epoch, its learning rates included
+  with monkeypatch.context() as patch, pytest.raises(Killed):
+    killed_at(patch, 3)
+    training.train(session, half, session.base, data(make_examples(session)), options(keep_epochs=1), seed=5)
+  found = (stage.dir / "epoch_01/model/model.safetensors").read_bytes()
+  assert found == (half.dir / "epoch_01/model/model.safetensors").read_bytes() != weights_file(stage)
 
 
 def test_a_log_without_a_checkpoint_begins_anew(session, straight, monkeypatch):

@@ -114,6 +114,8 @@ class Hooks:
   restore: Callable[[State], tuple[State, int] | None] | None = None  # fresh state -> a saved one and its step
   save: Callable[[int, State], None] | None = None  # called after `every` so many steps
   every: int = 1
+  keep: Callable[[int, llama.Llama], None] | None = None  # called with the model after each of the steps in `kept`
+  kept: frozenset[int] = frozenset()
   report: Callable[[int, dict[str, float]], None] | None = None  # a step late, so that the devices never wait for it
   failed: Callable[[int, llama.Llama], str] | None = None  # a loss was not finite: what to add to the message
   stop: Callable[[], bool] | None = None  # True: this host wants to end; `fit` saves and raises Stopped
@@ -447,9 +449,14 @@ def fit(
         settle(*late)
       late = step, rate, metrics
       stopping = _agreed(hooks.stop is not None and hooks.stop(), step, metrics)
-      if step + 1 < task.steps and hooks.save and (stopping or (step + 1) % hooks.every == 0):
+      keeping = hooks.keep is not None and step + 1 in hooks.kept
+      saving = step + 1 < task.steps and hooks.save is not None and (stopping or (step + 1) % hooks.every == 0)
+      if keeping or saving:
         settle(*late)
         late = None
+      if keeping and hooks.keep:  # before the save: a training that goes on from there does not pass this step again
+        hooks.keep(step + 1, state.model)
+      if saving and hooks.save:
         hooks.save(step + 1, state)
         if stopping:
           raise Stopped

@@ -68,7 +68,7 @@ def run_bytes(host: Host, models: int) -> int:
 
 def foresee(run: pathlib.Path, host: Host, models: int) -> None:
   """Say so if the models that a run of so many has still to make may not fit."""
-  done = sum(found.manifest is not None and (found.dir / layout.MODEL).is_dir() for found in layout.stages(run))
+  done = sum(len(layout.models_in(found.dir)) for found in layout.stages(run) if found.manifest)
   needed, free = run_bytes(host, models - done), free_bytes(run)
   if done < models and needed > free:
     host.display.say(

@@ -2,6 +2,7 @@
 
   directory, facts = train(s, stage, init, Examples(sequences, names), options, seed)
   checkpoint = finish(s, stage, facts, options)
+  by_epoch(stage)[7]                     the model at the end of epoch 7, if options.keep_epochs is 1 .. 7
 
 If the training will not fit into the devices' memory, it ends before the first step. A killed training goes on from its
 last checkpoint and ends with the same weights as one that was never killed; SIGTERM makes it save one at once. In the
@@ -61,6 +62,7 @@ class Options(Sizes):
   passes: int = option(1, least=1, practical=True)  # through the model for a step: more of them take less memory
   checkpoint_every: int = option(200, least=1, practical=True)  # steps between checkpoints; the last two are kept
   checkpoint_keep: int = option(0, least=0, practical=True)  # one in so many steps stays for good; 0: none
+  keep_epochs: int = option(0, least=0, later=True)  # the model of this epoch and of all later ones stays; 0: none
 
   def __post_init__(self) -> None:
     super().__post_init__()
@@ -155,7 +157,9 @@ def train(
   task = TrainingTask(options.optimizer, objective, s.mesh, batches.steps, seed)
   # All hosts must compile the same program, and stop together: the host with the least memory, or disk, decides.
   checkpoint, saved = room.checkpoint_bytes(c, o.optimizer.moments), room.model_bytes(c, s.host.save_dtype)
+  kept = _kept_epochs(batches, options)
   disk = room.training_bytes(checkpoint, saved, batches.steps, o.checkpoint_every, o.checkpoint_keep)
+  disk += len(kept) * saved
   memory, there = float(s.host.training_bytes), float(room.there(stage.dir))
   if jax.process_count() > 1:
     memory, there = multihost_utils.process_allgather(np.array([memory, there])).min(0).tolist()
@@ -184,6 +188,9 @@ def train(
     checkpoints.save(step, state)
     stage.beat()
 
+  def keep(step: int, model: llama.Llama) -> None:
+    export(s.host, model, stage.dir / layout.epoch_name(kept[step]) / layout.MODEL)
+
   def report(step: int, metrics: Mapping[str, float]) -> None:
     speed = log.write(step, metrics)
     bar.update(1)
@@ -210,7 +217,8 @@ def train(
           several = jax.process_count() > 1  # all hosts begin with the bits of the first one
           head = multihost_utils.broadcast_one_to_all(data.head) if several else data.head
           start = weights.with_scores(start, np.asarray(head), s.mesh)
-        hooks, beside = Hooks(restore, save, options.checkpoint_every, report, failed, stop), None
+        hooks = Hooks(restore, save, options.checkpoint_every, keep, frozenset(kept), report, failed, stop)
+        beside = None
         if objective.compares:
           if reference is None:
             raise RuntimeError(f"{stage.name}: the loss compares with a reference model, and none is given")
@@ -221,7 +229,15 @@ def train(
       raise SystemExit(143) from None
   facts = {"steps": batches.steps, "examples": batches.count, "rows": batches.counts[0]}
   facts |= {"untrained_tokens_reset": len(reset)}
+  if options.keep_epochs:
+    facts |= {"epochs": -(-batches.steps // batches.per_epoch)}
   return export(s.host, model, stage.dir / layout.MODEL), facts
+
+
+def _kept_epochs(batches: Batches, options: Options) -> dict[int, int]:
+  """The epochs whose models stay, by the step that ends them; the last model is the training's own."""
+  first, whole = options.keep_epochs, (batches.steps - 1) // batches.per_epoch
+  return {epoch * batches.per_epoch: epoch for epoch in range(first, whole + 1)} if first else {}
 
 
 @contextlib.contextmanager
@@ -273,7 +289,8 @@ def export(host: Host, model: llama.Llama, directory: pathlib.Path) -> pathlib.P
 
 def finish(s: Session, stage: Stage, counts: Mapping[str, Any], options: Options, **extra: Any) -> Checkpoint:
   """Close a training stage: register the model's files, then drop the checkpoints that are not to stay."""
-  names = [str(p.relative_to(stage.dir)) for p in sorted((stage.dir / layout.MODEL).rglob("*")) if p.is_file()]
+  models = layout.models_in(stage.dir)
+  names = [str(p.relative_to(stage.dir)) for model in models for p in sorted(model.rglob("*")) if p.is_file()]
   stage.finish(counts=counts, files=[*names, layout.METRICS], **extra)
   if s.run.process == 0:
     keep, directory = options.checkpoint_keep, stage.dir / layout.CHECKPOINTS
@@ -288,6 +305,16 @@ def finish(s: Session, stage: Stage, counts: Mapping[str, Any], options: Options
 def trained(stage: Stage) -> Checkpoint:
   """The Checkpoint of a finished training stage; its name is the stage's."""
   return Checkpoint(stage.name, stage.dir / layout.MODEL, stage.content)
+
+
+def by_epoch(stage: Stage) -> dict[int, Checkpoint]:
+  """The models that a finished training kept, by epoch; that of the last epoch is the training's own."""
+  found = {}
+  for model in layout.models_in(stage.dir):
+    epoch = layout.epoch_of(model.parent.name)
+    if epoch is not None:
+      found[epoch] = Checkpoint(f"{stage.name}/{model.parent.name}", model, f"{stage.content} epoch {epoch}")
+  return found | {stage.manifest["counts"]["epochs"]: trained(stage)}
 
 
 def checkpoint_model(host: Host, directory: pathlib.Path, step: int, mesh: Mesh) -> llama.Llama:

@@ -6,7 +6,11 @@
     pool/drafts ...  pool_03/drafts ...                the pool, and the prompts added before round 3
     round_02/config.json
     round_02/prompts ...  round_02/policy
-  round_02/eval  round_02/eval.judge                 answers to the evaluation prompts, and a judge's grades of them
+    round_02/eval  round_02/eval.judge                 answers to the evaluation prompts, and a judge's grades of them
+
+  runs/lima/                                         its rounds are the epochs of its one training
+    seeds  sft_1  sft_1/epoch_05/model ...  choice     the training, the epochs that it kept, the chosen one
+    round_05/eval  round_05/loss  round_05/compare ...  what is known of the model that epoch 5 ended with
 
 `stage_name(2, RESPONSES)` is "round_02/responses", and `run / stage_name(2, POLICY) / MODEL` the directory of that
 policy's weights. Everything here can be read while the run goes on.
@@ -32,6 +36,7 @@ DRAFTS, PROMPTS, PROJECTION, EMBEDDINGS, CLUSTERS = "drafts", "prompts", "projec
 # Stages of a round, which has PROMPTS too
 RESPONSES, JUDGMENTS, TRAINSET, POLICY, EVALUATION = "responses", "judgments", "trainset", "policy", "eval"
 NEIGHBOURS, CATEGORIES = "neighbours", "categories"  # shots of each prompt; the scores by category
+CHOICE = "choice"  # which epoch's model a run goes on with, and why
 MAIN_SET = ""  # the evaluation prompts `data.eval`
 # Files of a run
 CONFIG, LOG, PROGRESS, PAGE, LOCK = "config.json", "log.jsonl", "progress.csv", "report.html", ".lock"
@@ -68,6 +73,22 @@ def stage_name(round: int, artefact: str) -> str:
 def sft_name(i: int) -> str:
   """The name of the initial SFT with the i-th seed, from 1."""
   return f"sft_{i}"
+
+
+def epoch_name(epoch: int) -> str:
+  """The directory, in that of a training, of the model that an epoch ended with: "epoch_07"."""
+  return f"epoch_{epoch:02d}"
+
+
+def epoch_of(name: str) -> int | None:
+  """7 for "epoch_07", None for another name."""
+  number = name.removeprefix("epoch_")
+  return int(number) if number != name and number.isdigit() else None
+
+
+def models_in(stage: pathlib.Path) -> list[pathlib.Path]:
+  """The model directories of a stage that trains: its own, and those of the epochs that it kept."""
+  return [found for found in (stage / MODEL, *sorted(stage.glob(f"epoch_*/{MODEL}"))) if found.is_dir()]
 
 
 def pool_name(round: int = 0) -> str:
@@ -142,8 +163,13 @@ def sets_of(run: pathlib.Path, round: int) -> list[str]:
 
 
 def policy_of(run: pathlib.Path, round: int) -> pathlib.Path:
-  """The stage of the model that a round's evaluation is of, which is the first initial SFT model in round 1."""
-  return run / (sft_name(1) if round == 1 else stage_name(round, POLICY))
+  """Where the model lies that a round's evaluation is of: the round's policy, or the first initial SFT model in round
+  1. Where rounds are epochs of one training, it is the model that the epoch ended with."""
+  first = run / sft_name(1)
+  if any(first.glob("epoch_*")):
+    kept = first / epoch_name(round)
+    return kept if kept.is_dir() else first
+  return first if round == 1 else run / stage_name(round, POLICY)
 
 
 def stages(run: pathlib.Path) -> list[Found]:
@@ -230,7 +256,9 @@ def parts_of(directory: pathlib.Path) -> list[pathlib.Path] | None:
 
 
 def newest_policy(run: pathlib.Path) -> pathlib.Path:
-  """The finished policy of the last round, else the first initial SFT model."""
+  """The checkpoint that the run chose, else the finished policy of the last round, else the first initial SFT model."""
+  if chosen := manifest_of(run, CHOICE):
+    return policy_of(run, chosen["epoch"])
   names = [sft_name(1), *(stage_name(round, POLICY) for round in rounds(run))]
   done = [name for name in names if (run / name / MANIFEST).exists()]
   if not done:
