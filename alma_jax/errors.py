@@ -16,7 +16,10 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class UserError(Exception):
@@ -32,6 +35,20 @@ class Waiting(UserError):
   and the same command goes on. The text says what is to be done."""
 
   status = 75
+
+
+def waited(steps: Iterable[Callable[[], T]]) -> list[T]:
+  """What the steps give. If some of them wait for a person, the others are made all the same, so that everything that
+  is to be done is said at once."""
+  found, waiting = [], []
+  for step in steps:
+    try:
+      found.append(step())
+    except Waiting as wait:
+      waiting.append(str(wait))
+  if waiting:
+    raise Waiting("\n".join(waiting))
+  return found
 
 
 class NotFinite(UserError):

@@ -43,6 +43,7 @@ CHAT_FORMATS = Names(
   {
     "llama3": "alma_jax.text.chat:LLAMA3",
     "llama2": "alma_jax.text.chat:LLAMA2",
+    "lima": "alma_jax.text.chat:LIMA",
     "plain": "alma_jax.text.chat:PLAIN",
     "mini": "alma_jax.mini.formats:CHAT",
   },

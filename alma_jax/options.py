@@ -22,6 +22,7 @@ import copy
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -33,6 +34,9 @@ from alma_jax import names as known_names
 from alma_jax.errors import UserError
 
 T = TypeVar("T")
+
+
+LABEL = re.compile(r"[a-z][a-z0-9_]*")
 
 
 class ConfigError(UserError):
@@ -145,6 +149,22 @@ def _in_words(hint: Any) -> str:
 
 def _listed(words: Iterable[object]) -> str:
   return ", ".join(map(repr, words))
+
+
+def labelled(field: str, entries: Sequence[str]) -> dict[str, str]:
+  """name -> what it names: {"armo": "reward:/models/armo"} for "armo=reward:/models/armo" and "reward:/models/armo"."""
+  found: dict[str, str] = {}
+  for entry in entries:
+    name, equals, what = entry.partition("=")
+    if not equals:
+      last = re.split(r"[:/]", entry.rstrip("/"))[-1]
+      name, what = re.sub(r"\W", "_", last.removesuffix(".jsonl").removesuffix(".parquet").lower()), entry
+    if not LABEL.fullmatch(name) or not what:
+      raise ConfigError(f"{field} holds {entry!r}; write it as NAME=WHAT, NAME of a-z, 0-9 and _")
+    if name in found:
+      raise ConfigError(f"{field} names {name!r} twice; write NAME=WHAT with another NAME for one of them")
+    found[name] = what
+  return found
 
 
 # From a config's section to Options, and from Options to what decides a result

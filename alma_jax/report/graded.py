@@ -69,7 +69,19 @@ def read(run: pathlib.Path, round: int, chosen: str = layout.MAIN_SET) -> Answer
     grades = layout.parts_of(run / layout.grades_name(layout.stage_name(round, layout.answers_name(chosen)), name))
     batches = judged.batches(grades or [], ["score"])
     scores[name] = np.concatenate([np.zeros(0), *(judged.floats(batch.column("score")) for batch in batches)])
-  return Answers(prompts, scores, np.concatenate(characters))
+  return _by_prompt(Answers(prompts, scores, np.concatenate(characters)))
+
+
+def _by_prompt(found: Answers) -> Answers:
+  """The means over the answers to each prompt, where there are several."""
+  ids, code, count = np.unique(np.array(found.prompts, str), return_inverse=True, return_counts=True)
+  if len(ids) == len(found.prompts):
+    return found
+  scores = {}
+  for name, of in found.scores.items():
+    graded = np.bincount(code, np.isfinite(of), len(ids))
+    scores[name] = np.where(graded > 0, np.bincount(code, np.nan_to_num(of), len(ids)) / np.maximum(1, graded), np.nan)
+  return Answers(ids.tolist(), scores, np.bincount(code, found.characters, len(ids)) / count)
 
 
 def difference(these: Answers, those: Answers, judge: str) -> Mean | None:

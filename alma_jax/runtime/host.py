@@ -38,6 +38,8 @@ class ModelOptions(Checked):
   chat: str = option("llama3", names=names.CHAT_FORMATS)
   dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of forward passes: bfloat16, on CPUs float32
   save_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # of every trained checkpoint's weights
+  # Where a chat format adds tokens, the vocabulary grows to a multiple of this, which a mesh's `tensor` axis divides
+  vocab_multiple: int = option(1, least=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +156,14 @@ class Host:
   @functools.cached_property
   def trained_config(self) -> llama_config.LlamaConfig:
     """The architecture that is trained: the base model's, with rows for the tokens that the chat format added."""
-    return dataclasses.replace(self.config, vocab=max(self.config.vocab, self.tokenizer.size))
+    return dataclasses.replace(self.config, vocab=self.vocab)
+
+  @property
+  def vocab(self) -> int:
+    """The rows of a trained model's embedding. Rows beyond the tokenizer's ids, the mean of the others at first, are
+    never a target, so training makes their tokens unlikely."""
+    size, multiple = self.tokenizer.size, self.options.vocab_multiple
+    return self.config.vocab if size <= self.config.vocab else -(-size // multiple) * multiple
 
   def model(self, checkpoint: Checkpoint, layout: str) -> llama.Llama:
     """The checkpoint on this host's devices, "stacked" or "unrolled".
@@ -182,7 +191,7 @@ class Host:
     """The weights from disk, with rows for the tokens that the chat format added to the tokenizer."""
     model = weights.load(checkpoint.directory, mesh, rules, dtype, check=verify.check)
     if self.tokenizer.size > model.c.vocab:
-      model = weights.resize(model, self.tokenizer.size, mesh, rules)
+      model = weights.resize(model, self.vocab, mesh, rules)
     return model
 
   def free(self) -> None:

@@ -110,4 +110,6 @@ class Session(Generic[O]):
 
   def describe_text(self) -> dict[str, Any]:
     """The part of every fingerprint that says how text becomes tokens."""
-    return {"tokenizer": self.host.tokenizer.fingerprint, "chat": dataclasses.asdict(self.host.chat)}
+    host = self.host
+    padded = {"vocab": host.vocab} if host.vocab > max(host.config.vocab, host.tokenizer.size) else {}
+    return {"tokenizer": host.tokenizer.fingerprint, "chat": dataclasses.asdict(host.chat)} | padded

@@ -2,7 +2,7 @@
 
   directory, facts = train(s, stage, init, Examples(sequences, names), options, seed)
   checkpoint = finish(s, stage, facts, options)
-  by_epoch(stage)[7]                     the model at the end of epoch 7, if options.keep_epochs is 1 .. 7
+  by_epoch(checkpoint)[7]                the model at the end of epoch 7, if options.keep_epochs is 1 .. 7
 
 If the training will not fit into the devices' memory, it ends before the first step. A killed training goes on from its
 last checkpoint and ends with the same weights as one that was never killed; SIGTERM makes it save one at once. In the
@@ -307,14 +307,14 @@ def trained(stage: Stage) -> Checkpoint:
   return Checkpoint(stage.name, stage.dir / layout.MODEL, stage.content)
 
 
-def by_epoch(stage: Stage) -> dict[int, Checkpoint]:
-  """The models that a finished training kept, by epoch; that of the last epoch is the training's own."""
-  found = {}
-  for model in layout.models_in(stage.dir):
+def by_epoch(last: Checkpoint) -> dict[int, Checkpoint]:
+  """The models that a finished training with `keep_epochs` kept, by epoch; that of the last one is its own."""
+  stage, found = last.directory.parent, {}
+  for model in layout.models_in(stage):
     epoch = layout.epoch_of(model.parent.name)
     if epoch is not None:
-      found[epoch] = Checkpoint(f"{stage.name}/{model.parent.name}", model, f"{stage.content} epoch {epoch}")
-  return found | {stage.manifest["counts"]["epochs"]: trained(stage)}
+      found[epoch] = Checkpoint(f"{last.name}/{model.parent.name}", model, f"{last.content} epoch {epoch}")
+  return found | {layout.load_manifest(stage)["counts"]["epochs"]: last}
 
 
 def checkpoint_model(host: Host, directory: pathlib.Path, step: int, mesh: Mesh) -> llama.Llama:

@@ -9,6 +9,7 @@ of everything that is trained on. A set that is named later changes nothing here
 
 import collections
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -30,6 +31,7 @@ LOST = {  # counts of rows that are left out
   "empty": "rows are left out: their prompt or response is empty",
   "duplicate": "rows are left out: they repeat an earlier one",
   "equals_eval_prompt": "rows are left out: their prompt is an evaluation prompt, too",
+  "equals_validation_prompt": "rows are left out: their prompt is one of the validation",
   "equals_seed_prompt": "rows are left out: their prompt is that of a demonstration, an annotation or a pair",
   "identical": "pairs are left out: their two answers are equal",
 }
@@ -39,6 +41,7 @@ NEEDED = {  # what the rows of each kind of file must have
   "preferences": ("chosen", "rejected"),
   "prompts": (),
   "eval": (),
+  "validation": ("response",),
 }
 COUNTS = ("rows", "kept", "empty", "duplicate", "odd_turns", "identical")  # of what is read
 
@@ -50,14 +53,18 @@ class Sources(Checked):
 
   @property
   def sources(self) -> dict[str, str]:
-    """The sources that are given, and `eval`, which demonstrations may stand in for."""
+    """The sources that are given, and those that demonstrations stand in for."""
     given = {name: getattr(self, name, "") for name in NEEDED}
-    return {name: source for name, source in given.items() if source or name == "eval"}
+    return {name: source for name, source in given.items() if source or name == "eval" or name in self.held_out_of_sft}
 
   @property
-  def held_out_of_sft(self) -> int:
-    """How many demonstrations become the evaluation prompts where `eval` is empty."""
-    return getattr(self, "held_out", 0)
+  def held_out_of_sft(self) -> dict[str, int]:
+    """How many demonstrations become the evaluation prompts or the validation where no source is given."""
+    return {
+      name: number
+      for name, field, least in (("eval", "held_out", 1), ("validation", "validation_held_out", 0))
+      if (number := getattr(self, field, least)) and not getattr(self, name, "")
+    }
 
   def require(self, *fields: str) -> None:
     for name in fields:
@@ -111,17 +118,17 @@ def read(
       names.resolve(names.DATA, made, "data")(directory, seed)
   counts, rows = {}, {}
   for name, source in options.sources.items():
-    if name == "eval" and not source:
+    if not source:
       continue
     path = directory / f"{name}.jsonl" if name in _made(options) else source
     rows[name], report = load_examples(path, NEEDED[name])
     counts[name] = {key: report[key] for key in COUNTS if key in report}
-  if not options.sources["eval"]:  # some demonstrations' prompts become the evaluation prompts
-    ids = sorted({prompt_id(r.messages) for r in rows["sft"]}, key=lambda i: key_of("eval", i))
-    held = set(ids[: max(1, min(options.held_out_of_sft, len(ids) // 10))])
-    rows["eval"] = [r for r in rows["sft"] if prompt_id(r.messages) in held]
+  for name, number in options.held_out_of_sft.items():
+    ids = sorted({prompt_id(r.messages) for r in rows["sft"]}, key=functools.partial(key_of, name))
+    held = set(ids[: max(1, min(number, len(ids) // (10 if name == "eval" else 4)))])
+    rows[name] = [r for r in rows["sft"] if prompt_id(r.messages) in held]
     rows["sft"] = [r for r in rows["sft"] if prompt_id(r.messages) not in held]
-    counts["eval"] = {"held_out_of_sft": len(rows["eval"])}
+    counts[name] = {"held_out_of_sft": len(rows[name])}
   if sets:
     rows[HELD_OUT] = [row for file in sets for row in benchmarks.read(file).rows]
     counts[HELD_OUT] = {"kept": len(rows[HELD_OUT])}
@@ -130,6 +137,8 @@ def read(
   seeds = [name for name in ("sft", "judge", "preferences") if name in rows]
   for name in seeds:
     rows[name] = _without(rows[name], asked, counts[name], "equals_eval_prompt")
+  if validation := {prompt_id(r.messages) for r in rows.get("validation", [])}:
+    rows["sft"] = _without(rows["sft"], validation, counts["sft"], "equals_validation_prompt")
   if "prompts" in rows:  # each once, and none that an answer of a person is there for
     answered = {prompt_id(r.messages) for name in seeds for r in rows[name]}
     clean = _without(rows["prompts"], asked, counts["prompts"], "equals_eval_prompt")

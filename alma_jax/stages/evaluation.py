@@ -11,7 +11,6 @@ Each round has one row in progress.csv.
 """
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,7 +23,7 @@ from alma_jax.evals import sets as benchmarks
 from alma_jax.judges import contract
 from alma_jax.judges.contract import Answered, Judge
 from alma_jax.keys import key_of
-from alma_jax.options import ConfigError, fingerprint, option, refuse
+from alma_jax.options import ConfigError, fingerprint, labelled, option, refuse
 from alma_jax.runtime import alarms, sampling
 from alma_jax.runtime.display import Bar
 from alma_jax.runtime.host import Checkpoint, Host
@@ -37,7 +36,6 @@ from alma_jax.store.runs import Artefact
 from alma_jax.store.statistics import Mean
 from alma_jax.text import chat, fewshot
 
-LABEL = re.compile(r"[a-z][a-z0-9_]*")
 Row = dict[str, Any]  # of progress.csv
 
 
@@ -51,13 +49,14 @@ class Options(sampling.Options):
   sets: tuple[str, ...] = ()  # beside data.eval
   # Stop after this many rounds in a row without a better score by the first of `judges`; 0: make all rounds
   patience: int = option(0, least=0, practical=True)
+  n: int = option(1, least=1, later=True)  # answers to each prompt; intervals are over prompts
   few_shot: str = option("dialogue", names=names.DIALOGUES)  # how a base model is shown its examples
   shots: int = option(3, least=0)
 
   def __post_init__(self) -> None:
     super().__post_init__()
     for field in ("judges", "sets"):
-      _labelled(field, getattr(self, field))
+      labelled(field, getattr(self, field))
     for spec in self.named_judges.values():
       names.check(names.EVALUATORS, spec, "judges")
     if layout.JUDGE in self.named_judges:
@@ -67,30 +66,14 @@ class Options(sampling.Options):
 
   @property
   def named_judges(self) -> dict[str, str]:
-    return _labelled("judges", self.judges)
+    return labelled("judges", self.judges)
 
   @property
   def named_sets(self) -> dict[str, str]:
-    return _labelled("sets", self.sets)
+    return labelled("sets", self.sets)
 
   def template(self) -> fewshot.FewShot:
     return names.resolve(names.DIALOGUES, self.few_shot, "eval.few_shot")
-
-
-def _labelled(field: str, entries: Sequence[str]) -> dict[str, str]:
-  """name -> what it names: {"armo": "reward:/models/armo"} for "armo=reward:/models/armo" and "reward:/models/armo"."""
-  found: dict[str, str] = {}
-  for entry in entries:
-    name, equals, what = entry.partition("=")
-    if not equals:
-      last = re.split(r"[:/]", entry.rstrip("/"))[-1]
-      name, what = re.sub(r"\W", "_", last.removesuffix(".jsonl").removesuffix(".parquet").lower()), entry
-    if not LABEL.fullmatch(name) or not what:
-      raise ConfigError(f"{field} holds {entry!r}; write it as NAME=WHAT, NAME of a-z, 0-9 and _")
-    if name in found:
-      raise ConfigError(f"{field} names {name!r} twice; write NAME=WHAT with another NAME for one of them")
-    found[name] = what
-  return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,15 +98,22 @@ class Asker:
 
 
 def build(
-  s: Session[Any], checkpoint: Checkpoint, judge: Judge | None, data: Data, options: Options, shots: int = 0
+  s: Session[Any],
+  checkpoint: Checkpoint,
+  judge: Judge | None,
+  data: Data,
+  options: Options,
+  shots: int = 0,
+  sets: Sequence[PromptSet] | None = None,
 ) -> dict[str, Mean]:
-  """The round's answers to every set, graded by every judge; the mean score by each judge on `data.eval`.
+  """The round's answers to every set, graded by every judge; the mean score by each judge on the first set.
 
-  `judge` is the run's own, None for a run without one. With `shots` the checkpoint is a base model that answers after
-  that many of the demonstrations.
+  With `shots` the checkpoint is a base model that answers after that many of the demonstrations. `sets` are others than
+  `data.eval` and those of the options; without `data.eval` they add to the round's row. Without a `judge` of the run's
+  own those of the options grade alone.
   """
   asker = Asker(s, options.template(), data.sft[:shots])
-  asked = {chosen.name: chosen for chosen in prompt_sets(data, options)}
+  asked = {chosen.name: chosen for chosen in (prompt_sets(data, options) if sets is None else sets)}
   answered = {name: answers(asker, checkpoint, chosen, data, options) for name, chosen in asked.items()}
   graders = ({layout.JUDGE: judge} if judge else {}) | {
     name: grader.of(checkpoint) if isinstance(grader, contract.ReadsModel) else grader
@@ -135,22 +125,23 @@ def build(
     for chosen, artefact in answered.items():
       if not asked[chosen].fits(grader):
         continue
-      graded = grades(
-        s, artefact, asked[chosen], NamedJudge(name, grader, judge is not None and grader.identity == judge.identity)
-      )
+      selects = judge is not None and grader.identity == judge.identity
+      graded = grades(s, artefact, asked[chosen], NamedJudge(name, grader, selects))
       if (mean := mean_of(graded)) is not None:
         found[chosen, name] = mean
   row: Row = {"round": s.round, "checkpoint": checkpoint.name}
   columns = [*options.named_judges, layout.JUDGE]  # who grades is read before who selects
   for chosen, artefact in answered.items():
-    row |= _columns(chosen, described(artefact))
+    row |= _columns(chosen, described(artefact, len(asked[chosen].rows)))
     for name in columns:
       if (chosen, name) in found:
         row |= _columns(chosen, in_columns(name, found[chosen, name], graders[name].identity))
-  means = {name: found[layout.MAIN_SET, name] for name in columns if (layout.MAIN_SET, name) in found}
+  first = next(iter(asked))
+  means = {name: found[first, name] for name in columns if (first, name) in found}
   said = [f"{name} {mean.value:.2f} +- {mean.ci95 or 0.0:.2f}" for name, mean in means.items()]
-  s.display.say(f"round {s.round}, {checkpoint.name}: {', '.join(said)} ({row['n']} prompts)")
-  s.run.progress(row)
+  step = f"round {s.round}, " if layout.epoch_of(checkpoint.name.rpartition("/")[2]) is None else ""
+  s.display.say(f"{step}{checkpoint.name}: {', '.join(said) or 'answered'} ({len(asked[first].rows)} prompts)")
+  s.run.progress(row, more=layout.MAIN_SET not in asked)
   return means
 
 
@@ -201,34 +192,34 @@ def answers(asker: Asker, checkpoint: Checkpoint, asked: PromptSet, data: Data, 
   stage = s.stage(layout.answers_name(asked.name), fields)
   if not stage.done:
     missing = stage.mine(shares)
-    with s.display.bar(stage.name, sum(len(asked.rows[i::shares]) for i in missing), "answers") as bar:
+    with s.display.bar(stage.name, options.n * sum(len(asked.rows[i::shares]) for i in missing), "answers") as bar:
       for part in missing:
         records = _answers(asker, checkpoint, asked.rows[part::shares], options, bar)
         counts = {"finished": sum(r.finished for r in records), "tokens": sum(r.tokens for r in records)}
         counts["prompts_too_long"] = sum(not (r.finished or r.tokens) for r in records)  # who is asked writes a token
         stage.write_part(part, shares, records, Answer, counts)
-    bounds, total = s.options.alarms, len(asked.rows)
+    bounds, total = s.options.alarms, options.n * len(asked.rows)
     stage.finish(
       alarms=lambda counts: alarms.cut_off(bounds, total - counts["finished"], total), checkpoint=checkpoint.name
     )
     alarms.say(s.display, stage)
     left_out = f"prompts get an empty answer: they have more than {options.max_prompt_tokens:,} tokens"
-    s.tell(stage.name, stage.manifest["counts"], len(asked.rows), {"prompts_too_long": left_out})
+    s.tell(stage.name, stage.manifest["counts"], total, {"prompts_too_long": left_out})
   return Artefact(stage, Answer)
 
 
 def _answers(asker: Asker, checkpoint: Checkpoint, rows: Sequence[SeedRow], options: Options, bar: Bar) -> list[Answer]:
-  """The checkpoint's answer to each row; a prompt that finds no room gets an empty one."""
+  """The checkpoint's answers to each row, one after the other; a prompt that finds no room gets empty ones."""
   s = asker.s
-  prompts = [asker.ids(row) for row in rows]
+  prompts = [ids for row in rows for ids in [asker.ids(row)] * options.n]
+  found = [Answer(prompt_id(r.messages), tuple(r.messages), "", 0, False) for r in rows for _ in range(options.n)]
   fit = [i for i, ids in enumerate(prompts) if len(ids) <= options.max_prompt_tokens]
-  ids = [prompt_id(rows[i].messages) for i in fit]
-  requests = [
-    Request(prompts[i], key_of(s.options.seed, s.round, "eval", id), f"evaluation prompt {id}")
-    for i, id in zip(fit, ids, strict=True)
-  ]
+  requests = []
+  for i in fit:
+    id, sample = found[i].prompt_id, i % options.n
+    key = key_of(s.options.seed, s.round, "eval", id, *([sample] if sample else []))
+    requests.append(Request(prompts[i], key, f"evaluation prompt {id}"))
   written = sampling.drafts(s.host, checkpoint, requests, options, asker.stops, bar)
-  found = [Answer(prompt_id(row.messages), tuple(row.messages), "", 0, False) for row in rows]
   for i, draft in zip(fit, written, strict=True):
     found[i] = dataclasses.replace(found[i], response=draft.text, tokens=len(draft.tokens), finished=draft.finished)
   return found
@@ -243,24 +234,33 @@ def grades(s: Session[Any], answered: Artefact[Answer], asked: PromptSet, grader
     missing = stage.mine(answered.parts)
     with s.display.bar(stage.name, sum(answered.sizes[i] for i in missing), "answers") as bar:
       for part in missing:
-        rows = asked.fields[part :: answered.parts] or [None] * answered.sizes[part]  # as the answers are shared out
+        n = answered.sizes[part] // max(1, len(asked.rows[part :: answered.parts]))  # answers to each prompt
+        own = asked.fields[part :: answered.parts]  # as the answers are shared out
+        rows = [row for row in own for _ in range(n)] or [None] * answered.sizes[part]
         pairs = [
           Answered(r.messages, r.response, r.finished, f"evaluation prompt {r.prompt_id}", row)
           for r, row in zip(answered.read(part), rows, strict=True)
         ]
         verdicts = contract.scores(judge, pairs, bar, missing=not selects)
         records = [Grade(prompt_id(pair[0]), v.score) for pair, v in zip(pairs, verdicts, strict=True)]
-        stage.write_part(part, answered.parts, records, Grade, _sums(records))
+        stage.write_part(part, answered.parts, records, Grade, _sums(records, n))
     stage.finish(judge={"name": name, "identity": judge.identity, "scale": judge.scale, "selects": selects})
   counts = stage.manifest["counts"]
-  contract.check_missing(judge.identity, counts["n"] - counts["graded"], counts["n"])
+  contract.check_missing(judge.identity, counts.get("missing", counts["n"] - counts["graded"]), counts["n"])
   return Artefact(stage, Grade)
 
 
-def _sums(records: Sequence[Grade]) -> dict[str, float]:
-  scored = [float(r.score) for r in records if r.score is not None]
+def _sums(records: Sequence[Grade], n: int) -> dict[str, float]:
+  """Sums over prompts of the mean grade of their n answers; `graded` counts the prompts that have one."""
+  more: dict[str, float] = {}
+  if n > 1:
+    known = [[float(r.score) for r in records[i : i + n] if r.score is not None] for i in range(0, len(records), n)]
+    scored = [sum(of) / len(of) for of in known if of]
+    more = {"missing": sum(n - len(of) for of in known)}
+  else:
+    scored = [float(r.score) for r in records if r.score is not None]
   squares = sum(x * x for x in scored)
-  return {"n": len(records), "graded": len(scored), "score": sum(scored), "score_squared": squares}
+  return {"n": len(records), "graded": len(scored), "score": sum(scored), "score_squared": squares} | more
 
 
 def mean_of(graded: Artefact[Grade]) -> Mean | None:
@@ -271,9 +271,10 @@ def mean_of(graded: Artefact[Grade]) -> Mean | None:
 # Columns of progress.csv
 
 
-def described(answered: Artefact[Answer]) -> Row:
+def described(answered: Artefact[Answer], prompts: int) -> Row:
   counts, n = answered.manifest["counts"], answered.manifest["rows"]
-  return {"n": n, "finished": round(counts["finished"] / n, 4), "tokens": round(counts["tokens"] / n, 2)} if n else {}
+  means = {"finished": round(counts["finished"] / max(1, n), 4), "tokens": round(counts["tokens"] / max(1, n), 2)}
+  return {"n": prompts, **means} if n else {}
 
 
 def in_columns(name: str, mean: Mean, identity: str) -> Row:

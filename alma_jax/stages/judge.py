@@ -205,6 +205,12 @@ def finetuned(s: Session[Any], data: Data, options: Options) -> OwnJudge:
   return _asked(s, training.trained(stage), options)
 
 
+def of_annotations(s: Session[Any], data: Data, options: Options) -> Judge:
+  """The judge that `kind` describes, without distillation."""
+  made = {"few_shot": few_shot, "regression": regression, "finetuned": finetuned}
+  return made[options.kind](s, data, options) if options.kind in made else of_user(s, options)
+
+
 RIDGE = 0.1  # of the mean square of a hidden state's numbers
 
 

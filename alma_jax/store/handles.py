@@ -39,6 +39,7 @@ class Data:
   held_out: Sequence[SeedRow] = ()  # the prompts of the other evaluation sets that were named when the run began
   preferences: Sequence[SeedRow] = ()  # pairs of answers
   prompts: Sequence[SeedRow] = ()  # without an answer
+  validation: Sequence[SeedRow] = ()  # demonstrations of which only the loss is measured
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,6 +36,8 @@ DRAFTS, PROMPTS, PROJECTION, EMBEDDINGS, CLUSTERS = "drafts", "prompts", "projec
 # Stages of a round, which has PROMPTS too
 RESPONSES, JUDGMENTS, TRAINSET, POLICY, EVALUATION = "responses", "judgments", "trainset", "policy", "eval"
 NEIGHBOURS, CATEGORIES = "neighbours", "categories"  # shots of each prompt; the scores by category
+FORMS = "forms"  # the folder of what people fill in
+LOSS, COMPARED, AUDIT = "loss", "compare", "audit"  # of LIMA's epochs: of the validation, against others, by levels
 CHOICE = "choice"  # which epoch's model a run goes on with, and why
 MAIN_SET = ""  # the evaluation prompts `data.eval`
 # Files of a run

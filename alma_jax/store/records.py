@@ -103,6 +103,40 @@ class Answer:
 
 
 @dataclasses.dataclass(frozen=True)
+class Loss:
+  """How likely a checkpoint finds a demonstration's answer."""
+
+  prompt_id: str
+  tokens: int  # supervised ones
+  logprob: float  # their sum
+
+
+@dataclasses.dataclass(frozen=True)
+class EpochGrade:
+  """How good a checkpoint's answers to a prompt are, by who chooses among the epochs."""
+
+  epoch: int
+  prompt_id: str
+  value: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Compared:
+  """What a judge, or a person, says of two answers to one prompt."""
+
+  prompt_id: str
+  share: float | None  # of the win, of the checkpoint's answer: 1, 0.5 for a tie, 0; None without a verdict
+
+
+@dataclasses.dataclass(frozen=True)
+class Rated:
+  """The level that an answer reaches, by number from the lowest."""
+
+  prompt_id: str
+  level: int | None  # None without a verdict
+
+
+@dataclasses.dataclass(frozen=True)
 class Grade:
   """What one judge gives an Answer."""
 

@@ -139,8 +139,9 @@ class Run:
         self.check()
         shards.write_json(path, config)
 
-  def progress(self, row: Mapping[str, Any]) -> None:
-    """Puts a row into progress.csv; it replaces the row with the same "round", new columns are added."""
+  def progress(self, row: Mapping[str, Any], more: bool = False) -> None:
+    """Puts a row into progress.csv; it replaces the row with the same "round", or with `more` adds to it; columns are
+    added."""
     if self.process != 0:
       return
     self.check()
@@ -152,7 +153,7 @@ class Run:
     columns = list(dict.fromkeys(column for r in [*rows, row] for column in r))
     places = [i for i, old in enumerate(rows) if old.get("round") == str(row["round"])]
     if places:
-      rows[places[0]] = row
+      rows[places[0]] = {**rows[places[0]], **row} if more else row
     else:
       rows.append(row)
     table = io.StringIO()

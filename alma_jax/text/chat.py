@@ -76,6 +76,17 @@ LLAMA2 = ChatFormat(
   specials=("<|eot|>",),
   add_tokens=("<|eot|>",),
 )
+# LIMA's: a new token, which is not the one that ends documents, ends every utterance of the user and of the assistant
+LIMA = ChatFormat(
+  name="lima",
+  system=None,
+  user=Turn(" ", "<|eot|>"),
+  header=" ",
+  stop="<|eot|>",
+  extra_stops=(EOS,),
+  specials=("<|eot|>",),
+  add_tokens=("<|eot|>",),
+)
 PLAIN = ChatFormat(name="plain", system=Turn("", "\n\n"), user=Turn("User: ", "\n\n"), header="Assistant: ", stop=EOS)
 
 
