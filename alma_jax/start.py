@@ -29,7 +29,7 @@ from alma_jax.errors import DiskError, UserError, Waiting, full_disk
 from alma_jax.llama import sharding
 from alma_jax.options import ConfigError
 from alma_jax.report import page
-from alma_jax.runtime import peers, room
+from alma_jax.runtime import peers, room, tracking
 from alma_jax.runtime.display import Display
 from alma_jax.runtime.host import Host
 from alma_jax.runtime.sampling import Options as SamplingOptions
@@ -146,6 +146,7 @@ def checked_options(config: ConfigDict) -> dict[int, Any]:
   rounds = range(2, 2 + getattr(config, "feedback_rounds", 0))
   found = options_lib.of_rounds(config, recipe.Options, rounds)
   recipe.check(found)
+  tracking.check(getattr(found[0], "track", ""))
   return found
 
 
@@ -186,12 +187,19 @@ def open_session(config: ConfigDict, workdir: str | pathlib.Path) -> Iterator[Se
   check_lengths(by_round, host.config.max_positions)
   for step in recipe_of(config).checks(host, by_round):
     step()
-  with Run(workdir, jax.process_index(), jax.process_count(), barrier, made_with()) as run_directory:
+  run = Run(workdir, jax.process_index(), jax.process_count(), barrier, made_with())
+  with contextlib.ExitStack() as stack:
+    run_directory = stack.enter_context(run)
     run_directory.check_shared()
     run_directory.save_config(json.loads(json.dumps(config.to_dict(), default=str)))
     run_directory.log(
       "start", devices=[d.device_kind for d in jax.devices()], hosts=jax.process_count(), jax=jax.__version__
     )
+    tracker: Any = getattr(options, "track", "")
+    if tracker and jax.process_index() == 0:
+      told = tracking.Tracker(tracker, run_directory.dir, tracking.plain(config.to_dict()), host.display.say)
+      run_directory.watchers.append(told)
+      stack.callback(told.close)
     room.foresee(run_directory.dir, host, recipe_of(config).models(by_round))
     yield Session(run_directory, host, mesh, by_round, config)
 

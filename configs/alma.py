@@ -27,6 +27,7 @@ def llama_8b() -> Config:
   c = section()
   c.recipe = "alma"
   c.seed = 0
+  c.track = ""  # "trackio" or "wandb": metrics, stages and scores go there, too
   c.feedback_rounds = 10  # rounds 2 .. 11; round 1 is the initial SFT
   c.rounds = section()  # overrides, e.g. {3: dict(responses=dict(temperature=0.9))}
   c.shards = 64  # parts per stage: the unit of resuming and of splitting over hosts

@@ -26,6 +26,7 @@ def llama_7b() -> Config:
   c = section()
   c.recipe = "isara"
   c.seed = 0
+  c.track = ""  # "trackio" or "wandb": metrics, stages and scores go there, too
   c.feedback_rounds = 6  # the most iterations (ours), rounds 2 .. 7; round 1 is SFT on the human pairs alone
   c.rounds = section()  # overrides, e.g. {3: dict(responses=dict(temperature=0.5))}
   c.shards = 16  # parts per stage: the unit of resuming and of splitting over hosts

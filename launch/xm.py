@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import app, flags
+from ml_collections import config_flags
 from sweep import units_of_flags  # of this folder
 
 from alma_jax import names
@@ -45,8 +46,7 @@ flags.DEFINE_string("executor", None, "An executor of your own, package.module:N
 
 def launch(create: Callable[[str], Any], title: str, units: Sequence[Unit], packageable: Any, executor: Any) -> None:
   """Add a job for each unit to the experiment that `create(title)` makes."""
-  from xmanager import xm
-
+  xm = api()
   with create(title) as experiment:
     [executable] = experiment.package([packageable])
     for unit in units:
@@ -54,10 +54,15 @@ def launch(create: Callable[[str], Any], title: str, units: Sequence[Unit], pack
       experiment.add(xm.Job(executable, executor, args=list(unit.arguments), name=unit.directory.name))
 
 
+def api() -> Any:
+  """XManager's core module."""
+  return importlib.import_module("xmanager.xm")
+
+
 def backend(name: str) -> Any:
   """The module of a backend; the process ends with one line where its package is missing."""
   try:
-    importlib.import_module("xmanager.xm")
+    api()
     return importlib.import_module(MODULES[name])
   except ModuleNotFoundError as e:
     extra = "xmanager-slurm" if name == "slurm" else "xmanager"
@@ -73,8 +78,6 @@ def resources(text: str) -> Mapping[str, float]:
 
 
 def executor_of_flags(module: Any) -> Any:
-  from xmanager import xm
-
   if FLAGS.executor:
     try:
       return names.resolve(EXECUTORS, FLAGS.executor, "--executor")
@@ -83,12 +86,11 @@ def executor_of_flags(module: Any) -> Any:
   if FLAGS.backend == "slurm":
     sys.exit("error: --backend=slurm needs --executor=package.module:NAME, an xm_slurm.Slurm(...) with its cluster")
   kind = module.KubernetesJobExecutor if FLAGS.backend == "cloud" else module.Local
-  return kind(requirements=xm.JobRequirements(resources(FLAGS.requirements)))
+  return kind(requirements=api().JobRequirements(resources(FLAGS.requirements)))
 
 
 def packageable_of_flags(module: Any, executor: Any) -> Any:
-  from xmanager import xm
-
+  xm = api()
   if FLAGS.backend != "local" and not FLAGS.image:
     sys.exit(f"error: --backend={FLAGS.backend} needs --image: build launch/Dockerfile and push it")
   if FLAGS.backend == "slurm":
@@ -109,7 +111,7 @@ def main(argv: Sequence[str]) -> None:
   print(f"{len(units)} variants, {len(units) - len(waiting)} finished", flush=True)
   if waiting:
     executor = executor_of_flags(module)
-    title = pathlib.Path(FLAGS["config"].config_filename.partition(":")[0]).stem
+    title = pathlib.Path(config_flags.get_config_filename(FLAGS["config"]).partition(":")[0]).stem
     launch(module.create_experiment, title, waiting, packageable_of_flags(module, executor), executor)
 
 

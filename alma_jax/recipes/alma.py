@@ -18,7 +18,7 @@ from alma_jax.errors import RunError
 from alma_jax.judges import contract
 from alma_jax.judges.contract import Judge
 from alma_jax.options import Checked, ConfigError, option, refuse, spread
-from alma_jax.runtime import alarms, training
+from alma_jax.runtime import alarms, tracking, training
 from alma_jax.runtime.host import Checkpoint, EngineOptions, Host, ModelOptions
 from alma_jax.runtime.sampling import ManyOptions
 from alma_jax.runtime.session import MeshOptions
@@ -87,6 +87,7 @@ class Options(Checked):
   grpo: training.GrpoOptions
   eval: evaluation.Options
   alarms: alarms.Options
+  track: tracking.Kind = option("", practical=True)  # "trackio" or "wandb"; beside TensorBoard's files
 
   def __post_init__(self) -> None:
     super().__post_init__()

@@ -17,7 +17,7 @@ from typing import Literal, TypeAlias
 
 from alma_jax import names
 from alma_jax.options import Checked, ConfigError, option, refuse, spread
-from alma_jax.runtime import alarms, training
+from alma_jax.runtime import alarms, tracking, training
 from alma_jax.runtime.host import Checkpoint, EngineOptions, Host, ModelOptions
 from alma_jax.runtime.sampling import ManyOptions
 from alma_jax.runtime.sampling import Options as SamplingOptions
@@ -89,6 +89,7 @@ class Options(Checked):
   policy: training.MixedOptions
   eval: evaluation.Options
   alarms: alarms.Options
+  track: tracking.Kind = option("", practical=True)  # "trackio" or "wandb"; beside TensorBoard's files
 
 
 Session: TypeAlias = AnySession[Options]

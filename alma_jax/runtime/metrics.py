@@ -33,6 +33,7 @@ class StepLog:
     self.batches, self.began, self.c = batches, 0.0, s.host.trained_config
     self.peak = (peak(s.mesh.devices.flat[0]) or 0) * s.mesh.size
     self.board: Any = None
+    self.name, self.watchers = stage.name, s.run.watchers
 
   def __enter__(self) -> Self:
     self.began = time.monotonic()
@@ -75,6 +76,8 @@ class StepLog:
       with writing(path), open(path, "w" if self.first else "a") as file:
         file.write(shards.json_text({"step": step + 1} | rounded) + "\n")
     self.board.add(step + 1, {**metrics, **speed})
+    for watcher in self.watchers:
+      watcher.step(self.name, step + 1, {**metrics, **speed})
     self.first = False
 
 

@@ -42,6 +42,7 @@ CHOICE = "choice"  # which epoch's model a run goes on with, and why
 MAIN_SET = ""  # the evaluation prompts `data.eval`
 # Files of a run
 CONFIG, LOG, PROGRESS, PAGE, LOCK = "config.json", "log.jsonl", "progress.csv", "report.html", ".lock"
+TRACKED = ".tracked.json"  # the run's name at a tracker
 DIGESTS = ".digests.json"  # of large files outside the run, so that a later start need not read them for it
 # Files of a stage
 MANIFEST, FINGERPRINT, REPORT, METRICS = "manifest.json", "fingerprint.json", "report.json", "metrics.jsonl"

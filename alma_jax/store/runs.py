@@ -27,7 +27,7 @@ import numbers
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import numpy as np
 
@@ -53,6 +53,16 @@ class ChangedError(RunError):
     self.changed = changed
 
 
+class Watcher(Protocol):
+  """Hears of what a run does, on process 0. It raises nothing and takes no time."""
+
+  def there(self, name: str) -> None: ...  # a stage that an earlier start has finished
+  def begun(self, name: str) -> None: ...
+  def finished(self, name: str, manifest: Manifest) -> None: ...
+  def step(self, stage: str, step: int, values: Mapping[str, float]) -> None: ...  # of a training
+  def evaluated(self, row: Mapping[str, Any]) -> None: ...  # a new row of progress.csv
+
+
 class Run:
   """One run directory. `barrier(name)` returns when all processes have called it; `made_with` (versions, devices)
   enters every manifest, outside the fingerprint."""
@@ -68,6 +78,7 @@ class Run:
     file_system.check_path(workdir)
     self.dir, self.made_with = pathlib.Path(workdir), dict(made_with or {})
     self.process, self.processes, self.barrier = process, processes, barrier
+    self.watchers: list[Watcher] = []
     if self.dir.exists() and not self.dir.is_dir():
       raise RunError(f"{self.dir} is a file; --workdir must name a directory.")
     _check_format(self.dir)
@@ -118,7 +129,10 @@ class Run:
     }
     if self.process == 0:
       digests.keep(self.dir / layout.DIGESTS, shards.write_sealed)
-    return Stage(self, name, fingerprint_of(fields, contents), suffix)
+    made = Stage(self, name, fingerprint_of(fields, contents), suffix)
+    for watcher in self.watchers:
+      (watcher.there if made.done else watcher.begun)(name)
+    return made
 
   def log(self, event: str, **fields: Any) -> None:
     if self.process == 0:
@@ -150,6 +164,7 @@ class Run:
       rows += layout.progress(self.dir)
     except RunError:
       _logger.warning("%s is damaged and is written again, a row for each evaluation", self.dir / layout.PROGRESS)
+    before = [{name: value for name, value in old.items() if value} for old in rows]
     columns = list(dict.fromkeys(column for r in [*rows, row] for column in r))
     places = [i for i, old in enumerate(rows) if old.get("round") == str(row["round"])]
     if places:
@@ -162,6 +177,9 @@ class Run:
     writer.writerows(rows)
     with shards.atomic(self.dir / layout.PROGRESS) as file:
       file.write(table.getvalue().encode())
+    if {name: str(value) for name, value in row.items() if value not in (None, "")} not in before:
+      for watcher in self.watchers:
+        watcher.evaluated(row)
 
   def check(self) -> None:
     """Raises if another process has taken this run over."""
@@ -284,6 +302,8 @@ class Stage:
     _wait_for(self.dir / layout.MANIFEST, self.run.processes)
     self._manifest = load_manifest(self.dir)
     self._parts = self.parts
+    for watcher in self.run.watchers:
+      watcher.finished(self.name, self.manifest)
     return self.manifest
 
   def _write_manifest(
