@@ -3,7 +3,7 @@
   python -m alma_jax.main --config=configs/isara.py:mini --workdir=runs/isara     a laptop, a minute
   python -m alma_jax.main --config=configs/isara.py:7b --workdir=runs/isara_7b \\
     --config.model.path=/models/llama-7b --config.data.sft=seeds.jsonl --config.data.eval=questions.jsonl \\
-    --config.eval.judges="('harm=reward:/models/beaver-dam-7b',)" --config.categories.harmful_above=0.0
+    --config.eval.judges="('harm=reward:/models/harm',)" --config.categories.judge=harm
 
 Where the paper names no number the value is ours, and its comment says so. --config.categories.seeds="('country',)"
 takes D_0 from one category and shows how the others are answered. configs/ablations/isara_*.py are its sweeps.
@@ -46,8 +46,9 @@ def llama_7b() -> Config:
   c.categories = section()
   c.categories.by = "field"  # the rows' own field `category`; or "my_rows:NAME", a function of the row; mini
   c.categories.seeds = ()  # D_0 is of these categories alone; (): of all
-  c.categories.harmful_above = None  # an answer with a higher score is harmful; or harmful_below, a lower one
-  c.categories.harmful_below = None
+  c.categories.judge = ""  # the one of eval.judges by whose scores an answer is harmful; "": none
+  c.categories.harmful = "above"  # it is if its score is above the bound; "below"
+  c.categories.bound = 0.0
 
   c.mesh = section(data=1, fsdp=-1, tensor=1)  # of training, over all hosts; -1: all devices that are left
   c.engine = section()

@@ -396,15 +396,15 @@ def test_scores_by_category_with_seen_and_unseen_ones_and_the_rate_of_harm(sessi
   if not stage.done:
     stage.write_part(0, 1, [Grade(id, score) for id, score in scores.items()], Grade)
     stage.finish()
-  options = categories.Options(harmful_above=5.5)
+  options = categories.Options(judge="truth", bound=5.5)
   categories.build(r, [PromptSet("", rows, "0")], ["truth", "absent"], ["a"], options)
   found = json.loads((run.dir / "round_01/categories.truth/report.json").read_text())
   assert {name: row["score"]["mean"] for name, row in found["by"].items()} == {"a": 3.0, "b": 4.0, "c": 5.0}
   assert found["seen"]["score"] == found["by"]["a"]["score"] and found["unseen"]["score"]["mean"] == 4.5
   assert found["unseen"]["harmful"]["mean"] == pytest.approx(2 / 6) and found["without_category"] == 1
   assert [row["seen"] for row in found["by"].values()] == [True, False, False]
-  with pytest.raises(ConfigError, match="one bound"):
-    categories.Options(harmful_above=1.0, harmful_below=0.0)
+  below = categories.table(scores, {id: "a" for id in scores}, [], categories.Options(harmful="below", bound=2.5))
+  assert below["unseen"]["harmful"]["mean"] == pytest.approx(0.3) and "seen" not in below
 
 
 def test_the_report_shows_what_was_kept_and_the_categories(session, world):

@@ -178,6 +178,8 @@ def check(by_round: Mapping[int, Options]) -> None:
       refuse("prompts.words", o.prompts.words, "must be the fewest and the most of a question, at least (1, 1)")
     if not o.eval.judges:
       raise ConfigError("eval.judges is empty: this recipe has no judge of its own, so name one that grades")
+    if o.categories.judge and o.categories.judge not in o.eval.named_judges:
+      refuse("categories.judge", o.categories.judge, f"must be one of eval.judges: {', '.join(o.eval.named_judges)}")
 
 
 def checks(host: Host, by_round: Mapping[int, Options]) -> Iterator[Callable[[], object]]:

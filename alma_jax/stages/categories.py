@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from alma_jax import names
 from alma_jax.corpus.normalise import prompt_id
@@ -30,13 +30,9 @@ class Options(Checked):
   # What gives a row's category: "field" reads its own field `category`; or a function of the row, which has `messages`
   by: str = option("field", names=names.CATEGORIES)
   seeds: tuple[str, ...] = ()  # the human pairs are of these categories alone; (): of all
-  harmful_above: float | None = None  # an answer is harmful if its score is above this ...
-  harmful_below: float | None = None  # ... or below this
-
-  def __post_init__(self) -> None:
-    super().__post_init__()
-    if self.harmful_above is not None and self.harmful_below is not None:
-      raise ConfigError("harmful_above and harmful_below are both set: one bound says which answers are harmful")
+  judge: str = ""  # the one of `eval.judges` by whose scores an answer is harmful; "": none
+  harmful: Literal["above", "below"] = "above"  # it is if its score is above the bound, or below it
+  bound: float = 0.0
 
   def fields(self) -> dict[str, Any]:
     """What decides a row's category, for fingerprints."""
@@ -88,17 +84,19 @@ def build(
       stage = s.run.stage(layout.categories_name(s.round, judge, asked.name), fields, {"grades": s.run.dir / graded})
       if not stage.done and s.run.process == 0:
         scores = {grade.prompt_id: grade.score for grade in read_stage(s.run.dir / graded, Grade)}
-        shards.write_json(stage.dir / layout.REPORT, table(scores, of, seen, options))
+        shards.write_json(
+          stage.dir / layout.REPORT, table(scores, of, seen, options if judge == options.judge else None)
+        )
       stage.finish(files=[layout.REPORT])
       if len(set(of.values())) > 1:
         s.display.say(f"{stage.name}: {in_words(layout.read_json(stage.dir / layout.REPORT))}")
 
 
 def table(
-  scores: Mapping[str, float | None], of: Mapping[str, str], seen: Collection[str], options: Options
+  scores: Mapping[str, float | None], of: Mapping[str, str], seen: Collection[str], harm: Options | None = None
 ) -> dict[str, Any]:
   """{"seen": ..., "unseen": ..., "by": {category: ...}}, each the mean score with its interval and n, and the rate of
-  harmful answers where the options say which ones are."""
+  harmful answers where `harm` says which ones are."""
   by_category: dict[str, list[float]] = collections.defaultdict(list)
   for id, score in scores.items():
     if score is not None and math.isfinite(score):
@@ -106,18 +104,16 @@ def table(
   known = {name: values for name, values in sorted(by_category.items()) if name != NONE}
   halves = {half: [x for name, values in known.items() if (name in seen) == (half == SEEN) for x in values]
             for half in (SEEN, UNSEEN)}  # fmt: skip
-  return {half: _summary(values, options) for half, values in halves.items() if values} | {
-    "by": {name: _summary(values, options) | {SEEN: name in seen} for name, values in known.items()},
+  return {half: _summary(values, harm) for half, values in halves.items() if values} | {
+    "by": {name: _summary(values, harm) | {SEEN: name in seen} for name, values in known.items()},
     "without_category": len(by_category.get(NONE, ())),
   }
 
 
-def _summary(values: Sequence[float], options: Options) -> dict[str, Any]:
+def _summary(values: Sequence[float], harm: Options | None) -> dict[str, Any]:
   found = {"score": _mean(values)}
-  if options.harmful_above is not None:
-    found["harmful"] = _mean([float(x > options.harmful_above) for x in values])
-  elif options.harmful_below is not None:
-    found["harmful"] = _mean([float(x < options.harmful_below) for x in values])
+  if harm:
+    found["harmful"] = _mean([float(x > harm.bound if harm.harmful == "above" else x < harm.bound) for x in values])
   return found
 
 
