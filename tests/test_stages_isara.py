@@ -26,7 +26,7 @@ from alma_jax.stages import categories, drafts, neighbours, pairs, policy, promp
 from alma_jax.store import shards
 from alma_jax.store.data import SeedRow
 from alma_jax.store.handles import Data, PromptSet
-from alma_jax.store.records import Grade
+from alma_jax.store.records import Grade, Prompt, Response
 from alma_jax.text import chat, fewshot
 from alma_jax.text.tokenizer import load_tokenizer
 from configs import isara
@@ -335,6 +335,17 @@ def test_similar_texts_are_those_of_a_loop(similarity, monkeypatch):
   found = pairs.similar(texts, 8, similarity)
   assert [x.tolist() for x in found] == [[j for j in range(i) if like(texts[i], texts[j])] for i in range(8, 30)]
   assert sum(map(len, found)) > 5
+
+
+def test_an_answer_that_is_dropped_drops_no_other():
+  said = ["a b c d e", "a b c d x", "q b c d x"]  # the second one is like both others, which are not like each other
+  asked = [Prompt(f"{i:016x}", turn(f"question {i}"), "test") for i in range(3)]
+  candidates = [
+    pairs._Candidate(i, asked[i], Response(asked[i].id, 0, "base", text, (1,) * 5, True, 0.0), [])
+    for i, text in enumerate(said)
+  ]
+  found = pairs._judged(candidates, ["another one"], pairs.Options(similarity=0.7))
+  assert found == [("kept", ""), ("near_answer", said[0]), ("kept", "")]
 
 
 # D_0 and the end
