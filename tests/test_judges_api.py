@@ -11,6 +11,7 @@ import pytest
 
 from alma_jax import names
 from alma_jax.errors import UserError
+from alma_jax.evals import protocols
 from alma_jax.evals.protocols import Item
 from alma_jax.judges import api, api_asking, api_http, contract
 from alma_jax.judges.api_asking import Answers, Asking, Limits
@@ -391,7 +392,7 @@ def test_protocol_and_fields_stand_behind_the_url():
   body = grader.body(ask)
   assert body["reasoning_effort"] == "low" and "max_tokens" not in body and body["temperature"] == 0
   assert grader.identity != api.grader_of(f"{url}#mt_bench", "alma").identity
-  two = api.item_of("1", [*({"role": r, "content": r} for r in ("system", "user", "assistant", "user"))], "!")
+  two = protocols.item_of("1", [*({"role": r, "content": r} for r in ("system", "user", "assistant", "user"))], "!")
   assert two.turns == ("system\n\nuser", "user") and two.answers == ("assistant", "!")
   (ask,) = api.judge(None, None, f"{url}#mt_bench").grader.asks(two)
   assert ask.part == "turn_2"

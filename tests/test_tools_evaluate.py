@@ -7,12 +7,14 @@ import pathlib
 import threading
 
 import pytest
+import report_run
 
 from alma_jax.evals import answers
 from alma_jax.evals.answers import AnswersError
-from alma_jax.judges import api_http
+from alma_jax.judges import api_http, contract
 from alma_jax.judges.own import OwnJudge
 from alma_jax.mini.formats import JUDGE
+from alma_jax.store import layout
 from alma_jax.text.judge import Shot
 from alma_jax.tools import command, evaluate, score
 
@@ -256,6 +258,39 @@ def test_the_packages_own_judge_gives_the_scores_of_the_scorer(tmp_path):
   assert score.main([f"--input={source}", "--model=mini", "--rows=4", f"--output={out}"]) == 0
   scored = [json.loads(line) for line in out.read_text().splitlines()]
   assert [(x["score"], x["mass"]) for x in grades(tmp_path / "g")] == [(x["score"], x["mass"]) for x in scored]
+
+
+def test_all_rounds_of_a_run_are_graded_and_a_killed_command_goes_on(tmp_path, monkeypatch, capsys):
+  report_run.make(tmp_path / "run")
+  place, asked, real = tmp_path / "g", [], contract.scores
+  monkeypatch.setattr(evaluate, "PART", 16)  # 40 answers in three parts
+
+  def killed(judge, pairs, *rest, **more):
+    asked.append(pairs[0].name)
+    if len(asked) == 5:  # in the second round's second part
+      raise KeyboardInterrupt
+    return real(judge, pairs, *rest, **more)
+
+  monkeypatch.setattr(evaluate.contract, "scores", killed)
+  flags = (f"--input={tmp_path / 'run'}", "--with=rules:length", f"--output={place}")
+  assert grade(*flags) == 130
+  assert grade(*flags) == 0 and len(asked) == len(set(asked)) + 1  # what was under way is asked again, nothing else
+  rounds = sorted(path.name for path in (place / "eval").iterdir())
+  assert rounds == [f"round_{r:02d}" for r in layout.rounds(tmp_path / "run")]
+  for r in layout.rounds(tmp_path / "run"):
+    found = grades(place / "eval" / f"round_{r:02d}")
+    assert [x["score"] for x in found] == [i + r for i in range(40)] and found[3]["id"] == "e3"
+  capsys.readouterr()
+  assert evaluate.main(["compare", f"--input={place}"]) == 0
+  assert "eval, graded by rules:length" in (shown := capsys.readouterr().out) and "+1.000 ± 0.000" in shown
+  # Pairwise against a round; another judge in the same place is refused.
+  api = ("--with=api:m@http://127.0.0.1:9/v1", "--protocol=arena_hard_2025", f"--output={tmp_path / 'p'}", "--dry_run")
+  assert grade(flags[0], *api, "--against=round_01") == 0
+  games = 2 * 40 * (len(rounds) - 1)
+  assert f"{games:,} to send, 0 answered before" in capsys.readouterr().out
+  assert grade(flags[0], *api, "--against=round_09") == 1 and "there are round 0, round 1" in capsys.readouterr().err
+  assert grade(flags[0], "--with=rules:refusal", flags[2]) == 1
+  assert "holds grades of another judge" in capsys.readouterr().err
 
 
 def test_a_base_model_judges_after_the_examples_of_a_file(tmp_path, capsys):

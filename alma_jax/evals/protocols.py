@@ -44,6 +44,20 @@ class Item:
   row: Mapping[str, Any] | None = None  # the fields of its row and of its question's, for judges by rule
 
 
+def item_of(id: str, messages: Sequence[Mapping[str, str]], response: str) -> Item:
+  """A conversation and the response to its last turn. Texts of the system are part of the user's turn that follows."""
+  turns, answers, before = [], [], ""
+  for message in messages:
+    if message["role"] == "system":
+      before += message["content"] + "\n\n"
+    elif message["role"] == "user":
+      turns.append(before + message["content"])
+      before = ""
+    else:
+      answers.append(message["content"])
+  return Item(id, tuple(turns), (*answers, response))
+
+
 @dataclasses.dataclass(frozen=True)
 class Ask:
   """One request to the judge."""

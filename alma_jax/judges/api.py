@@ -145,7 +145,7 @@ class ApiJudge:
     return self.shown_scores(pairs, None)
 
   def shown_scores(self, pairs: Sequence[Answered], bar: Bar | None) -> list[Verdict]:
-    items = [item_of(str(at), messages, response) for at, (messages, response) in enumerate(pairs)]
+    items = [protocols.item_of(str(at), messages, response) for at, (messages, response) in enumerate(pairs)]
     shown = 0
 
     def progress(count: int) -> None:
@@ -159,20 +159,6 @@ class ApiJudge:
       bar.update(len(pairs) - shown)  # those that were answered before
     found = [self.grader.graded(item, self.asking.answers, refused) for item in items]
     return [Verdict(x.grade.score, details={"reply": x.replies, "missing": x.missing}) for x in found]
-
-
-def item_of(id: str, messages: Sequence[Mapping[str, str]], response: str) -> Item:
-  """A conversation and the response to its last turn. Texts of the system are part of the user's turn that follows."""
-  turns, answers, before = [], [], ""
-  for message in messages:
-    if message["role"] == "system":
-      before += message["content"] + "\n\n"
-    elif message["role"] == "user":
-      turns.append(before + message["content"])
-      before = ""
-    else:
-      answers.append(message["content"])
-  return Item(id, tuple(turns), (*answers, response))
 
 
 def judge(host: Any, options: Any, argument: str) -> ApiJudge:

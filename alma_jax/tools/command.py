@@ -283,21 +283,31 @@ def opened_judge(options: Shared, judge: str, own: OwnOptions) -> tuple[Host, Ju
   return host, contract.by_name(names.EVALUATORS, judge, host, options, "--with")
 
 
-def write_grades(
-  directory: pathlib.Path, decides: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
-) -> None:
-  """Write grades.jsonl and summary.json; raise if the directory holds grades by which something else `decides`."""
+def check_held(directory: pathlib.Path, decides: Mapping[str, Any]) -> None:
+  """Raise if the directory holds grades by which something else `decides`."""
   path = directory / "summary.json"
-  if path.exists():
-    held = layout.read_json(path)
-    if changed := [name for name, value in decides.items() if held.get(name) != value]:
-      raise RunError(
-        f"{directory} holds grades of another {' and '.join(changed)}: {held.get(changed[0])} -> {decides[changed[0]]}."
-        " Give another --output, or delete grades.jsonl and summary.json there"
-      )
-  with shards.atomic(directory / "grades.jsonl") as file:
-    file.write(shards.json_lines(lines))
-  shards.write_json(path, {**decides, **summary})
+  if not path.exists():
+    return
+  held = layout.read_json(path)
+  if changed := [name for name, value in decides.items() if held.get(name) != value]:
+    raise RunError(
+      f"{directory} holds grades of another {' and '.join(changed)}: {held.get(changed[0])} -> {decides[changed[0]]}."
+      f" Give another --output, or delete {directory}"
+    )
+
+
+def write_grades(
+  directory: pathlib.Path,
+  decides: Mapping[str, Any],
+  lines: Sequence[Mapping[str, Any]] | None,
+  summary: Mapping[str, Any],
+) -> None:
+  """Write summary.json and, where `lines` are given, grades.jsonl."""
+  check_held(directory, decides)
+  if lines is not None:
+    with shards.atomic(directory / "grades.jsonl") as file:
+      file.write(shards.json_lines(lines))
+  shards.write_json(directory / "summary.json", {**decides, **summary})
 
 
 def local_mesh(options: Shared) -> jax.sharding.Mesh:

@@ -11,10 +11,11 @@
   python -m alma_jax.tools.evaluate grade --input=answers.jsonl --with=api:gpt-4o@https://api.openai.com/v1 \
       --protocol=mt_bench --set=question.jsonl --references=gpt-4.jsonl --output=grades/mine
 
-The input is a file of answers: lines of alma_jax.tools.sample, {"prompt", "response"}, or the layout of AlpacaEval,
-FastChat or Arena-Hard (their answers need --set, the file of the questions). --against names the answers of the model
-to compare with. Files are joined by id where both have one, else by the exact prompt; rows without a partner are an
-error.
+The input is a run, all of whose rounds and sets are graded, each in its own folder of the output; or the --output of
+`evaluate answer`; or a file of answers: lines of alma_jax.tools.sample, {"prompt", "response"}, or the layout of
+AlpacaEval, FastChat or Arena-Hard (their answers need --set, the file of the questions). --against names the answers
+of the model to compare with, of a run one of its rounds, such as round_01. Files are joined by id where both have one,
+else by the exact prompt; rows without a partner are an error.
 
 --with=api:MODEL@URL asks an OpenAI-compatible endpoint by a --protocol: alma, mt_bench, lima_1_6 rate; lima_pairwise,
 alpaca_eval, arena_hard_2024 and arena_hard_2025 compare. The key is the environment's ALMA_API_KEY (docs/api_judge.md).
@@ -32,29 +33,30 @@ judge (a word of the list below, or my_judges:NAME) rates each answer; --model i
   {"id", "category", "score", "parts", "battles", "replies", "missing", "details"}
 
 `score` is null where the verdict is missing; it is never guessed, and the command fails if more than 2 % are missing.
-The answers of an endpoint are kept in the directory: a killed command asks nothing twice. summary.json has the numbers.
+A killed command goes on where it stopped, and the answers of an endpoint are kept in the directory: nothing is asked
+twice. summary.json has the numbers.
 """
 
 import collections
 import dataclasses
+import json
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import numpy as np
-
 from alma_jax import names
-from alma_jax.errors import RunError, UserError
-from alma_jax.evals import answers, protocols, scoring
+from alma_jax.errors import RunError
+from alma_jax.evals import answers, protocols, runs, totals
 from alma_jax.evals.protocols import Item
 from alma_jax.judges import api, contract
 from alma_jax.judges.api_asking import Answers, Asking, Limits, estimate, price_of, served_by
-from alma_jax.options import ConfigError, option, spread
+from alma_jax.options import ConfigError, labelled, option, spread
 from alma_jax.runtime.display import Display
-from alma_jax.store import shards, statistics
-from alma_jax.tools import command, evaluate_answer, evaluate_compare, evaluate_export, evaluate_judge
+from alma_jax.store import layout, shards
+from alma_jax.tools import command, evaluate_answer, evaluate_compare, evaluate_export, evaluate_judge, jsonl
 
+PART = 256  # answers in a part: what a killed command does again at most
 PROTOCOLS = Literal[
   "alma", "mt_bench", "lima_1_6", "lima_pairwise", "alpaca_eval", "arena_hard_2024", "arena_hard_2025"
 ]
@@ -115,28 +117,78 @@ def main(arguments: Sequence[str]) -> int:
   return command.status(lambda: grade(options))
 
 
+@dataclasses.dataclass(frozen=True)
+class Unit:
+  """One model's answers to one set, and where their grades go."""
+
+  directory: pathlib.Path
+  items: Sequence[Item]
+  asked: Sequence[contract.Answered]  # the same for judges of single responses
+  made_of: Mapping[str, str]  # digests
+  name: str = ""  # of a run's: "round 2, mt_bench"
+
+
 def grade(options: Options) -> None:
-  items = answers.joined(options.input, options.set, options.against, options.references)
-  if unanswered := [item for item in items if not item.answers]:
-    raise answers.AnswersError(f"{options.input}: {unanswered[0].id} and {len(unanswered) - 1:,} more have no answer")
   directory = pathlib.Path(options.output)
   command.check_place(directory)
   if directory.is_file():
     raise RunError(f"--output: {directory} is a file; name a directory")
+  run = pathlib.Path(options.input)
+  units = _of_run(options, run) if layout.config_in(run) else [_of_file(options)]
   if options.through_api:
-    _through_api(options, items, directory)
+    _through_api(options, units, directory)
   else:
-    _with_judge(options, items, directory)
+    _with_judge(options, units)
+
+
+def _of_file(options: Options) -> Unit:
+  """The answers of a file, or of the --output of `evaluate answer`."""
+  path = pathlib.Path(options.input)
+  path = path / "answers.jsonl" if path.is_dir() else path
+  if not path.is_file():
+    raise RunError(f"--input: {options.input} is no file of answers, no --output of `evaluate answer` and no run")
+  items = answers.joined(path, options.set, options.against, options.references)
+  if unanswered := [item for item in items if not item.answers]:
+    raise answers.AnswersError(f"{path}: {unanswered[0].id} and {len(unanswered) - 1:,} more have no answer")
+  asked = [contract.Answered(_messages(item), item.answers[-1], name=item.id, row=item.row) for item in items]
+  files = {"input": path, "set": options.set, "against": options.against, "references": options.references}
+  made_of = {name: shards.digest(file)[:16] for name, file in files.items() if file}
+  return Unit(pathlib.Path(options.output), items, asked, made_of)
+
+
+def _of_run(options: Options, run: pathlib.Path) -> list[Unit]:
+  """The answers of all rounds of a run to all of its sets; --against names a round."""
+  if options.set or options.references:
+    raise ConfigError("--set and --references are for files of answers; a run's config names the files of its sets")
+  named = labelled("sets", (layout.config_in(run) or {}).get("eval", {}).get("sets", ()))
+  found, units = list(runs.answered(run)), []
+  for chosen in dict.fromkeys(answered.chosen for answered in found):
+    about, rounds = runs.about(run, chosen, named), [x for x in found if x.chosen == chosen]
+    other = next((x for x in rounds if options.against in (x.name, layout.round_name(x.round))), None)
+    if options.against and other is None:
+      raise RunError(f"--against: {run} has no {options.against!r}; there are {', '.join(x.name for x in rounds)}")
+    for answered in rounds:
+      if answered == other:
+        continue
+      items = answered.items(about, other)
+      asked = [
+        contract.Answered(r.messages, r.response, r.finished, f"{answered.stage}, prompt {r.prompt_id}", item.row)
+        for r, item in zip(answered.records(), items, strict=True)
+      ]
+      made_of = {"input": answered.digest[:16]} | ({"against": other.digest[:16]} if other else {})
+      place = pathlib.Path(options.output) / layout.answers_name(chosen) / layout.round_name(answered.round)
+      units.append(Unit(place, items, asked, made_of, f"{answered.name}, {chosen or 'data.eval'}"))
+  return units
 
 
 # An endpoint
 
 
-def _through_api(options: Options, items: Sequence[Item], directory: pathlib.Path) -> None:
+def _through_api(options: Options, units: Sequence[Unit], directory: pathlib.Path) -> None:
   grader = api.grader_of(options.with_.removeprefix("api:"), options.protocol)
   if grader.protocol.pairwise and not options.against:
     raise ConfigError(f"--protocol={grader.protocol.name} compares with another model's answers: give --against=FILE")
-  kept = Answers(directory / "answers")
+  kept, items = Answers(directory / "answers"), [item for unit in units for item in unit.items]
   requests = grader.requests(items, kept)
   if options.dry_run:
     price = price_of(options.prices, grader.endpoint.model) if options.prices else None
@@ -168,31 +220,32 @@ def _through_api(options: Options, items: Sequence[Item], directory: pathlib.Pat
         bar.update(count)
 
       refused = grader.ask(items, asking, progress)
-  graded = [grader.graded(item, kept, refused) for item in items]
-  lines = [
-    {
-      "id": item.id,
-      "category": item.category,
-      "score": x.grade.score,
-      "parts": dict(x.grade.parts),
-      "battles": list(x.grade.battles),
-      "replies": dict(x.replies),
-      "missing": dict(x.missing),
-    }
-    for item, x in zip(items, graded, strict=True)
-  ]
-  served = collections.Counter(
-    served_by(response)
-    for request in grader.requests(items, kept)
-    if (response := kept.get(grader.endpoint, request)) is not None
-  )
   spent = {
     "requests": asking.spent.requests,
     "tokens in": asking.spent.tokens_in,
     "tokens out": asking.spent.tokens_out,
   }
-  more = {"scale": grader.protocol.scale, "answered by": dict(served), "this start": spent}
-  _finish(options, directory, grader.identity, grader.protocol.name, lines, more)
+  for unit in units:
+    served = collections.Counter(
+      served_by(response)
+      for request in grader.requests(unit.items, kept)
+      if (response := kept.get(grader.endpoint, request)) is not None
+    )
+    graded = [grader.graded(item, kept, refused) for item in unit.items]
+    lines = [
+      {
+        "id": item.id,
+        "category": item.category,
+        "score": x.grade.score,
+        "parts": dict(x.grade.parts),
+        "battles": list(x.grade.battles),
+        "replies": dict(x.replies),
+        "missing": dict(x.missing),
+      }
+      for item, x in zip(unit.items, graded, strict=True)
+    ]
+    more = {"scale": grader.protocol.scale, "answered by": dict(served), "this start": spent}
+    _finish(unit, {"judge": grader.identity, "protocol": grader.protocol.name}, lines, more, written=False)
 
 
 def _limits(options: Options) -> Limits:
@@ -202,28 +255,42 @@ def _limits(options: Options) -> Limits:
 # Any other judge
 
 
-def _with_judge(options: Options, items: Sequence[Item], directory: pathlib.Path) -> None:
+def _with_judge(options: Options, units: Sequence[Unit]) -> None:
   host, judge = command.opened_judge(options, options.with_, options.own)
-  directory.mkdir(exist_ok=True)
-  pairs = [contract.Answered(_messages(item), item.answers[-1], name=item.id, row=item.row) for item in items]
-  with host.display.bar("judging", len(pairs), "answers") as bar:
-    verdicts = contract.scores(judge, pairs, bar, missing=True)
-  lines = [
-    {
-      "id": item.id,
-      "category": item.category,
-      "score": verdict.score,
-      "parts": {f"turn_{len(item.turns)}": verdict.score},
-      "battles": [],
-      "mass": verdict.mass,
-      "details": None if verdict.details is None else dict(verdict.details),
-    }
-    for item, verdict in zip(items, verdicts, strict=True)
-  ]
-  if options.with_ == "rules:ifeval":  # as its official checker's lines
-    keys = [(item.row or {}).get("key", item.id) for item in items]
-    lines = [{"key": key, **(line["details"] or {}), **line} for key, line in zip(keys, lines, strict=True)]
-  _finish(options, directory, judge.identity, "rating", lines, {"scale": judge.scale})
+  by = {"judge": judge.identity, "protocol": "rating"}
+  for unit in units:
+    unit.directory.mkdir(exist_ok=True, parents=True)
+    command.check_held(unit.directory, by | {"made_of": unit.made_of})
+    output = unit.directory / "grades.jsonl"
+    jsonl.check_output(output)
+    with jsonl.stage_of(output, options, {"tool": "evaluate grade", **by, **unit.made_of}) as stage:
+      shares = [range(len(unit.items))[begin : begin + PART] for begin in range(0, len(unit.items), PART)]
+      parts = jsonl.Parts(stage, [len(share) for share in shares], 1)
+      called = f"judging {unit.name}" if unit.name else "judging"
+      with host.display.bar(called, parts.total, "answers", done=parts.done) as bar:
+        for numbers, groups in parts.missing(list(share) for share in shares):
+          for number, share in zip(numbers, groups, strict=True):
+            verdicts = contract.scores(judge, [unit.asked[i] for i in share], bar, missing=True)
+            found = [_line(unit.items[i], v) for i, v in zip(share, verdicts, strict=True)]
+            if options.with_ == "rules:ifeval":  # as its official checker's lines
+              keys = [(unit.items[i].row or {}).get("key", unit.items[i].id) for i in share]
+              found = [{"key": key, **(line["details"] or {}), **line} for key, line in zip(keys, found, strict=True)]
+            parts.write(number, found, {})
+      jsonl.finish(stage, output)
+    lines = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    _finish(unit, by, lines, {"scale": judge.scale}, written=True)
+
+
+def _line(item: Item, verdict: contract.Verdict) -> dict[str, Any]:
+  return {
+    "id": item.id,
+    "category": item.category,
+    "score": verdict.score,
+    "parts": {f"turn_{len(item.turns)}": verdict.score},
+    "battles": [],
+    "mass": verdict.mass,
+    "details": None if verdict.details is None else dict(verdict.details),
+  }
 
 
 def _messages(item: Item) -> list[dict[str, str]]:
@@ -240,97 +307,28 @@ def _messages(item: Item) -> list[dict[str, str]]:
 
 
 def _finish(
-  options: Options, directory: pathlib.Path, identity: str, protocol: str, lines: Sequence[dict[str, Any]], more: Any
+  unit: Unit, by: Mapping[str, str], lines: Sequence[dict[str, Any]], more: Mapping[str, Any], written: bool
 ) -> None:
-  """Write grades.jsonl and summary.json; raise if too much is missing."""
-  named = ("input", "set", "against", "references")
-  made_of = {name: shards.digest(file)[:16] for name in named if (file := getattr(options, name))}
-  decides = {"judge": identity, "protocol": protocol, "made_of": made_of}
-  parts = [verdict for line in lines for verdict in line["parts"].values()]
-  missing = sum(verdict is None for verdict in parts)
-  numbers = numbers_of(protocol, lines) if missing < len(parts) else {}
-  summary = {"items": len(lines), "missing": missing, "of": len(parts), "numbers": numbers} | more
-  command.write_grades(directory, decides, lines, summary)
-  print(
-    f"{directory / 'grades.jsonl'}: {len(lines):,} answers, {missing:,} of {len(parts):,} verdicts missing; {identity}"
-  )
+  """Write grades.jsonl, unless it is `written`, and summary.json; raise if too much is missing."""
+  verdicts = [verdict for line in lines for verdict in line["parts"].values()]
+  missing = sum(verdict is None for verdict in verdicts)
+  numbers = totals.numbers_of(by["protocol"], lines) if missing < len(verdicts) else {}
+  summary = {"items": len(lines), "missing": missing, "of": len(verdicts), "numbers": numbers, **more}
+  unit.directory.mkdir(exist_ok=True, parents=True)
+  command.write_grades(unit.directory, {**by, "made_of": unit.made_of}, None if written else lines, summary)
+  place, judge = unit.directory / "grades.jsonl", by["judge"]
+  print(f"{place}: {len(lines):,} answers, {missing:,} of {len(verdicts):,} verdicts missing; {judge}")
   for name, number in numbers.items():
     print(f"  {name:24} {number['value']:.3f}" + _interval(number) + f"  n={number['n']:,}")
   if missing:
     why = next((reason for line in lines for reason in line.get("missing", {}).values()), "no score")
     print(f"  the first one missing: {why}")
-  contract.check_missing(identity, missing, len(parts))
+  contract.check_missing(judge, missing, len(verdicts))
 
 
 def _interval(number: dict[str, Any]) -> str:
   low, high = number.get("low"), number.get("high")
   return "" if low is None or high is None else f"  [{low:.3f}, {high:.3f}]"
-
-
-def numbers_of(protocol: str, lines: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-  """name -> value, n and 95 % interval over questions."""
-  if protocol == "mt_bench":
-    return _mt_bench(lines)
-  if protocol.startswith("arena_hard"):
-    held = [line["battles"] for line in lines]
-    found = scoring.arena_hard(held)
-    sums = np.array([(sum(x), len(x)) for x in held if x], np.float64)
-    interval = statistics.bootstrap(sums, lambda x: float(100 * x[:, 0].sum() / x[:, 1].sum()))
-    ci = {"low": interval.low, "high": interval.high}
-    return {"win rate %": {"value": found.value, "n": found.questions, **ci}} | _consistency(lines)
-  scores = [line["score"] for line in lines]
-  if protocol in ("alpaca_eval", "lima_pairwise"):
-    found = scoring.win_rate(scores)
-    half = None if found.standard_error is None else statistics.Z95 * found.standard_error
-    both = {
-      "win rate %": _number(found.value, half, found.n),
-      "discrete win rate %": _number(found.discrete, None, found.n),
-    }
-    return both | (_consistency(lines) if protocol == "lima_pairwise" else {})
-  return {"mean": _mean([score for score in scores if score is not None])}
-
-
-def _mt_bench(lines: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-  rated = [
-    scoring.Rated(line["id"], int(part.rpartition("_")[2]), line["category"], rating)
-    for line in lines
-    for part, rating in line["parts"].items()
-  ]
-  known = [x for x in rated if x.rating is not None]
-  found, out = scoring.mt_bench(rated), {}
-
-  def clustered(kept: Sequence[scoring.Rated], value: float) -> dict[str, Any]:
-    mean = statistics.clustered([x.rating or 0.0 for x in kept], np.array([str(x.question) for x in kept]))
-    return _number(value, mean.ci95 if mean else None, len(kept))
-
-  out["average"] = clustered(known, found.average)
-  for turn, value in found.turns.items():
-    out[f"turn {turn}"] = clustered([x for x in known if x.turn == turn], value)
-  for category, value in found.categories.items():
-    if category:
-      out[category] = clustered([x for x in known if x.category == category], value)
-  return out
-
-
-def _consistency(lines: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-  """How often both orders name the same winner; the model stands second in game_1."""
-  first = {"A": 1.0, "B": 0.0, "C": 0.5} | {label: share for label, (share, _) in protocols.LABELS.items()}
-  both = [(line["parts"].get("game_1"), line["parts"].get("game_2")) for line in lines]
-  shares = [(None if a is None else 1 - first[a], None if b is None else first[b]) for a, b in both]
-  same, n = scoring.consistent(shares), sum(a is not None and b is not None for a, b in shares)
-  return {} if same is None else {"both orders agree": _number(same, None, n)}
-
-
-def _mean(values: Sequence[float]) -> dict[str, Any]:
-  mean = statistics.mean(values)
-  if mean is None:
-    raise UserError("no answer has a score")
-  return _number(mean.value, mean.ci95, mean.n)
-
-
-def _number(value: float, half: float | None, n: int) -> dict[str, Any]:
-  ends = {} if half is None else {"low": value - half, "high": value + half}
-  return {"value": value, "n": n, **ends}
 
 
 if __name__ == "__main__":

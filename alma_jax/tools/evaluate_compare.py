@@ -3,10 +3,11 @@
   python -m alma_jax.tools.evaluate compare --input grades/mine grades/other [--output=compared.csv]
   python -m alma_jax.tools.evaluate compare --input runs/alma
 
-An input is the --output of `evaluate grade`, whose name is that of the model, or a run, whose rounds are the models: a
-block for each of its sets and judges. Means and paired differences to --against (the first model if not given) have
-95 % intervals over questions; p values are adjusted by Holm's method over all of them; `detectable` is the difference
-that so many questions would show with a probability of 80 %. Numbers of two judges are never compared.
+An input is the --output of `evaluate grade`, whose name is that of the model; or a run, or the grades of one, whose
+rounds are the models: a block for each of its sets and judges. Means and paired differences to --against (the first
+model if not given) have 95 % intervals over questions; p values are adjusted by Holm's method over all of them;
+`detectable` is the difference that so many questions would show with a probability of 80 %. Numbers of two judges are
+never compared.
 --categories=true adds a block for each category.
 """
 
@@ -15,15 +16,12 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import Any
-
-import pyarrow.parquet as pq
 
 from alma_jax.errors import RunError
-from alma_jax.evals import comparison
+from alma_jax.evals import comparison, runs
 from alma_jax.evals.comparison import ComparisonError, Group, Scores
-from alma_jax.options import Checked, option
-from alma_jax.store import layout, verify
+from alma_jax.options import Checked, labelled, option
+from alma_jax.store import layout
 from alma_jax.tools import command
 
 
@@ -75,25 +73,31 @@ def run(options: Options) -> None:
 def groups_of(inputs: Sequence[pathlib.Path]) -> list[Group]:
   """The graded models of all inputs, by set and judge."""
   groups: list[Group] = []
-  graded: list[tuple[pathlib.Path, dict[str, Any]]] = []
+  graded: list[pathlib.Path] = []
   for directory in inputs:
     if (directory / "summary.json").is_file():
-      graded.append((directory, layout.read_json(directory / "summary.json")))
+      graded.append(directory)
     elif layout.config_in(directory):
       groups += of_run(directory)
+    elif rounds := sorted(path.parent for path in directory.glob("*/*/summary.json")):  # `grade --input=RUN` wrote it
+      for chosen in dict.fromkeys(path.parent for path in rounds):
+        groups.append(_of_grades([path for path in rounds if path.parent == chosen], chosen.name))
     else:
-      raise ComparisonError(f"{directory} is neither the --output of `evaluate grade` nor a run")
-  if graded:
-    first, held = graded[0]
-    for directory, summary in graded:
-      for name in ("judge", "protocol"):
-        if summary.get(name) != held.get(name):
-          raise ComparisonError(
-            f"{first} and {directory} cannot be compared: {name} {held.get(name)!r} and {summary.get(name)!r}"
-          )
-    judge = f"{held['judge']}, {held.get('protocol', '')}"
-    groups.append(Group("answers", judge, [_scores(directory) for directory, _ in graded]))
-  return groups
+      raise ComparisonError(f"{directory} is neither an --output of `evaluate grade` nor a run")
+  return groups + ([_of_grades(graded, "answers")] if graded else [])
+
+
+def _of_grades(directories: Sequence[pathlib.Path], asked: str) -> Group:
+  """The models whose grades are in these directories, all by one judge."""
+  first, *others = [(directory, layout.read_json(directory / "summary.json")) for directory in directories]
+  for directory, summary in others:
+    for name in ("judge", "protocol"):
+      if summary.get(name) != first[1].get(name):
+        raise ComparisonError(
+          f"{first[0]} and {directory} cannot be compared: {name} {first[1].get(name)!r} and {summary.get(name)!r}"
+        )
+  judge = f"{first[1]['judge']}, {first[1].get('protocol', '')}"
+  return Group(asked, judge, [_scores(directory) for directory in directories])
 
 
 def _scores(directory: pathlib.Path) -> Scores:
@@ -105,19 +109,17 @@ def _scores(directory: pathlib.Path) -> Scores:
 
 def of_run(run: pathlib.Path) -> list[Group]:
   """A group for each set and judge of a run; its models are the rounds that are graded."""
+  named = labelled("sets", (layout.config_in(run) or {}).get("eval", {}).get("sets", ()))
   found: dict[tuple[str, str], list[Scores]] = {}
-  for round in layout.rounds(run):
-    for chosen in layout.sets_of(run, round):
-      for name in layout.graders(run, round, chosen):
-        stage = layout.grades_name(layout.stage_name(round, layout.answers_name(chosen)), name)
-        manifest = layout.manifest_of(run, stage) or {}
-        scores: dict[str, float] = {}
-        for path in layout.parts_of(run / stage) or []:
-          with verify.opened(path) as file:
-            rows = pq.read_table(file, columns=["prompt_id", "score"]).to_pylist()
-          scores |= {row["prompt_id"]: row["score"] for row in rows if row["score"] is not None}
-        key = (chosen or "data.eval", f"{name}: {manifest['judge']['identity']}")
-        found.setdefault(key, []).append(Scores(f"round {round}", scores))
+  categories: dict[str, dict[str, str]] = {}
+  for answered in runs.answered(run):
+    if answered.chosen not in categories:
+      categories[answered.chosen] = answered.categories(runs.about(run, answered.chosen, named))
+    for name in layout.graders(run, answered.round, answered.chosen):
+      judge = runs.identity(run, answered.round, answered.chosen, name)
+      scores = runs.scores(run, answered.round, answered.chosen, name)
+      key = (answered.chosen or "data.eval", judge)
+      found.setdefault(key, []).append(Scores(answered.name, scores, categories[answered.chosen]))
   if not found:
     raise RunError(f"{run}: no round has been graded yet")
   return [Group(asked, judge, models) for (asked, judge), models in found.items()]

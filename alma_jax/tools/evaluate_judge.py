@@ -13,10 +13,12 @@ Ties count as the benchmark has it, or as --ties says: wrong, half, or share (on
 --counts=pre-2024-09 takes RewardBench 1's counts of xstest as they were, swapped, which the papers of 2024 used.
 
 --output is a directory: grades.jsonl has a line per case, {"id", "subset", "scores", "outcome"}, summary.json the
-accuracies with n and 95 % interval, by subset, by margin, and where the right answer is the shorter one.
+accuracies with n and 95 % interval, by subset, by margin, and where the right answer is the shorter one. The scores
+alone are in scores.jsonl. A killed command goes on where it stopped; other --ties or --counts ask the judge nothing.
 """
 
 import dataclasses
+import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -27,7 +29,9 @@ from alma_jax.evals import preferences
 from alma_jax.judges import contract
 from alma_jax.options import option, spread
 from alma_jax.store import shards
-from alma_jax.tools import command
+from alma_jax.tools import command, jsonl
+
+PART = 128  # cases in a part: what a killed command does again at most
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,14 +65,28 @@ def run(options: Options) -> None:
   if directory.is_file():
     raise RunError(f"--output: {directory} is a file; name a directory")
   host, judge = command.opened_judge(options, options.with_, options.own)
-  pairs = [
-    contract.Answered(asked, answer, name=f"case {case.id}, answer {at}")
-    for case in cases
-    for at, (asked, answer) in enumerate(zip(case.asked, case.answers, strict=True), 1)
-  ]
-  with host.display.bar("judging", len(pairs), "answers") as bar:
-    verdicts = iter(contract.scores(judge, pairs, bar, missing=True))
-  scores = [[next(verdicts).score for _ in case.answers] for case in cases]
+  directory.mkdir(exist_ok=True)
+  decides = {"judge": judge.identity, "kind": options.kind, "made_of": {"data": shards.digest(options.data)[:16]}}
+  command.check_held(directory, decides)
+  shares = [cases[begin : begin + PART] for begin in range(0, len(cases), PART)]
+  sizes = [sum(len(case.answers) for case in share) for share in shares]
+  output, asked = directory / "scores.jsonl", dataclasses.replace(options, input=options.data)
+  jsonl.check_output(output)
+  with jsonl.stage_of(output, asked, {"tool": "evaluate judge", **decides}) as stage:
+    parts = jsonl.Parts(stage, sizes, 1)
+    with host.display.bar("judging", parts.total, "answers", done=parts.done) as bar:
+      for numbers, groups in parts.missing(shares):
+        for number, share in zip(numbers, groups, strict=True):
+          pairs = [
+            contract.Answered(messages, answer, name=f"case {case.id}, answer {at}")
+            for case in share
+            for at, (messages, answer) in enumerate(zip(case.asked, case.answers, strict=True), 1)
+          ]
+          verdicts = iter(contract.scores(judge, pairs, bar, missing=True))
+          lines = [{"id": case.id, "scores": [next(verdicts).score for _ in case.answers]} for case in share]
+          parts.write(number, lines, {})
+    jsonl.finish(stage, output)
+  scores = [json.loads(line)["scores"] for line in output.read_text(encoding="utf-8").splitlines()]
 
   ties = options.ties or preferences.TIES[options.kind]
   lines = [
@@ -76,27 +94,25 @@ def run(options: Options) -> None:
     for case, of in zip(cases, scores, strict=True)
   ]
   missing = sum(score is None for of in scores for score in of)
-  decides = {"judge": judge.identity, "kind": options.kind, "made_of": {"data": shards.digest(options.data)[:16]}}
   found: dict[str, preferences.Accuracy] = {}
   margins: list[tuple[float, preferences.Accuracy]] = []
   if any(line["outcome"] is not None for line in lines):
     counts = preferences.SWAPPED if options.counts == "pre-2024-09" else {}
     found = preferences.numbers(cases, scores, options.kind, ties, counts) | preferences.with_people(cases, scores)
     margins = preferences.by_margin(cases, scores)
-  directory.mkdir(exist_ok=True)
-  summary: dict[str, Any] = {"cases": len(cases), "missing": missing, "of": len(pairs), "ties": ties}
+  summary: dict[str, Any] = {"cases": len(cases), "missing": missing, "of": sum(sizes), "ties": ties}
   summary |= {"counts": options.counts, "scale": judge.scale}
   summary["numbers"] = {name: dataclasses.asdict(number) for name, number in found.items()}
   summary["by margin"] = [{"up to": most, **dataclasses.asdict(number)} for most, number in margins]
   command.write_grades(directory, decides, lines, summary)
 
-  print(f"{directory / 'grades.jsonl'}: {len(cases):,} cases, {missing:,} of {len(pairs):,} scores missing")
+  print(f"{directory / 'grades.jsonl'}: {len(cases):,} cases, {missing:,} of {sum(sizes):,} scores missing")
   print(f"  by {judge.identity}; ties: {ties}")
   for name, number in found.items():
     print(_line(name, number))
   for most, number in margins:
     print(_line(f"margin up to {most:.3g}", number))
-  contract.check_missing(judge.identity, missing, len(pairs))
+  contract.check_missing(judge.identity, missing, sum(sizes))
 
 
 def _line(name: str, number: preferences.Accuracy) -> str:
