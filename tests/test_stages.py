@@ -19,6 +19,7 @@ from alma_jax.corpus.normalise import prompt_id
 from alma_jax.engine import losses
 from alma_jax.errors import RunError, UserError
 from alma_jax.judges.contract import Verdict
+from alma_jax.options import fingerprint
 from alma_jax.recipes import alma as alma_recipe
 from alma_jax.runtime import alarms
 from alma_jax.runtime.display import Display
@@ -106,7 +107,33 @@ def test_pair_honours_the_least_margin():
   a, b, c = response(0, "a", (1,)), response(1, "b", (2,)), response(2, "c", (3,))
   scored = [(a, 9.0), (b, 8.9), (c, 4.0)]
   assert selected(0, scored, "dpo", 1.0)[0][0].rejected == "c"
-  assert selected(0, scored[:2], "dpo", 1.0) == ([], "no_different_response")
+  assert selected(0, scored[:2], "dpo", 1.0) == ([], "below_min_margin")
+
+
+def test_pairs_of_best_and_worst_of_ordered_two_and_of_like_lengths():
+  def made(n, candidates, **more):
+    found = trainset.select(prompt(n), candidates, 2, 0, trainset.Options("dpo", **more))
+    return [(p.chosen, p.rejected) for p in found.records] or found.reason
+
+  scored = [(response(i, f"answer {i}", tokens=tuple(range(i, 2 * i + 3))), float(i)) for i in range(6)]
+  scored[5] = (dataclasses.replace(scored[5][0], finished=False), 5.0)
+  assert {made(n, scored, pairs="best_worst")[0] for n in range(20)} == {("answer 4", "answer 0")}
+  assert made(0, scored, pairs="best_worst", truncated=True) == [("answer 5", "answer 0")]
+  assert made(0, scored, pairs="best_worst", min_margin=4.5) == "below_min_margin"
+  # 4 has 7 tokens, and 0 .. 3 have 3 .. 6
+  assert made(0, scored, pairs="best_worst", length_ratio=1.5) == [("answer 4", "answer 2")]
+  assert made(0, scored, pairs="best_worst", length_ratio=1.1) == "other_lengths_differ"
+  ordered = [made(n, scored, pairs="ordered_random") for n in range(300)]
+  assert ordered == [made(n, scored[::-1], pairs="ordered_random") for n in range(300)]  # whatever their order
+  drawn = collections.Counter(tuple(x[0]) for x in ordered if isinstance(x, list))
+  assert len(drawn) == 10 and all(chosen > rejected for chosen, rejected in drawn)  # every pair of 0 .. 4
+  assert ordered.count("better_one_is_truncated") == 300 - drawn.total()  # a third has answer 5, which is the best
+  assert 60 < ordered.count("better_one_is_truncated") < 140
+  assert made(0, [(scored[1][0], 1.0)] * 2, pairs="ordered_random") == "no_different_response"
+  default = fingerprint(trainset.Options("dpo"))  # runs of before these options go on
+  assert default == {"method": "dpo", "min_margin": 0.0} and "pairs" in fingerprint(
+    trainset.Options("dpo", 0, "best_worst")
+  )
 
 
 def test_pairs_of_equal_scores_are_none():

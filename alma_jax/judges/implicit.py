@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,18 +31,18 @@ from alma_jax.runtime.display import Bar
 from alma_jax.runtime.host import Checkpoint, Host, content_of, model_directory
 from alma_jax.store import verify
 from alma_jax.text import published
-from alma_jax.text.tokenizer import TextError, load_tokenizer
+from alma_jax.text.tokenizer import TextError, Tokenizer, load_tokenizer
 
 PER = ("sequence", "token")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImplicitJudge:
-  """Two checkpoints of one tokenizer."""
+  """Two checkpoints of one tokenizer; without a reference the score is log p."""
 
   host: Host
   policy: Checkpoint
-  reference: Checkpoint
+  reference: Checkpoint | None
   written: published.Written
   vocab: int  # tokens in the text's tokenizer
   per: str  # a word of PER
@@ -53,8 +54,9 @@ class ImplicitJudge:
   @property
   def identity(self) -> str:
     text = [self.written.prompt([{"role": "user", "content": "?"}]), self.written.response("!")]
-    digest = hashlib.sha256(json.dumps([self.policy.content, self.reference.content, text]).encode()).hexdigest()
-    return f"implicit {self.policy.name} against {self.reference.name} per {self.per} {digest[:16]}"
+    name, content = (self.reference.name, self.reference.content) if self.reference else ("nothing", "")
+    digest = hashlib.sha256(json.dumps([self.policy.content, content, text]).encode()).hexdigest()
+    return f"implicit {self.policy.name} against {name} per {self.per} {digest[:16]}"
 
   def scores(self, pairs: Sequence[Answered]) -> list[Verdict]:
     return self.shown_scores(pairs, None)
@@ -69,10 +71,10 @@ class ImplicitJudge:
       if key not in prompts:
         prompts[key] = tuple(self.written.prompt(messages))
       rows.append((prompts[key], tuple(self.written.drawn(response, pair.finished))))
-    for checkpoint in (self.policy, self.reference):
+    for checkpoint in filter(None, (self.policy, self.reference)):
       _check_room(checkpoint, max((len(prompt) + len(suffix) for prompt, suffix in rows), default=0))
-    ours = self._logprobs(self.policy, rows, None)
-    theirs = self._logprobs(self.reference, rows, bar)
+    ours = self._logprobs(self.policy, rows, None if self.reference else bar)
+    theirs = self._logprobs(self.reference, rows, bar) if self.reference else np.zeros_like(ours)
     counts = np.array([len(suffix) for _, suffix in rows])
     found = (ours - theirs) / (np.maximum(1, counts) if self.per == "token" else 1)
     return [
@@ -110,14 +112,8 @@ def named(host: Host, options: Any, argument: str) -> ImplicitJudge:
   ours, theirs = map(model_directory, said.places)
   for directory in (ours, theirs):
     weights.files(directory)
-  tokenizer, other = load_tokenizer(ours), load_tokenizer(theirs)
-  known = tokenizer.exact.get_vocab()
-  differ = [token for token, i in other.exact.get_vocab().items() if known.get(token) != i]
-  if differ:
-    raise TextError(
-      f"'implicit:{argument}': {len(differ):,} tokens of {theirs} have other ids in {ours}, the first is {differ[0]!r}:"
-      " the two checkpoints must have one tokenizer"
-    )
+  tokenizer = load_tokenizer(ours)
+  check_same_tokens(tokenizer, ours, theirs, f"'implicit:{argument}'")
   return ImplicitJudge(
     host=host,
     policy=Checkpoint(said.places[0], ours, content_of(ours)),
@@ -126,3 +122,20 @@ def named(host: Host, options: Any, argument: str) -> ImplicitJudge:
     vocab=tokenizer.size,
     per=per,
   )
+
+
+def of_checkpoints(host: Host, policy: Checkpoint, reference: Checkpoint | None, per: str) -> ImplicitJudge:
+  """The judge of a run's own checkpoints, in the run's chat format."""
+  written = published.written_by(host.tokenizer, host.chat)
+  return ImplicitJudge(host, policy, reference, written, host.tokenizer.size, per)
+
+
+def check_same_tokens(tokenizer: Tokenizer, ours: pathlib.Path, theirs: pathlib.Path, where: str) -> None:
+  """Raise a TextError for a model in `theirs` whose tokens have other ids than the tokenizer of `ours`."""
+  known = tokenizer.exact.get_vocab()
+  differ = [token for token, i in load_tokenizer(theirs).exact.get_vocab().items() if known.get(token) != i]
+  if differ:
+    raise TextError(
+      f"{where}: {len(differ):,} tokens of {theirs} have other ids in {ours}, the first is {differ[0]!r}: the two"
+      " checkpoints must have one tokenizer"
+    )

@@ -11,7 +11,7 @@ from typing import Any
 
 from alma_jax.store.statistics import Mean
 
-STEPS = {"alma": "round", "lima": "epoch", "isara": "round", "spa": "iteration"}  # what a recipe calls its rounds
+STEPS = {"alma": "round", "lima": "epoch", "isara": "round", "spa": "round"}  # what a recipe calls its rounds
 SHOWN = 1500  # characters of a text in an example
 # HTML allows no control characters but tab and newline. Those of ASCII have pictures in Unicode; lone surrogates, which
 # no file can hold, and the other controls do not.

@@ -15,11 +15,17 @@ from alma_jax.store.runs import Artefact
 BINS = 11  # of the histogram over the judge's scale
 
 
-def build(s: Session[Any], asked: Artefact[Prompt], answered: Artefact[Response], judge: Judge) -> Artefact[Judgment]:
+def build(
+  s: Session[Any],
+  asked: Artefact[Prompt],
+  answered: Artefact[Response],
+  judge: Judge,
+  name: str = layout.JUDGMENTS,
+) -> Artefact[Judgment]:
   """The round's `judgments`, a part for each share of the prompts, in the order of the responses to them."""
   shares = s.options.shards
   fields = {"judge": judge.identity, "text": s.describe_text(), "dtype": s.host.dtype, "shards": shares}
-  stage = s.stage(layout.JUDGMENTS, fields, {"prompts": asked, "responses": answered})
+  stage = s.stage(name, fields, {"prompts": asked, "responses": answered})
   if stage.done:
     return Artefact(stage, Judgment)
   messages = {p.id: p.messages for p in asked.read()}

@@ -16,7 +16,7 @@ import numpy as np
 from alma_jax.engine import losses
 from alma_jax.errors import RunError
 from alma_jax.keys import key_of
-from alma_jax.options import Checked, fingerprint, option
+from alma_jax.options import Checked, fingerprint, option, refuse
 from alma_jax.runtime import alarms
 from alma_jax.runtime.session import Session
 from alma_jax.store import layout, shards
@@ -32,6 +32,16 @@ class Options(Checked):
   # "best_of_n"; "dpo": best against another (Table 7); "random": no judge; "grpo": all responses, graded
   method: Literal["best_of_n", "dpo", "random", "grpo"] = "best_of_n"
   min_margin: float = option(0.0, least=0)  # dpo: the least difference of the two scores, which is never 0
+  # dpo, the paper's 5.3: the best response against any other, or against the worst; or any two, the better one chosen
+  pairs: Literal["best_random", "best_worst", "ordered_random"] = option("best_random", later=True)
+  truncated: bool = option(False, later=True)  # a response that hit the length limit may be the chosen one (SPA)
+  length_ratio: float = option(0.0, least=0, later=True)  # dpo: the longer of the two has at most so many times the
+  # tokens of the shorter, a control for length; 0: any lengths
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    if 0 < self.length_ratio < 1:
+      refuse("length_ratio", self.length_ratio, "is a ratio of the longer to the shorter response: at least 1, or 0")
 
   @property
   def kind(self) -> type[Example] | type[Pair] | type[Graded]:
@@ -127,11 +137,11 @@ def select(prompt: Prompt, candidates: Sequence[Candidate], round: int, seed: in
   """What a prompt's responses give under `options.method`."""
   if options.method == "grpo":
     return graded(prompt, candidates, round)
-  eligible = [(response, score) for response, score in candidates if response.finished and response.text.strip()]
+  eligible = [x for x in candidates if x[0].text.strip() and (x[0].finished or options.truncated)]
   if not eligible:
     return Selection([], "no_finished_response")
   if options.method == "dpo":
-    return pair(prompt, eligible, candidates, (seed, round), options.min_margin)
+    return pair(prompt, eligible, candidates, (seed, round), options)
   if options.method == "random":  # any eligible response
     response, score = min(eligible, key=lambda x: key_of(seed, round, "random", prompt.id, x[0].sample_id))
   else:
@@ -144,17 +154,40 @@ def pair(
   eligible: Sequence[Candidate],
   candidates: Sequence[Candidate],
   seed_and_round: tuple[int, int],
-  min_margin: float,
+  options: Options,
 ) -> Selection:
-  """The best response against one drawn from those with a lower score, truncated ones included."""
+  """Two responses by `options.pairs`, the one with the higher score chosen. The rejected one may be truncated."""
+  written = [x for x in candidates if x[0].text.strip()]
+
+  def drawn(word: str, among: Sequence[Candidate]) -> Candidate:
+    return min(among, key=lambda x: key_of(*seed_and_round, word, prompt.id, x[0].sample_id))
+
+  if options.pairs == "ordered_random":
+    first = drawn("first", written)
+    others = [x for x in written if x[0].tokens != first[0].tokens]
+    written = [first, *([drawn("second", others)] if others else [])]
+    eligible = [x for x in eligible if x in written]
+    if len(eligible) < len(written) and (not eligible or best(eligible)[1] < max(score for _, score in written)):
+      return Selection([], "better_one_is_truncated")
   response, score = best(eligible)
-  others = [x for x in candidates if x[0].text.strip() and x[0].tokens != response.tokens]
-  others = [x for x in others if score > x[1] and score - x[1] >= min_margin]
-  if not others:
-    return Selection([], "no_different_response")
-  rejected, low = min(others, key=lambda x: key_of(*seed_and_round, "rejected", prompt.id, x[0].sample_id))
+  lower = [x for x in written if x[0].tokens != response.tokens and x[1] < score]
+  apart = [x for x in lower if score - x[1] >= options.min_margin]
+  like = [x for x in apart if _alike(x[0], response, options.length_ratio)]
+  if not like:
+    why = "other_lengths_differ" if apart else "below_min_margin" if lower else "no_different_response"
+    return Selection([], why)
+  if options.pairs == "best_worst":
+    rejected, low = min(like, key=lambda x: (x[1], x[0].sample_id))
+  else:
+    rejected, low = drawn("rejected", like)
   made = Pair(prompt.id, prompt.messages, response.text, rejected.text, score, low, seed_and_round[1])
   return Selection([made], top=score)
+
+
+def _alike(a: Response, b: Response, ratio: float) -> bool:
+  """Whether the lengths of two responses differ by no more than the ratio; 0: they may."""
+  short, long = sorted((len(a.tokens), len(b.tokens)))
+  return not ratio or long <= ratio * short
 
 
 def graded(prompt: Prompt, candidates: Sequence[Candidate], round: int) -> Selection:

@@ -39,6 +39,8 @@ NEIGHBOURS, CATEGORIES = "neighbours", "categories"  # shots of each prompt; the
 FORMS = "forms"  # the folder of what people fill in
 LOSS, COMPARED, AUDIT = "loss", "compare", "audit"  # of LIMA's epochs: of the validation, against others, by levels
 CHOICE = "choice"  # which epoch's model a run goes on with, and why
+# Judgments by a judge that selects nothing; how often the one that selects agrees with it and with people
+GOLD, AGREEMENT = "gold", "agreement"
 MAIN_SET = ""  # the evaluation prompts `data.eval`
 # Files of a run
 CONFIG, LOG, PROGRESS, PAGE, LOCK = "config.json", "log.jsonl", "progress.csv", "report.html", ".lock"
@@ -166,13 +168,14 @@ def sets_of(run: pathlib.Path, round: int) -> list[str]:
 
 
 def policy_of(run: pathlib.Path, round: int) -> pathlib.Path:
-  """Where the model lies that a round's evaluation is of: the round's policy, or the first initial SFT model in round
-  1. Where rounds are epochs of one training, it is the model that the epoch ended with."""
-  first = run / sft_name(1)
+  """Where the model lies that a round's evaluation is of: the round's policy, or the first initial SFT model where the
+  round has none (round 1 of ALMA, round 0 of SPA). Where rounds are epochs of one training, it is the model that the
+  epoch ended with."""
+  first, own = run / sft_name(1), run / stage_name(round, POLICY)
   if any(first.glob("epoch_*")):
     kept = first / epoch_name(round)
     return kept if kept.is_dir() else first
-  return first if round == 1 else run / stage_name(round, POLICY)
+  return first if round < 2 and not own.exists() else own
 
 
 def stages(run: pathlib.Path) -> list[Found]:

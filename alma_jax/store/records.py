@@ -79,6 +79,16 @@ class Pair:
 
 
 @dataclasses.dataclass(frozen=True)
+class Compared:
+  """Two answers to a prompt, the better one first, as the judge that selects scores them."""
+
+  prompt_id: str
+  source: str  # who says which is better: "held_out" for people's pairs, else the gold judge
+  margin: float  # the judge's score of the better answer minus that of the worse one
+  gold: float  # the same by who says it; 1 for people
+
+
+@dataclasses.dataclass(frozen=True)
 class Graded:
   prompt_id: str
   messages: Turns
