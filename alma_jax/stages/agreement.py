@@ -16,7 +16,7 @@ from alma_jax.runtime.session import Session
 from alma_jax.store import layout, statistics
 from alma_jax.store.data import SeedRow
 from alma_jax.store.handles import Trainset
-from alma_jax.store.records import Compared, Judgment, Pair
+from alma_jax.store.records import Agreement, Judgment, Pair
 from alma_jax.store.runs import Artefact
 
 PEOPLE, GOLD = "held_out", "gold"
@@ -42,7 +42,7 @@ class Scored:
   trainset: Trainset
 
 
-def build(s: Session[Any], judge: Judge, people: Sequence[SeedRow], scored: Scored) -> Artefact[Compared]:
+def build(s: Session[Any], judge: Judge, people: Sequence[SeedRow], scored: Scored) -> Artefact[Agreement]:
   """The round's `agreement`, a part for each share of the prompts, and its sums in words on the screen."""
   shares = s.options.shards
   fields = {"judge": judge.identity, "dtype": s.host.dtype, "shards": shares}
@@ -56,23 +56,23 @@ def build(s: Session[Any], judge: Judge, people: Sequence[SeedRow], scored: Scor
         found = _of_people(judge, people[share::shares], bar)
         if scored.gold:
           found += _of_gold(scored.judged.read(share), scored.gold.read(share))
-        stage.write_part(share, shares, found, Compared, _counts(found, scored.trainset.read(share)))
+        stage.write_part(share, shares, found, Agreement, _counts(found, scored.trainset.read(share)))
     stage.finish()
   for line in said(stage.manifest["counts"]):
     s.display.say(f"round {s.round}: {line}")
-  return Artefact(stage, Compared)
+  return Artefact(stage, Agreement)
 
 
-def _of_people(judge: Judge, people: Sequence[SeedRow], bar: Bar) -> list[Compared]:
+def _of_people(judge: Judge, people: Sequence[SeedRow], bar: Bar) -> list[Agreement]:
   pairs = [
     Answered(row.messages, text, True, f"held-out pair on line {row.line}") for row in people for text in row.answers
   ]
   found = [verdict.number for verdict in contract.scores(judge, pairs, bar)]
   both = zip(people, found[::2], found[1::2], strict=True)
-  return [Compared(prompt_id(row.messages), PEOPLE, chosen - rejected, 1.0) for row, chosen, rejected in both]
+  return [Agreement(prompt_id(row.messages), PEOPLE, chosen - rejected, 1.0) for row, chosen, rejected in both]
 
 
-def _of_gold(judged: Sequence[Judgment], gold: Sequence[Judgment]) -> list[Compared]:
+def _of_gold(judged: Sequence[Judgment], gold: Sequence[Judgment]) -> list[Agreement]:
   """The responses to each prompt two by two, 0 and 1, 2 and 3, ...; pairs that are equal to the gold judge say nothing.
 
   Scores of four responses by the judge and by the gold judge, and what is compared:
@@ -89,11 +89,11 @@ def _of_gold(judged: Sequence[Judgment], gold: Sequence[Judgment]) -> list[Compa
     for (a, gold_a), (b, gold_b) in zip(scores[::2], scores[1::2], strict=False):
       if gold_a != gold_b:
         sign = 1 if gold_a > gold_b else -1
-        found.append(Compared(prompt, GOLD, sign * (a - b), abs(gold_a - gold_b)))
+        found.append(Agreement(prompt, GOLD, sign * (a - b), abs(gold_a - gold_b)))
   return found
 
 
-def _counts(found: Sequence[Compared], pairs: Sequence[Any]) -> dict[str, Any]:
+def _counts(found: Sequence[Agreement], pairs: Sequence[Any]) -> dict[str, Any]:
   """Sums for means over all shares: how often the judge is right, a tie being half right, and what the pairs are."""
   counts: dict[str, Any] = {}
   for source in (PEOPLE, GOLD):

@@ -79,7 +79,7 @@ class Pair:
 
 
 @dataclasses.dataclass(frozen=True)
-class Compared:
+class Agreement:
   """Two answers to a prompt, the better one first, as the judge that selects scores them."""
 
   prompt_id: str
