@@ -148,3 +148,11 @@ def test_the_interval_of_ordered_holds_the_truth_95_times_in_100_also_where_prom
     change = statistics.ordered(scores, labels, groups, other)
     paired += abs(change.value) < change.ci95
   assert 365 <= held <= 392 and 365 <= paired <= 392
+
+
+def test_agreement_is_tie_discounted():
+  one = {"same": 1.0, "both tie": 0.5, "one tie": 0.5, "opposite": 0.0, "alone": 1.0}
+  other = {"same": 1.0, "both tie": 0.5, "one tie": 0.0, "opposite": 1.0}
+  found = statistics.tie_discounted(one, other)
+  assert (found.value, found.n) == ((1 + 1 + 0.5 + 0) / 4, 4)
+  assert statistics.tie_discounted(other, {}) is None

@@ -19,7 +19,7 @@ import jinja2
 from markupsafe import Markup
 
 from alma_jax.errors import full_disk
-from alma_jax.report import generated, graded, judges, numbers, pool, sections, wording
+from alma_jax.report import choice, generated, graded, judges, numbers, pool, sections, wording
 from alma_jax.store import layout, shards
 
 HERE = pathlib.Path(__file__).parent
@@ -28,6 +28,8 @@ SECTIONS: dict[str, tuple[str, Callable[[numbers.Facts], Any]]] = {  # title and
   "progress": ("Progress", sections.progress),
   "notes": ("Notes", sections.notes),
   "rounds": ("Rounds", sections.rounds),
+  "choice": ("Choice of the epoch", choice.choice),
+  "compared": ("Against other models", choice.compared),
   "generated": ("Generated pairs", generated.generated),
   "categories": ("Categories", generated.categories),
   "selection": ("Selection", sections.selection),

@@ -57,6 +57,12 @@ def paired(left: Mapping[str, float], right: Mapping[str, float]) -> Mean | None
   return mean([x for x in differences if math.isfinite(x)])
 
 
+def tie_discounted(one: Mapping[str, float], other: Mapping[str, float]) -> Mean | None:
+  """LIMA's agreement of two raters over the prompts that both judged, from shares of the win (1, 0.5 for a tie, 0): 1
+  where they say the same, 1/2 where one of them says tie, else 0."""
+  return mean([1 - abs(np.sign(one[key] - 0.5) - np.sign(other[key] - 0.5)) / 2 for key in one if key in other])
+
+
 def clustered(values: Values, groups: np.ndarray) -> Mean | None:
   """The mean over all values; the interval takes the values of a group together. groups [n]: the group of each."""
   values = np.asarray(values, np.float64)

@@ -1,0 +1,425 @@
+"""LIMA's stages: the choice of an epoch, comparisons, audits and forms for people; the recipe whole and killed."""
+
+import csv
+import json
+import threading
+
+import numpy as np
+import pytest
+from report_run import written
+from sessions import session_in
+from small_run import artefacts
+
+from alma_jax import start
+from alma_jax.errors import UserError, Waiting, waited
+from alma_jax.evals.forms import Form, FormError, Row
+from alma_jax.judges import human, pairwise
+from alma_jax.judges.contract import Verdict
+from alma_jax.llama import model as llama
+from alma_jax.llama import sharding, weights
+from alma_jax.recipes import lima as recipe
+from alma_jax.runtime import training
+from alma_jax.runtime.host import Checkpoint, EngineOptions, Host, ModelOptions
+from alma_jax.stages import audit, choice, compare
+from alma_jax.store import layout, shards
+from alma_jax.store.records import Answer, EpochGrade, Grade
+from alma_jax.store.runs import Artefact, Stage
+from alma_jax.store.statistics import Mean
+from alma_jax.text import chat
+from configs import lima
+
+PROMPTS = [f"country : {city}" for city in ("lyon", "oslo", "kobe", "lima")]
+GRADES = {"good": 6.0, "fine": 4.0, "poor": 1.0}
+
+
+@pytest.fixture
+def session(tmp_path):
+  with (s := session_in(tmp_path / "run", lima.get_config("mini"))).run:
+    yield s
+
+
+class ByWord:
+  """Scores an answer by its last word."""
+
+  identity, scale = "by word", (0.0, 10.0)
+
+  def scores(self, pairs):
+    return [Verdict(GRADES.get(response.split()[-1])) for _, response in pairs]
+
+
+def answers(s, epoch, words):
+  """The epoch's answer to each prompt: its number in the list and one of the words of GRADES."""
+  stage = s.run.stage(f"round_{epoch:02d}/eval", {"epoch": epoch})
+  asked = [({"role": "user", "content": prompt},) for prompt in PROMPTS]
+  rows = [
+    Answer(f"p{i}", turns, f"number {i} {word}", 3, True)
+    for i, (turns, word) in enumerate(zip(asked, words, strict=True))
+  ]
+  return finished(stage, rows, Answer)
+
+
+def finished(stage, rows, kind, **extra):
+  if not stage.done:
+    stage.write_part(0, 1, rows, kind)
+    stage.finish(**extra)
+  return Artefact(stage, kind)
+
+
+def grades(s, answered, epoch):
+  stage = s.run.stage(f"round_{epoch:02d}/eval.judge", {"epoch": epoch})
+  rows = [Grade(row.prompt_id, GRADES[row.response.split()[-1]]) for row in answered.read()]
+  return finished(stage, rows, Grade, judge={"identity": "by word"})
+
+
+WORDS = {  # means 2.5, 5, 5: the first of the best is epoch 6
+  5: ("poor", "poor", "fine", "fine"),
+  6: ("good", "fine", "fine", "good"),
+  7: ("good", "good", "fine", "fine"),
+}
+
+
+def epochs(s, graded=False):
+  made = {}
+  for epoch, words in WORDS.items():
+    written = answers(s, epoch, words)
+    checkpoint = Checkpoint(f"epoch_{epoch}", s.host.directory, str(epoch))
+    of = grades(s, written, epoch) if graded else None
+    made[epoch] = choice.Epoch(checkpoint, written, of, Mean(epoch / 10, 0.1, 4))
+  return made
+
+
+def fill(path, value_of, text="response"):
+  """Fill a form in as a person does who sees the columns alone."""
+  with open(path, encoding="utf-8-sig", newline="") as file:
+    rows = list(csv.DictReader(file))
+  for row in rows:
+    row[list(row)[-1]] = value_of(row)
+  with open(path, "w", encoding="utf-8-sig", newline="") as file:
+    writer = csv.DictWriter(file, list(rows[0]), delimiter=";")  # as some spreadsheets write it
+    writer.writeheader()
+    writer.writerows(rows)
+  return rows
+
+
+def by_word(row):
+  return f"{GRADES[row['response'].split()[-1]]:.0f}"
+
+
+# The choice
+
+
+def test_the_best_epoch_is_chosen_by_grades_the_earliest_of_several_and_the_loss_stands_beside(session):
+  chosen = choice.build(session, epochs(session, graded=True), choice.Options(judge="rules:length", first=5, last=7))
+  assert (chosen.epoch, chosen.checkpoint.name) == (6, "epoch_6")
+  manifest = layout.load_manifest(session.run.dir / "choice")
+  assert [(row["epoch"], row["mean"], row["loss"]) for row in manifest["epochs"]] == [
+    (5, 2.5, 0.5), (6, 5.0, 0.6), (7, 5.0, 0.7)
+  ]  # fmt: skip
+  assert manifest["by_loss"] == 5 and manifest["by"] == "by word" and manifest["epoch"] == 6
+  rows = session.run.dir / "choice" / shards.part_name(0, 1)
+  assert [row.value for row in shards.read_records(rows, EpochGrade) if row.epoch == 5] == [1.0, 1.0, 4.0, 4.0]
+
+
+def test_a_person_chooses_through_a_blind_form(session):
+  options = choice.Options(judge="human", first=5, last=7)
+  with pytest.raises(Waiting, match=r"^waiting: 8 of 8 rows of .*forms/choice\.csv have no grade \(1, 2, 3, 4, 5, 6\)"):
+    choice.build(session, epochs(session), options)
+  form = session.run.dir / "forms/choice.csv"
+  lines = form.read_text(encoding="utf-8-sig").splitlines()
+  assert lines[0] == "row,prompt,response,grade" and "epoch" not in form.read_text()
+  names = [line.split(",")[0] for line in lines[1:]]
+  assert names == sorted(names)  # hashes: the order says nothing of epochs or prompts
+  seen = fill(form, by_word)
+  assert len({(row["prompt"], row["response"]) for row in seen}) == 8  # 12 answers, equal ones are asked about once
+  filled = form.read_bytes()
+  text = filled.decode("utf-8-sig")
+  third = text.splitlines()[3]
+  form.write_text(text.replace(third, third[: third.rindex(";") + 1] + "7"), encoding="utf-8-sig")
+  with pytest.raises(FormError, match=r"forms/choice\.csv, line 4, column grade: '7'; it may be 1, 2, 3, 4, 5, 6"):
+    choice.build(session, epochs(session), options)
+  form.write_text(text.replace(third, third[: third.rindex(";") + 1]), encoding="utf-8-sig")
+  with pytest.raises(Waiting, match=r"^waiting: 1 of 8 rows"):
+    choice.build(session, epochs(session), options)
+  form.write_bytes(filled)
+  assert choice.build(session, epochs(session), options).epoch == 6
+  form.unlink()
+  assert choice.build(session, epochs(session), options).epoch == 6  # it is done
+
+
+@pytest.mark.parametrize("by", ["judge", "person"])
+def test_epochs_are_compared_with_the_one_before(session, by):
+  """5 -> 6: three won, one tie (1.375 ahead in sum 3 * 0.5); 6 -> 7: one won, one lost, two ties."""
+  options = choice.Options(judge="human", pairwise=True, first=5, last=7)
+  if by == "judge":
+    chosen = choice.build(session, epochs(session), options, pairwise.ByScores(ByWord(), 0.0))
+  else:
+    with pytest.raises(Waiting, match=r"4 of 4 rows of .* have no better"):  # equal answers are a tie
+      choice.build(session, epochs(session), options)
+
+    def better(row):
+      one, other = (GRADES[row[side].split()[-1]] for side in ("a", "b"))
+      return "a" if one > other else "b" if other > one else "tie"
+
+    fill(session.run.dir / "forms/choice.csv", better)
+    chosen = choice.build(session, epochs(session), options)
+  manifest = layout.load_manifest(session.run.dir / "choice")
+  assert [row["mean"] for row in manifest["epochs"]] == [0.0, 0.375, 0.375] and chosen.epoch == 6
+
+
+def test_values_that_are_wrong_together_are_refused_before_anything_runs():
+  for path, value, said in (
+    ("choice.last", 16, r"config\.choice\.last is 16; it must be at most sft\.epochs, which is 15"),
+    ("sft.keep_epochs", 0, r"config\.sft\.keep_epochs is 0; it must be from 1 to choice\.first, which is 5"),
+    ("choice.judge", "own", r"config\.data\.judge is empty, and choice\.judge is 'own'"),
+    ("audit.bounds", (8.0, 3.0), r"config\.audit\.bounds is \(8\.0, 3\.0\); a judge sorts into 3 levels"),
+    ("audit.asked", "tests", r"config\.audit\.asked is 'tests'; it may be 'test'"),
+    ("choice.judge", "humna", r"config\.choice\.judge|judge is 'humna'"),
+    ("compare.judges", ("rules:lenth",), None),
+  ):
+    c = lima.get_config("mini")
+    c.data.judge = "" if value == "own" else c.data.judge
+    section, field = path.split(".")
+    c[section][field] = value
+    if said:
+      with pytest.raises(UserError, match=said):
+        start.checked_options(c)
+    else:
+      start.checked_options(c)  # the rule's name is read where the judge is made
+
+
+# Comparisons and audits
+
+
+def test_answers_are_compared_with_other_models_by_judges_and_people(session, tmp_path):
+  mine = answers(session, 6, WORDS[6])
+  theirs = ("fine", "good", "fine", "poor")  # won, lost, a tie of equal texts, won
+  file = tmp_path / "alpaca.jsonl"
+  rows = [
+    {"prompt": p, "response": f"number {i} {word}"} for i, (p, word) in enumerate(zip(PROMPTS, theirs, strict=True))
+  ]
+  file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"prompt": "food : lyon", "response": "x"}]))
+  s = session.at(6, session.options)
+  with_ids = [row.__class__(**{**vars(row), "prompt_id": compare.prompt_id(row.messages)}) for row in mine.read()]
+  answered = finished(s.run.stage("round_06/eval-test", {"of": "compare"}), with_ids, Answer)
+  options = compare.Options(against=(f"alpaca={file}",), judges=("long=rules:length", "human"), raters=2)
+  with pytest.raises(Waiting) as waiting:
+    compare.build(s, answered, options)
+  said = str(waiting.value).splitlines()
+  assert [f"compare-alpaca.human_{i}.csv" in line for i, line in enumerate(said, 1)] == [True, True]
+  assert layout.load_manifest(s.run.dir / "round_06/compare-alpaca.long")["outcomes"]["tie"]["value"] == 1.0
+
+  def better(row):
+    one, other = (GRADES[row[side].split()[-1]] for side in ("a", "b"))
+    return "a" if one > other else "b" if other > one else "tie"
+
+  def always_tie(row):
+    return "tie"
+
+  for rater, value_of in ((1, better), (2, always_tie)):
+    fill(s.run.dir / f"forms/compare-alpaca.human_{rater}.csv", value_of)
+  found = compare.build(s, answered, options)
+  shares = {made.name.rpartition(".")[2]: [row.share for row in made.read()] for made in found}
+  assert shares == {"long": [0.5] * 4, "human_1": [1.0, 0.0, 0.5, 1.0], "human_2": [0.5] * 4}
+  manifest = layout.load_manifest(s.run.dir / "round_06/compare-alpaca.human_1")
+  outcomes = {word: of["value"] for word, of in manifest["outcomes"].items()}
+  assert outcomes == {"win": 0.5, "tie": 0.25, "lose": 0.25} and manifest["model"] == "alpaca"
+  bad = compare.Options(against=(f"alpaca={tmp_path / 'none.jsonl'}",), judges=("human",))
+  with pytest.raises(UserError, match=r"none\.jsonl"):
+    compare.check(s.host, bad)
+
+
+def test_answers_are_sorted_into_levels_by_a_judges_score_or_a_person(session):
+  s = session.at(6, session.options)
+  answered = answers(session, 6, ("good", "fine", "poor", "poor"))
+  by_judge = audit.Options(judge="rules:length", prompts=0, levels=("short", "long"), bounds=(13.0,))
+  rows = audit.build(s, answered, by_judge, "length").read()
+  assert [row.level for row in rows] == [1] * 4
+  assert audit.build(s, answered, audit.Options(), "none") is None
+  person = audit.Options(judge="human", prompts=3)
+  with pytest.raises(Waiting, match=r"3 of 3 rows of .*audit-answers\.csv have no level \(fail, pass, excellent\)"):
+    audit.build(s, answered, person, "answers")
+  word = {"good": "Excellent", "fine": "pass", "poor": "fail"}
+  seen = fill(s.run.dir / "forms/audit-answers.csv", lambda row: word[row["response"].split()[-1]])
+  audit.build(s, answered, person, "answers")
+  levels = layout.load_manifest(s.run.dir / "round_06/audit-answers")["levels"]
+  told = [row["response"].split()[-1] for row in seen]
+  wanted = {level: told.count(w) / 3 for w, level in (("poor", "fail"), ("fine", "pass"), ("good", "excellent"))}
+  assert {level: of["value"] for level, of in levels.items()} == pytest.approx(wanted)
+
+
+# Forms
+
+
+def form_in(tmp_path):
+  return Form(tmp_path / "forms/a.csv", ("prompt", "response"), "grade", human.GRADES)
+
+
+def test_a_form_comes_back_as_it_was_whatever_its_texts(tmp_path):
+  form = form_in(tmp_path)
+  texts = ["=1+1", "- a list\n- of two", 'say "hi", then; go\ton', "Zürich — 東京"]
+  form.write([Row(f"r{i}", ("ask", text)) for i, text in enumerate(texts)])
+  assert form.read([f"r{i}" for i in range(4)]) == {}
+  rows = fill(form.path, lambda row: row["row"][1:] if row["row"] != "r0" else " 6 ")
+  assert [row["response"].strip() for row in rows] == [text.strip() for text in texts]
+  assert rows[0]["response"].startswith(" =")  # no spreadsheet takes it for a formula
+  assert form.read([f"r{i}" for i in range(4)]) == {"r0": 6.0, "r1": 1.0, "r2": 2.0, "r3": 3.0}
+  before = form.path.read_bytes()
+  form.write([Row("r9", ("ask", "else"))])
+  assert form.path.read_bytes() == before  # what a person has filled in is never overwritten
+
+
+@pytest.mark.parametrize(
+  ("text", "said"),
+  [
+    ("row,prompt,response,mark\nr0,a,b,1\n", r"line 1: the columns must be row,prompt,response,grade; found 'row,pro"),
+    ("row,prompt,response,grade\nr0,a,\"two\nlines\",1\nr1,a,b,good\n", r"line 4, column grade: 'good'; it may be 1, "),
+    ("row,prompt,response,grade\nr0,a,b,1\nr7,a,b,1\n", r"line 3, column row: 'r7' is no row of this form"),
+    ("row,prompt,response,grade\nr0,a,b,1\nr0,a,b,2\n", r"line 3, column row: 'r0' stands in line 2, too"),
+    ("row,prompt,response,grade\nr0,a,b,1\n", r"column row: 1 rows are missing, such as 'r1'"),
+    ("row,prompt,response,grade\nr0,a,1\n", r"line 2: 3 cells instead of 4"),
+    ("", r"line 1: the columns must be .*; found ''"),
+  ],
+)  # fmt: skip
+def test_a_bad_row_of_a_form_is_named_by_file_line_and_column(tmp_path, text, said):
+  form = form_in(tmp_path)
+  form.path.parent.mkdir()
+  form.path.write_text(text)
+  with pytest.raises(FormError, match=rf"a\.csv,? ?{said}"):
+    form.read(["r0", "r1"])
+
+
+def test_all_that_waits_is_said_at_once():
+  def waits(text):
+    raise Waiting(text)
+
+  with pytest.raises(Waiting, match=r"^one\ntwo$"):
+    waited([lambda: waits("one"), lambda: 3, lambda: waits("two")])
+  assert waited([lambda: 3]) == [3]
+
+
+# The new token
+
+
+def test_a_tokenizer_without_an_end_of_turn_gets_one_and_the_export_stops_there(tmp_path):
+  """The row is the mean of the rows, and the vocabulary is padded to what the mesh divides."""
+  transformers = pytest.importorskip("transformers")
+  from engine_models import CONFIG
+  from text_tokenizers import sentencepieces
+
+  tok = sentencepieces()
+  config = CONFIG.__class__(**{**vars(CONFIG), "vocab": tok.size})
+  model = llama.init(config, 0)
+  weights.save(tmp_path / "base", model, weights.TextSide(tokenizer=tok, bos_id=tok.bos_id))
+  options = ModelOptions(path=str(tmp_path / "base"), chat="lima", vocab_multiple=8, save_dtype="float32")
+  host = Host(options, EngineOptions(), sharding.make_mesh())
+  assert host.tokenizer.size == tok.size + 1 and host.vocab == -(-(tok.size + 1) // 8) * 8 > tok.size + 1
+  mesh = sharding.make_mesh(1, 1, 8)
+  loaded = host.load(host.base, mesh, sharding.TRAIN, "float32")
+  assert loaded.embed[...].sharding.spec[0] == "tensor"
+  rows = np.asarray(loaded.embed[...])
+  np.testing.assert_allclose(
+    rows[tok.size :], np.repeat(rows[: tok.size].mean(0)[None], host.vocab - tok.size, 0), atol=1e-6
+  )
+  user = [{"role": "user", "content": "country"}]
+  ids, mask = chat.encode_example(host.tokenizer, host.chat, user, "lyon")
+  eot = host.tokenizer.token_id("<|eot|>")
+  assert ids.count(eot) == 2 and ids[-1] == eot and mask[-1] and not mask[ids.index(eot)]
+  training.export(host, loaded, tmp_path / "out")
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+  assert theirs.eos_token_id == eot
+  turns = [*user, {"role": "assistant", "content": "lyon"}]
+  found = theirs.apply_chat_template(turns)
+  assert list(found if isinstance(found, list) else found["input_ids"]) == ids
+  pytest.importorskip("torch")
+  hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+  assert hf.get_input_embeddings().weight.shape[0] == host.vocab and eot in hf.generation_config.eos_token_id
+
+
+# The recipe
+
+
+def small(directory):
+  """A run of two epochs on few prompts."""
+  c = lima.get_config("mini")
+  c.sft.update(dict(epochs=2.0, keep_epochs=1, batch=32, checkpoint_every=1))
+  c.choice.update(dict(first=1, last=2, prompts=4))
+  c.data.update(dict(validation_held_out=8))
+  eval = directory / "eval.jsonl"
+  eval.write_text("".join(json.dumps({"prompt": f"country : {city} oslo"}) + "\n" for city in ("lyon", "kobe", "lima",
+    "porto", "paris", "rome", "oslo", "bergen")))  # fmt: skip
+  c.data.eval = str(eval)
+  c.compare.update(dict(against=(f"base={eval.with_name('base.jsonl')}",), judges=("truth=mini",)))
+  eval.with_name("base.jsonl").write_text(eval.read_text().replace("}", ', "response": "answer: lyon france ."}'))
+  c.audit.prompts = 3
+  return c
+
+
+class Killed(BaseException):
+  pass
+
+
+def run_once(tmp_path):
+  """A whole run in the directory `one`, and its config."""
+  c = small(tmp_path)
+  recipe.run(session_in(tmp_path / "one", c))
+  return c
+
+
+def test_the_recipe_killed_before_every_manifest_makes_what_one_start_makes(tmp_path, monkeypatch):
+  c = run_once(tmp_path)
+  run = tmp_path / "one"
+  names = {stage.name for stage in layout.stages(run)}
+  chosen = layout.load_manifest(run / "choice")["epoch"]
+  assert {"sft_1", "choice", "round_01/loss", "round_02/loss", f"round_{chosen:02d}/eval-test"} <= names
+  assert {f"round_{chosen:02d}/compare-base.truth", f"round_{chosen:02d}/audit-answers"} <= names
+  row = next(x for x in layout.progress(run) if x["round"] == str(chosen))
+  assert row["n"] == "4" and row["test/n"] == "4" and row["test/truth"]
+  expected = run / "sft_1" / (layout.epoch_name(1) if chosen == 1 else "")
+  assert layout.newest_policy(run) == layout.policy_of(run, chosen) == expected
+  text = written(run)
+  assert "Choice of the epoch" in text and f"{chosen} (chosen)" in text and "base (truth), win" in text
+  assert "could not be made" not in text
+
+  finish, killed = Stage.finish, set()
+
+  def dying(self, *args, **kwargs):
+    if not self.done and self.name not in killed:
+      killed.add(self.name)
+      raise Killed
+    return finish(self, *args, **kwargs)
+
+  monkeypatch.setattr(Stage, "finish", dying)
+  again = session_in(tmp_path / "killed", c)
+  for _ in range(len(names) + 1):
+    try:
+      recipe.run(again)
+      break
+    except Killed:
+      shards.remove_temporaries(again.run.dir)
+  assert killed == names and artefacts(tmp_path / "killed") == artefacts(run)
+
+
+@pytest.mark.slow
+def test_two_hosts_make_what_one_makes(tmp_path):
+  c = run_once(tmp_path)
+  turns, meeting, failures = threading.Lock(), threading.Barrier(2), []
+
+  def barrier(name):
+    turns.release()
+    meeting.wait(100)
+    turns.acquire()
+
+  def work(host):
+    with turns:
+      try:
+        recipe.run(session_in(tmp_path / "two", c, process=host, processes=2, barrier=barrier))
+      except BaseException as error:
+        failures.append(error)
+        meeting.abort()
+
+  threads = [threading.Thread(target=work, args=(host,)) for host in range(2)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert not failures and artefacts(tmp_path / "two") == artefacts(tmp_path / "one")
