@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 from alma_jax import names
+from alma_jax.evals import protocols
 from alma_jax.judges import api, contract
 from alma_jax.judges.api_asking import Answers, Asking, Limits
 from alma_jax.judges.contract import Answered, Judge
@@ -73,7 +74,7 @@ class ByProtocol:
   def shares(self, contests: Sequence[Contest], bar: Bar | None = None) -> list[float | None]:
     items = []
     for at, (mine, theirs) in enumerate(contests):
-      item = api.item_of(str(at), *mine)
+      item = protocols.item_of(str(at), *mine)
       items.append(dataclasses.replace(item, baseline=(theirs[1],)))
     refused = self.grader.ask(items, self.asking)
     if bar is not None:
