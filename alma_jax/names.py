@@ -44,7 +44,9 @@ CHAT_FORMATS = Names(
     "llama3": "alma_jax.text.chat:LLAMA3",
     "llama2": "alma_jax.text.chat:LLAMA2",
     "lima": "alma_jax.text.chat:LIMA",
+    "chatml": "alma_jax.text.chat:CHATML",
     "plain": "alma_jax.text.chat:PLAIN",
+    "template": "alma_jax.text.chat_template:found",  # from the tokenizer's own chat template
     "mini": "alma_jax.mini.formats:CHAT",
   },
 )

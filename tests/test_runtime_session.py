@@ -122,8 +122,8 @@ def test_exported_chat_model_stops_in_transformers_by_its_own_files(tmp_path):
 @pytest.mark.parametrize(
   ("make", "fitting"),
   [  # never the miniature world's for another tokenizer, though nearly all can write it
-    (text_tokenizers.byte_bpe, ["llama3", "plain", "llama2"]),
-    (text_tokenizers.sentencepieces, ["plain", "llama2"]),  # llama2 adds a token, plain none
+    (text_tokenizers.byte_bpe, ["llama3", "plain", "lima", "llama2", "chatml"]),
+    (text_tokenizers.sentencepieces, ["plain", "lima", "llama2", "chatml"]),  # they add no token, one and two
     (text_tokenizers.word, ["mini"]),
   ],
 )
@@ -153,7 +153,7 @@ def test_missing_tokenizer_is_named(tmp_path):
 
 def test_chat_format_of_another_model_is_refused(tmp_path):
   write_base(tmp_path / "base", "llama2")
-  with pytest.raises(TextError, match=r"no token '<\|.*This tokenizer can write 'plain' or 'llama2'"):
+  with pytest.raises(TextError, match=r"no token '<\|.*This tokenizer can write 'plain' or 'lima' or 'llama2'"):
     session_error(tmp_path, path=str(tmp_path / "base"), chat="llama3")
 
 

@@ -747,7 +747,11 @@ def test_mistakes_in_scoring_are_named(row, flags, message, tmp_path, capsys):
     (sample, "--slots=-1", "--slots is -1; it must be at least 0"),
     (sample, "--raw=yes", "--raw is 'yes'; it must be true or false"),
     (sample, "--min_new_tokens=2000", "--min_new_tokens is 2000; it must be from 0 to max_new_tokens"),
-    (sample, "--chat=lama3", "--chat is 'lama3'; it may be 'llama3', 'llama2', 'plain', 'mini' or"),
+    (
+      sample,
+      "--chat=lama3",
+      "--chat is 'lama3'; it may be 'llama3', 'llama2', 'lima', 'chatml', 'plain', 'template', 'mini' or",
+    ),
     (sample, "--chat=lama3", "(did you mean 'llama3'?)"),
     (sample, "--chat=nowhere:CHAT", "--chat is 'nowhere:CHAT': there is no module 'nowhere' in"),
     (score, "--mode=expcted", "'expcted'; it may be 'expected', 'argmax', 'sampled' (did you mean 'expected'?)"),

@@ -20,7 +20,12 @@ class Argument:
   def chat(self) -> ChatFormat | None:
     """The chat format that chat=NAME names."""
     name = self.named.get("chat")
-    return None if name is None else names.resolve(names.CHAT_FORMATS, name, f"chat in {self.word}:...")
+    found = None if name is None else names.resolve(names.CHAT_FORMATS, name, f"chat in {self.word}:...")
+    if found is not None and not isinstance(found, ChatFormat):
+      raise ConfigError(
+        f"chat={name} in {self.word}:... is no chat format; without chat= the directory's template is used"
+      )
+    return found
 
 
 def parsed(word: str, text: str, places: Sequence[str], known: Sequence[str]) -> Argument:

@@ -76,14 +76,17 @@ def model_directory(path: str) -> pathlib.Path:
 
 def fitting_chats(tok: tokenizer.Tokenizer) -> list[str]:
   """The known chat formats that a tokenizer can write, those first that add no token to it. One that belongs to a model
-  of the package is named only where no other one fits: any tokenizer can write it, and no other model has seen it."""
+  of the package is named only where all others would add tokens: any tokenizer can write it, and no other model has seen
+  it."""
   fitting: list[tuple[bool, int, str]] = []
   for word in names.CHAT_FORMATS.words:
     with contextlib.suppress(tokenizer.TextError):
-      added = chat.prepare(tok, names.resolve(names.CHAT_FORMATS, word, "chat"))[1]
+      added = chat.prepare(tok, chat.of(tok, names.resolve(names.CHAT_FORMATS, word, "chat")))[1]
       fitting.append((word in names.MODELS.words, len(added), word))
-  least = min((special for special, *_ in fitting), default=False)
-  return [word for special, _, word in sorted(fitting) if special == least]
+  others = [found for found in sorted(fitting) if not found[0]]
+  if not any(added == 0 for _, added, _ in others) and len(others) < len(fitting):
+    others = [found for found in fitting if found[0]]
+  return [word for *_, word in others]
 
 
 class Host:
@@ -105,11 +108,13 @@ class Host:
     _verify_text(self.directory)
     self.config = llama_config.read_config(self.directory)  # its errors are clearer than the tokenizer's
     self.tokenizer = tokenizer.load_tokenizer(self.directory)
-    self._chat = None if raw else names.resolve(names.CHAT_FORMATS, options.chat, "model.chat")
-    if self._chat:
+    self._chat = None
+    if not raw:
+      named = names.resolve(names.CHAT_FORMATS, options.chat, "model.chat")
       try:
-        self.tokenizer, _ = chat.prepare(self.tokenizer, self._chat)
-        self._chat = chat.suited(self.tokenizer, self._chat)
+        fmt = chat.of(self.tokenizer, named)
+        self.tokenizer, _ = chat.prepare(self.tokenizer, fmt)
+        self._chat = chat.suited(self.tokenizer, fmt)
       except tokenizer.TextError as error:
         fitting = " or ".join(map(repr, fitting_chats(self.tokenizer))) or "none of the known ones"
         raise tokenizer.TextError(

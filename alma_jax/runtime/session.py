@@ -20,6 +20,7 @@ from alma_jax.runtime.display import Display
 from alma_jax.runtime.host import Checkpoint, EngineOptions, Host, ModelOptions
 from alma_jax.store import layout, shards
 from alma_jax.store.runs import Run, Stage
+from alma_jax.text import chat
 
 LOST = 0.05  # a share of rows that are cut or dropped which is worth a line on the screen
 
@@ -112,4 +113,4 @@ class Session(Generic[O]):
     """The part of every fingerprint that says how text becomes tokens."""
     host = self.host
     padded = {"vocab": host.vocab} if host.vocab > max(host.config.vocab, host.tokenizer.size) else {}
-    return {"tokenizer": host.tokenizer.fingerprint, "chat": dataclasses.asdict(host.chat)} | padded
+    return {"tokenizer": host.tokenizer.fingerprint, "chat": chat.described(host.chat)} | padded

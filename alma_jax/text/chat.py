@@ -5,7 +5,7 @@
   ids, mask = encode_example(tok, LLAMA3, messages, response)  # mask: assistant turns with their stop tokens
   stop_ids(tok, LLAMA3); jinja(LLAMA3)          # for the sampler; for exported checkpoints
 
-There is exactly one BOS (`suited` names the exception), and contents are stripped. Special tokens are put in by id,
+There is exactly one BOS (`suited` names the exceptions), and contents are stripped. Special tokens are put in by id,
 never read from a content. The text between two special tokens is tokenised as one string, except that an assistant's
 turn always starts a new one: so the prompt's ids are a literal prefix of the example's, and `apply_chat_template` with
 `jinja(fmt)` gives the same ids.
@@ -21,7 +21,8 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from alma_jax.text.tokenizer import TextError, Tokenizer, add_token
 
@@ -45,6 +46,8 @@ class ChatFormat:
   user: Turn
   header: str  # stands before an assistant's content, and ends a prompt
   stop: str  # the one token that ends every assistant turn
+  after_stop: str = ""  # follows it before the next turn, without loss; nothing follows the last turn
+  default_system: str = ""  # the content of the system turn of a conversation that has none
   begin: str = BOS
   user_after_system: str | None = None  # replaces `user.before` after a system turn
   extra_stops: tuple[str, ...] = ()  # further tokens at which sampling stops
@@ -87,13 +90,38 @@ LIMA = ChatFormat(
   specials=("<|eot|>",),
   add_tokens=("<|eot|>",),
 )
+# Qwen's, SmolLM's and many others': no BOS, and a line break behind the token that ends a turn
+CHATML = ChatFormat(
+  name="chatml",
+  system=Turn("<|im_start|>system\n", "<|im_end|>\n"),
+  user=Turn("<|im_start|>user\n", "<|im_end|>\n"),
+  header="<|im_start|>assistant\n",
+  stop="<|im_end|>",
+  after_stop="\n",
+  begin="",
+  specials=("<|im_start|>", "<|im_end|>"),
+  add_tokens=("<|im_start|>", "<|im_end|>"),
+)
 PLAIN = ChatFormat(name="plain", system=Turn("", "\n\n"), user=Turn("User: ", "\n\n"), header="Assistant: ", stop=EOS)
 
 
 def suited(tok: Tokenizer, fmt: ChatFormat) -> ChatFormat:
-  """The format, without its BOS if the tokenizer's own rule puts none in front of a text. A format with special tokens
-  of its own is a model's own: there the BOS belongs to the format."""
-  return fmt if tok.begins or fmt.specials else dataclasses.replace(fmt, begin=fmt.begin.removeprefix(BOS))
+  """The format, without its BOS if the tokenizer names none, or if its own rule puts none in front of a text. A format
+  with special tokens that a tokenizer must bring along is a model's own: there the BOS belongs to the format."""
+  own = set(fmt.specials) - set(fmt.add_tokens)
+  keep = bool(own) or (tok.bos_id is not None and (tok.begins or bool(fmt.specials)))
+  return fmt if keep else dataclasses.replace(fmt, begin=fmt.begin.removeprefix(BOS))
+
+
+def described(fmt: ChatFormat) -> dict[str, Any]:
+  """The format in a fingerprint. Fields that joined later are left out where they are empty, as they were before."""
+  fields = dataclasses.asdict(fmt)
+  return {name: x for name, x in fields.items() if x or name not in ("after_stop", "default_system")}
+
+
+def of(tok: Tokenizer, named: ChatFormat | Callable[[Tokenizer], ChatFormat]) -> ChatFormat:
+  """The chat format that a name stands for: itself, or what its function makes of the tokenizer."""
+  return named if isinstance(named, ChatFormat) else named(tok)
 
 
 def prepare(tok: Tokenizer, fmt: ChatFormat) -> tuple[Tokenizer, tuple[str, ...]]:
@@ -104,7 +132,7 @@ def prepare(tok: Tokenizer, fmt: ChatFormat) -> tuple[Tokenizer, tuple[str, ...]
     tok, new = add_token(tok, content)
     added += [content] if new else []
   turns = [turn for turn in (fmt.system, fmt.user) if turn]
-  texts = [fmt.begin, fmt.header, fmt.stop, fmt.user_after_system or "", *fmt.extra_stops]
+  texts = [fmt.begin, fmt.header, fmt.stop, fmt.after_stop, fmt.user_after_system or "", *fmt.extra_stops]
   for part in {part for text in texts + [s for t in turns for s in (t.before, t.after)] for part in _parts(fmt, text)}:
     if part in _specials(fmt):
       i = _special_id(tok, part)
@@ -181,6 +209,8 @@ def _segments(fmt: ChatFormat, messages: Messages) -> list[tuple[list[Piece], bo
   segments: list[tuple[list[Piece], bool]] = []
   pieces: list[Piece] = [(fmt.begin, True)]
   previous = None
+  if fmt.system and fmt.default_system and messages[0]["role"] == "user":
+    pieces += [(fmt.system.before, True), (fmt.default_system, False), (fmt.system.after, True)]
   for n, message in enumerate(messages):
     role, content = message["role"], message["content"]
     if role not in ("system", "user", "assistant") or not isinstance(content, str):
@@ -189,7 +219,7 @@ def _segments(fmt: ChatFormat, messages: Messages) -> list[tuple[list[Piece], bo
     if role == "assistant":
       segments.append(([*pieces, (header, True)], False))
       segments.append(([(space + content if content else "", False), (fmt.stop, True)], True))
-      pieces = []
+      pieces = [(fmt.after_stop, True)]
     elif role == "user":
       before = fmt.user.before if fmt.user_after_system is None or previous != "system" else fmt.user_after_system
       pieces += [(before, True), (content, False), (fmt.user.after, True)]
@@ -242,15 +272,20 @@ def jinja(fmt: ChatFormat) -> str:
   system = (
     f"{out(fmt.system.before)}{{{{ text }}}}{out(fmt.system.after)}" if fmt.system else fail("no system turn here")
   )
+  default = ""
+  if fmt.system and fmt.default_system:
+    turn = f"{out(fmt.system.before)}{{{{ {json.dumps(fmt.default_system)} }}}}{out(fmt.system.after)}"
+    default = "{% if messages and messages[0]['role'] == 'user' %}" + turn + "{% endif %}"
   return "".join(
     [
       out(fmt.begin),
+      default,
       "{% for message in messages %}{% set text = message['content'] | trim %}",
       "{% if message['role'] == 'system' %}{% if not loop.first %}" + fail("system must come first") + "{% endif %}",
       system,
       "{% elif message['role'] == 'user' %}" + user + "{{ text }}" + out(fmt.user.after),
       "{% elif message['role'] == 'assistant' %}" + out(header),
-      "{% if text %}" + out(space) + "{{ text }}{% endif %}" + out(fmt.stop),
+      "{% if text %}" + out(space) + "{{ text }}{% endif %}" + out(fmt.stop) + out(fmt.after_stop),
       "{% else %}" + fail("unknown role") + "{% endif %}{% endfor %}",
       "{% if add_generation_prompt %}" + out(header) + "{% endif %}",
     ]

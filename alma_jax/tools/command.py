@@ -356,6 +356,8 @@ def _recognised(directory: pathlib.Path) -> str | None:
     template = (directory / "chat_template.jinja").read_text(encoding="utf-8")
   for word in names.CHAT_FORMATS.words:
     fmt = names.resolve(names.CHAT_FORMATS, word, "--chat")
+    if not isinstance(fmt, chat.ChatFormat):  # made of a tokenizer
+      continue
     if template in (chat.jinja(fmt), chat.jinja(dataclasses.replace(fmt, begin=""))):  # without BOS: see chat.suited
       return word
   return None
