@@ -76,8 +76,8 @@ def model_directory(path: str) -> pathlib.Path:
 
 def fitting_chats(tok: tokenizer.Tokenizer) -> list[str]:
   """The known chat formats that a tokenizer can write, those first that add no token to it. One that belongs to a model
-  of the package is named only where all others would add tokens: any tokenizer can write it, and no other model has seen
-  it."""
+  of the package is named only where all others would add tokens: it fits any tokenizer, and no other model has seen it.
+  """
   fitting: list[tuple[bool, int, str]] = []
   for word in names.CHAT_FORMATS.words:
     with contextlib.suppress(tokenizer.TextError):
