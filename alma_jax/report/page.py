@@ -19,7 +19,7 @@ import jinja2
 from markupsafe import Markup
 
 from alma_jax.errors import full_disk
-from alma_jax.report import choice, generated, graded, judges, numbers, pool, sections, wording
+from alma_jax.report import agreement, choice, generated, graded, judges, numbers, pool, sections, wording
 from alma_jax.store import layout, shards
 
 HERE = pathlib.Path(__file__).parent
@@ -32,6 +32,7 @@ SECTIONS: dict[str, tuple[str, Callable[[numbers.Facts], Any]]] = {  # title and
   "compared": ("Against other models", choice.compared),
   "generated": ("Generated pairs", generated.generated),
   "categories": ("Categories", generated.categories),
+  "agreement": ("Agreement of the policy's own judgement", agreement.agreement),
   "selection": ("Selection", sections.selection),
   "length": ("Length and the judge's scores", sections.length),
   "judge": ("Judge", judges.judge),

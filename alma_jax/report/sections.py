@@ -69,13 +69,14 @@ def recipe(facts: Facts) -> str:
 class Progress:
   charts: list[Markup]  # judges with one scale share one
   prompts: str
-  has_base: bool
+  base: str  # what round 0 is, if it is shown
   shots: int | None
   first: str  # what round 1 is
 
 
 def progress(facts: Facts) -> Progress | None:
   shown: dict[str, list[Line]] = collections.defaultdict(list)
+  zero = wording.base(facts.config)
   for colour, name in enumerate(graded.judges(facts.progress)):
     points = [Point(row["round"], row[name], row.get(f"{name}_ci95")) for row in facts.progress if name in row]
     base = next((p for p in points if p.x == 0), None)
@@ -83,7 +84,7 @@ def progress(facts: Facts) -> Progress | None:
     if later:
       grader = graded.grader(facts.run, name)
       scale = str(grader.scale if grader and grader.scale else name)
-      said = f"base, {name} {_with_interval(base)}" if base else ""
+      said = f"{zero.removesuffix(' model')}, {name} {_with_interval(base)}" if base else ""
       shown[scale].append(Line(f"{name} {later[-1].y:.2f}", later, colour, base, said))
   if not shown:
     return None
@@ -91,8 +92,8 @@ def progress(facts: Facts) -> Progress | None:
   has_base = any(line.level is not None for lines in shown.values() for line in lines)
   shots = facts.config.get("eval", {}).get("shots")
   drawn = [charts.lines(lines, facts.step, "score") for lines in shown.values()]
-  first = "Round 1 is the initial SFT." if facts.step == "round" else ""
-  return Progress(drawn, wording.span(n) if n else "the", has_base, shots, first)
+  first = wording.FIRST.get(str(facts.config.get("recipe")), "")
+  return Progress(drawn, wording.span(n) if n else "the", zero if has_base else "", shots, first)
 
 
 def _with_interval(point: Point) -> str:
@@ -156,6 +157,7 @@ class Rounds:
   best: str
   others: Table | None  # the means on the other sets of prompts
   step: str
+  base: str
 
 
 def rounds(facts: Facts) -> Rounds | None:
@@ -164,7 +166,14 @@ def rounds(facts: Facts) -> Rounds | None:
   present = graded.judges(facts.progress)
   main = present[0] if present else layout.JUDGE
   agreement = f"{present[-1]} ~ {main}" if len(present) > 1 else ""
-  head = [facts.step, "checkpoint", "n", *present, "− base", f"− {facts.step} before"]
+  head = [
+    facts.step,
+    "checkpoint",
+    "n",
+    *present,
+    f"− {wording.base(facts.config).removesuffix(' model')}",
+    f"− {facts.step} before",
+  ]
   head += [*([agreement] if agreement else []), "tokens", "characters", "finished"]
   rows, before = [], None
   for row in facts.progress:
@@ -191,6 +200,7 @@ def rounds(facts: Facts) -> Rounds | None:
     best.in_words(facts.step) if best else "",
     _others(facts),
     facts.step,
+    wording.base(facts.config).removesuffix(" model"),
   )
 
 

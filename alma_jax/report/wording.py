@@ -12,6 +12,11 @@ from typing import Any
 from alma_jax.store.statistics import Mean
 
 STEPS = {"alma": "round", "lima": "epoch", "isara": "round", "spa": "round"}  # what a recipe calls its rounds
+FIRST = {  # what a recipe's round 1 is
+  "alma": "Round 1 is the initial SFT.",
+  "isara": "Round 1 is SFT on the human pairs alone.",
+  "spa": "Round 1 is DPO on people's pairs.",
+}
 SHOWN = 1500  # characters of a text in an example
 # HTML allows no control characters but tab and newline. Those of ASCII have pictures in Unicode; lone surrogates, which
 # no file can hold, and the other controls do not.
@@ -72,6 +77,11 @@ def counts(found: Mapping[str, float]) -> str:
 def step(config: Mapping[str, Any]) -> str:
   """What the recipe of this config calls a round."""
   return STEPS.get(str(config.get("recipe")), "round")
+
+
+def base(config: Mapping[str, Any]) -> str:
+  """What the model of round 0 is."""
+  return "SFT model" if config.get("recipe") == "spa" else "base model"
 
 
 def words(name: str) -> str:

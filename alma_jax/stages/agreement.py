@@ -111,20 +111,16 @@ def _sums(values: Iterable[float]) -> dict[str, float]:
   return {"n": len(of), "sum": sum(of), "squares": sum(x * x for x in of)}
 
 
-def mean_of(counts: Mapping[str, Any], name: str) -> statistics.Mean | None:
-  """The mean of what `counts` sums under this name."""
-  of = counts.get(name) or {"n": 0, "sum": 0.0, "squares": 0.0}
-  return statistics.mean_of_sums(int(of["n"]), of["sum"], of["squares"])
-
-
 def said(counts: Mapping[str, Any]) -> list[str]:
   """The sums of a finished stage in words."""
   lines = []
   for source, whose in IN_WORDS.items():
-    if mean := mean_of(counts, source):
+    if mean := statistics.mean_of_counts(counts[source]):
       agrees = f"{mean.value:.1%} +- {mean.ci95 or 0.0:.1%} of {mean.n:,} {whose}"
       lines.append(f"the judge agrees with {agrees}")
-  margin, *lengths = (mean_of(counts, name) for name in ("margin", "chosen_characters", "rejected_characters"))
+  margin, *lengths = (
+    statistics.mean_of_counts(counts[name]) for name in ("margin", "chosen_characters", "rejected_characters")
+  )
   if margin:
     chosen, rejected = (mean.value if mean else 0.0 for mean in lengths)
     words = f"{margin.n:,} pairs, a margin of {margin.value:.2f} on average"

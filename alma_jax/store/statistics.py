@@ -51,6 +51,11 @@ def mean_of_sums(n: int, total: float, squares: float) -> Mean | None:
   return Mean(value, Z95 * math.sqrt(variance / n), n)
 
 
+def mean_of_counts(sums: Mapping[str, float] | None) -> Mean | None:
+  """The same for {"n", "sum", "squares"}, as manifests count them."""
+  return mean_of_sums(int(sums["n"]), sums["sum"], sums["squares"]) if sums else None
+
+
 def paired(left: Mapping[str, float], right: Mapping[str, float]) -> Mean | None:
   """The mean of left - right over the keys of both; what is not finite is left out."""
   differences = [left[key] - right[key] for key in left if key in right]
