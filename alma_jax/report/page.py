@@ -69,6 +69,13 @@ def write(directory: str | pathlib.Path) -> pathlib.Path | None:
   return path
 
 
+def write_comparison(path: pathlib.Path, title: str, sections: list[tuple[str, list[Any]]]) -> None:
+  """Writes a page of titles with charts, tables and sentences below them."""
+  css = Markup((HERE / "page.css").read_text(encoding="utf-8"))
+  with shards.atomic(path) as file:
+    file.write(wording.visible(_macros().comparison(title, sections, css)).encode())
+
+
 def summary(directory: str | pathlib.Path) -> str:
   """The rounds as a text table, the time they took and where the page is."""
   directory = pathlib.Path(directory)
