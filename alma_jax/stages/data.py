@@ -115,12 +115,12 @@ def read(
   """The rows of each source, and counts of what was read, dropped and moved. `directory` takes what is made."""
   for made in dict.fromkeys(_made(options).values()):
     with writing(directory):
-      names.resolve(names.DATA, made, "data")(directory, seed)
+      names.resolve(names.DATA, made, "data")(directory / made, seed)
   counts, rows = {}, {}
   for name, source in options.sources.items():
     if not source:
       continue
-    path = directory / f"{name}.jsonl" if name in _made(options) else source
+    path = directory / source / f"{name}.jsonl" if name in _made(options) else source
     rows[name], report = load_examples(path, NEEDED[name])
     counts[name] = {key: report[key] for key in COUNTS if key in report}
   for name, number in options.held_out_of_sft.items():

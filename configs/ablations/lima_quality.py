@@ -1,0 +1,26 @@
+"""LIMA's ablation of quality and quantity (arXiv 2305.11206, section 5) on the miniature world.
+
+  python launch/sweep.py --config=configs/ablations/lima_quality.py --workdir=runs/lima_quality
+
+The best 48 of the annotated answers as demonstrations, 48 answers of any quality, and 192 of any quality; 15 epochs for
+all, 3 seeds. On data of your own: `alma curate` with its rules and without them makes the two sets, and
+--config.data.sft names them.
+"""
+
+from collections.abc import Callable
+
+from configs import lima
+from configs.common import Config
+
+
+def get_config() -> Config:
+  c = lima.mini()
+  c.data.validation_held_out = 0
+  return c
+
+
+def sweep(add: Callable[..., None]) -> None:
+  for seed in range(3):
+    add(seed=seed, data=dict(sft="mini_filtered"))
+    add(seed=seed, data=dict(sft="mini_unfiltered"))
+    add(seed=seed, data=dict(sft="mini_quantity"))
