@@ -80,6 +80,7 @@ def llama_7b() -> Config:
   c.pairs = section()
   c.pairs.tokens = (5, 512)  # of an answer (ours)
   c.pairs.similarity = 0.7  # ROUGE-L to a kept answer from which one is dropped (ours); 0: if equal
+  c.pairs.repeats = False  # keep answers that repeat others, as refusals do
   c.alpha = 0.1  # the run ends before an iteration that keeps less of what it generates (ours)
 
   # Training
@@ -105,23 +106,24 @@ def llama_7b() -> Config:
 def mini() -> Config:
   """The miniature world: a base model of a few hundred thousand weights that comes with the package."""
   c = llama_7b()
-  c.feedback_rounds = 4
+  c.feedback_rounds = 3
   c.start = "sft_1"  # the world's base model answers, but does not take over the manner of its examples
   c.shards = 2
   c.model.update(dict(path="mini", chat="mini", save_dtype="float32"))
-  c.data.update(dict(sft="mini", eval="mini", pairs=48))
+  c.data.update(dict(sft="mini", eval="mini", pairs=16))
   c.categories.by = "mini"
   c.engine.update(dict(slots=128, rows=128))
-  c.prompts.update(sampling(0.9, 1.0, max_new_tokens=24, max_prompt_tokens=96))
-  c.prompts.update(dict(draws=192, template="mini", words=(2, 40), similarity=0.0))  # every word of a prompt counts
-  c.responses.update(sampling(0.3, 1.0, max_new_tokens=16, max_prompt_tokens=144))
+  c.prompts.update(sampling(0.9, 1.0, max_new_tokens=24, max_prompt_tokens=160))
+  c.prompts.update(dict(draws=512, template="mini", words=(2, 40), similarity=0.0))  # every word of a prompt counts
+  c.responses.update(sampling(0.3, 1.0, max_new_tokens=16, max_prompt_tokens=160))
   c.responses.template = "mini"
   c.pairs.update(dict(tokens=(3, 16), similarity=0.0))
+  c.alpha = 0.05  # most questions are of one kind, and few answers to them are new
   tiny: dict[str, Any] = dict(batch=32, row_length=64, warmup=0.1, weight_decay=0.0, beta2=0.98)
   c.sft = training(1e-3, 0.0, epochs=6, **tiny)
   mixed = dict(init_from=c.policy.init_from, gamma=c.policy.gamma)
   c.policy = training(1e-3, 0.0, epochs=4, **tiny)
   c.policy.update(mixed)
-  c.eval.update(sampling(0.0, 1.0, max_new_tokens=16, max_prompt_tokens=144))
+  c.eval.update(sampling(0.0, 1.0, max_new_tokens=16, max_prompt_tokens=160))
   c.eval.update(dict(judges=("truth=mini",), few_shot="mini"))
   return c

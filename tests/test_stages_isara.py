@@ -264,8 +264,8 @@ def test_two_hosts_and_any_kill_give_the_same_bytes(session, world, config, tmp_
     if kill:
       raise Crash
 
-  monkeypatch.setattr(os, "replace", killed)
   one = session_in(tmp_path / "killed", config)
+  monkeypatch.setattr(os, "replace", killed)
   for _ in range(200):
     try:
       iteration(one, world)
@@ -346,6 +346,8 @@ def test_an_answer_that_is_dropped_drops_no_other():
   ]
   found = pairs._judged(candidates, ["another one"], pairs.Options(similarity=0.7))
   assert found == [("kept", ""), ("near_answer", said[0]), ("kept", "")]
+  repeats = pairs._judged(candidates, said, pairs.Options(similarity=0.7, repeats=True))
+  assert [why for why, _ in repeats] == ["kept"] * 3
 
 
 # D_0 and the end

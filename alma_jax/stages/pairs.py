@@ -34,6 +34,7 @@ HUMAN = "human"  # the source of a human pair
 class Options(Checked):
   tokens: tuple[int, int] = (5, 512)  # the fewest and the most of an answer
   similarity: float = option(0.7, least=0, most=1)  # ROUGE-L to a kept answer from which one is dropped; 0: if equal
+  repeats: bool = False  # keep answers that repeat others, as refusals do
 
   def __post_init__(self) -> None:
     super().__post_init__()
@@ -125,13 +126,15 @@ def _alone(c: _Candidate, options: Options) -> str:
   said = normalised(c.text)
   if said == normalised(fewshot.last_user_turn(c.prompt.messages)):
     return "equals_question"
-  return "copies_shot" if said in map(normalised, c.shots) else KEPT
+  return "copies_shot" if not options.repeats and said in map(normalised, c.shots) else KEPT
 
 
 def _judged(candidates: Sequence[_Candidate], before: Sequence[str], options: Options) -> list[tuple[str, str]]:
   """For each candidate KEPT or why it is dropped, and the answer that it is nearly, if that is why. Earlier candidates
   come first: one that is dropped drops nothing."""
   found = [(_alone(c, options), "") for c in candidates]
+  if options.repeats:
+    return found
   alone = [i for i, (why, _) in enumerate(found) if why == KEPT]
   texts = [*before, *(candidates[i].text for i in alone)]
   near = similar([normalised(text) for text in texts], len(before), options.similarity)

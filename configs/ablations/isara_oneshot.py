@@ -1,9 +1,9 @@
-"""ISARA (arXiv 2401.06785) on the miniature world: four iterations, or one of the same size altogether.
+"""ISARA (arXiv 2401.06785) on the miniature world: three iterations, or one of the same size altogether.
 
   python launch/sweep.py --config=configs/ablations/isara_oneshot.py --workdir=runs/isara_oneshot
 
-4 x 96 generated questions against 1 x 384, 3 seeds. The one large iteration is the paper's control: the same number of
-samples by the first model alone.
+3 x 512 generated questions against 1 x 1,536, 3 seeds. The one large iteration is the paper's control: the same number
+of samples by the first model alone.
 """
 
 from collections.abc import Callable
@@ -18,5 +18,5 @@ def get_config() -> Config:
 
 def sweep(add: Callable[..., None]) -> None:
   for seed in range(3):
-    for rounds in (4, 1):
-      add(seed=seed, feedback_rounds=rounds, prompts=dict(draws=384 // rounds))
+    for rounds in (3, 1):
+      add(seed=seed, feedback_rounds=rounds, prompts=dict(draws=1536 // rounds))

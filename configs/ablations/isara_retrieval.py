@@ -2,7 +2,7 @@
 
   python launch/sweep.py --config=configs/ablations/isara_retrieval.py --workdir=runs/isara_retrieval
 
-2 kinds of shots x 3 seeds, three iterations each. Questions are the same in the first iteration of both.
+2 kinds of shots x 3 seeds, two iterations each. Questions are the same in the first iteration of both.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from configs.common import Config
 
 def get_config() -> Config:
   c = isara.mini()
-  c.feedback_rounds = 3
+  c.feedback_rounds = 2
   return c
 
 

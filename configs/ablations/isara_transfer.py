@@ -2,8 +2,8 @@
 
   python launch/sweep.py --config=configs/ablations/isara_transfer.py --workdir=runs/isara_transfer
 
-16 human pairs of one category each, or of all of them, x 3 seeds, two iterations each. Every run's report has the seen
-and the unseen categories round by round, with SFT on the human pairs alone as round 1; the sweep's table has the mean.
+8 human pairs of one category each, or of any, x 3 seeds, two iterations each. Every run's report has the seen and the
+unseen categories round by round, with SFT on the human pairs alone as round 1; the sweep's table has the mean of all.
 """
 
 from collections.abc import Callable
@@ -15,11 +15,11 @@ from configs.common import Config
 def get_config() -> Config:
   c = isara.mini()
   c.feedback_rounds = 2
-  c.data.pairs = 16
+  c.data.pairs = 8  # the rare kinds have few demonstrations, and the rarest one has fewer
   return c
 
 
 def sweep(add: Callable[..., None]) -> None:
   for seed in range(3):
-    for chosen in ((), ("country",), ("food",), ("sport",)):
+    for chosen in ((), ("country",), ("food",)):
       add(seed=seed, categories=dict(seeds=chosen))
