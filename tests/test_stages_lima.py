@@ -18,9 +18,10 @@ from alma_jax.judges.contract import Verdict
 from alma_jax.llama import model as llama
 from alma_jax.llama import sharding, weights
 from alma_jax.recipes import lima as recipe
+from alma_jax.report import graded
 from alma_jax.runtime import training
 from alma_jax.runtime.host import Checkpoint, EngineOptions, Host, ModelOptions
-from alma_jax.stages import audit, choice, compare
+from alma_jax.stages import audit, choice, compare, evaluation
 from alma_jax.store import layout, shards
 from alma_jax.store.records import Answer, EpochGrade, Grade
 from alma_jax.store.runs import Artefact, Stage
@@ -423,3 +424,23 @@ def test_two_hosts_make_what_one_makes(tmp_path):
   for thread in threads:
     thread.join()
   assert not failures and artefacts(tmp_path / "two") == artefacts(tmp_path / "one")
+
+
+# Several answers to a prompt
+
+
+def test_grades_of_several_answers_are_averaged_by_prompt_and_the_interval_is_over_prompts(session):
+  """Prompt a has 2 and 4, b 9 and none, c none at all."""
+  rows = [Grade(p, x) for p, x in (("a", 2.0), ("a", 4.0), ("b", 9.0), ("b", None), ("c", None), ("c", None))]
+  sums = evaluation._sums(rows, 2)
+  assert sums == {"n": 6, "graded": 2, "score": 12.0, "score_squared": 90.0, "missing": 3}
+  stage = session.run.stage("round_05/eval.judge", {"n": 2})
+  stage.write_part(0, 1, rows, Grade, sums)
+  stage.finish(judge={"identity": "x", "scale": None, "selects": False})
+  mean = evaluation.mean_of(Artefact(stage, Grade))
+  assert (mean.value, mean.n) == (6.0, 2) and mean.ci95 == pytest.approx(1.96 * 3 * 2**0.5 / 2**0.5)
+  answered = [Answer(row.prompt_id, ({"role": "user", "content": row.prompt_id},), "x" * 4, 1, True) for row in rows]
+  finished(session.run.stage("round_05/eval", {"n": 2}), answered, Answer)
+  found = graded.read(session.run.dir, 5)
+  assert found.prompts == ["a", "b", "c"] and found.characters.tolist() == [4.0, 4.0, 4.0]
+  np.testing.assert_array_equal(found.scores["judge"], [3.0, 9.0, np.nan])
