@@ -91,8 +91,14 @@ class Checkpoints:
         f"{SUMS}{name}": jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=place or leaf.sharding)
         for name, leaf in names.items()
       }
+    # An export asks for no memory; Orbax reads a checkpoint whole.
+    unasked = {
+      name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_everywhere(names))
+      for name, leaf in written.items()
+      if name.removeprefix(SUMS).startswith("memory/") and name not in names | sums
+    }
     with self._readable(step):
-      found = self._of.load(step, names | sums)
+      found = self._of.load(step, names | sums | unasked)
     if sums:
       computed = sums_of_bits({name: found[name] for name in names})
       changed = [name for name in sums if np.any(np.asarray(computed[name]) != np.asarray(found[name]))]
