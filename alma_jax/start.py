@@ -9,6 +9,7 @@ import os
 import pathlib
 import pkgutil
 import platform
+import shlex
 import signal
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from alma_jax.llama import sharding
 from alma_jax.options import ConfigError
 from alma_jax.report import page
 from alma_jax.runtime import peers, room, tracking
-from alma_jax.runtime.display import Display
+from alma_jax.runtime.display import Display, Whole
 from alma_jax.runtime.host import Host
 from alma_jax.runtime.sampling import Options as SamplingOptions
 from alma_jax.runtime.session import Session
@@ -193,8 +194,17 @@ def open_session(config: ConfigDict, workdir: str | pathlib.Path) -> Iterator[Se
     run_directory.check_shared()
     run_directory.save_config(json.loads(json.dumps(config.to_dict(), default=str)))
     run_directory.log(
-      "start", devices=[d.device_kind for d in jax.devices()], hosts=jax.process_count(), jax=jax.__version__
+      "start",
+      devices=[d.device_kind for d in jax.devices()],
+      hosts=jax.process_count(),
+      jax=jax.__version__,
+      command=shlex.join(sys.argv),
     )
+    if jax.process_index() == 0:
+      stages = getattr(recipe_of(config), "stages", None)  # a recipe may say what it will do
+      whole = Whole(stages(by_round) if stages else {}, host.display)
+      run_directory.watchers.append(whole)
+      stack.callback(whole.close)
     tracker: Any = getattr(options, "track", "")
     if tracker and jax.process_index() == 0:
       told = tracking.Tracker(tracker, run_directory.dir, tracking.plain(config.to_dict()), host.display.say)

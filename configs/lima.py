@@ -28,6 +28,7 @@ def llama_65b() -> Config:
   c = section()
   c.recipe = "lima"
   c.seed = 0
+  c.track = ""  # "trackio" or "wandb": metrics, stages and scores go there, too
   c.shards = 16
   c.model = like.model
   c.model.chat = "lima"  # a new token ends every utterance; for Llama-3 "llama3", whose <|eot_id|> does

@@ -115,6 +115,7 @@ def mini() -> Config:
   """The miniature world: a base model of a few hundred thousand weights that comes with the package."""
   c = mistral_7b()
   c.seed = 0
+  c.track = ""  # "trackio" or "wandb": metrics, stages and scores go there, too
   c.shards = 2
   c.model.update(dict(path="mini", chat="mini", save_dtype="float32"))
   c.data.update(dict(preferences="mini", prompts="mini", sft="mini", eval="mini"))

@@ -1,5 +1,6 @@
 """The whole recipe, run as a user runs it: what it leaves behind, killed runs, several hosts, changed configs."""
 
+import functools
 import json
 import os
 import random
@@ -16,7 +17,10 @@ import pytest
 import safetensors.numpy
 import small_run
 
+import configs.alma
+from alma_jax import start
 from alma_jax.corpus.normalise import prompt_id
+from alma_jax.recipes import alma
 from alma_jax.report import graded
 from alma_jax.store import layout, records, shards
 from alma_jax.store.runs import load_manifest, read_stage
@@ -38,6 +42,17 @@ def run(data, tmp_path_factory):
   done = small_run.finished(workdir, *data, JAX_LOG_COMPILES="1")
   (workdir.parent / "output").write_text(done.stdout)
   return workdir
+
+
+def test_the_recipe_says_its_stages(run):
+  config = configs.alma.mini()
+  for value in small_run.SMALL:
+    *path, leaf = value.partition("=")[0].split(".")
+    section = functools.reduce(lambda node, name: node[name], path, config)
+    section[leaf] = type(section[leaf])(value.partition("=")[2])
+  planned = alma.stages(start.checked_options(config))
+  assert set(planned) == {stage.name for stage in layout.stages(run)}
+  assert planned["round_03/policy"] > planned["round_02/policy"]  # a training on all rounds so far
 
 
 def variant(run, tmp_path, *stages):

@@ -50,3 +50,40 @@ def test_a_short_bar_is_one_line_and_one_that_is_disabled_none(capsys, monkeypat
     bar.update(3)
   display.Display().say("a line")
   assert capsys.readouterr().err == "a line\n"
+
+
+def test_the_whole_run_has_one_line_with_the_time_left(capsys, monkeypatch):
+  """Two rounds: the second is twice as large. A kind's time is its last rate times the size of what is left."""
+  monkeypatch.delenv("TQDM_DISABLE", raising=False)
+  clock = Clock()
+  planned = {"seeds": 1.0, "round_02/responses": 10.0, "round_02/policy": 1.0}
+  planned |= {"round_03/responses": 20.0, "round_03/policy": 1.0}
+  whole = display.Whole(planned, display.Display(), clock)
+  whole.there("seeds", {"seconds": 7.0})  # an earlier start's
+  assert whole.text() == "run: 1 of 5 stages, 0:00:07 so far, 4 stages whose kind is not measured yet left"
+  whole.begun("round_02/responses")
+  clock.now += 100
+  whole.finished("round_02/responses", {"seconds": 100.0})
+  known = "run: 2 of 5 stages, 0:01:47 so far, about 0:03:20 left"
+  assert whole.text() == f"{known} and 2 stages whose kind is not measured yet"
+  whole.begun("round_02/policy")
+  clock.now += 50
+  whole.finished("round_02/policy", {"seconds": 50.0})
+  whole.begun("round_03/responses")
+  clock.now += 60  # of the 200 seconds that it will take
+  assert whole.text() == "run: 3 of 5 stages, 0:02:37 so far, about 0:03:10 left"
+  whole.begun("round_03/extra")  # what was not foreseen joins
+  assert whole.text().startswith("run: 3 of 6 stages")
+  for name in ("round_03/responses", "round_03/extra", "round_03/policy"):
+    whole.finished(name, {"seconds": 1.0})
+  assert whole.text() == "run: 6 of 6 stages, 0:02:40 so far"
+  lines = capsys.readouterr().err.splitlines()
+  assert 2 <= len(lines) <= 4 and all(line.startswith("run: ") for line in lines)  # at most one in 30 seconds
+
+
+def test_the_whole_line_is_left_out_where_bars_are(capsys, monkeypatch):
+  monkeypatch.setenv("TQDM_DISABLE", "1")
+  whole = display.Whole({"seeds": 1.0}, display.Display(), Clock())
+  whole.finished("seeds", {"seconds": 1.0})
+  display.Whole({"seeds": 1.0}, display.Display(speaks=False), Clock()).finished("seeds", {"seconds": 1.0})
+  assert capsys.readouterr().err == ""

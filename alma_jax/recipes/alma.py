@@ -331,6 +331,36 @@ def models(by_round: Mapping[int, Options]) -> int:
   return len(o.sft_seeds) + judges + len(by_round) - 1
 
 
+def stages(by_round: Mapping[int, Options]) -> dict[str, float]:
+  """The stages of a run in about their order, with their sizes beside others of their kind."""
+  o = by_round[0]
+  found = {layout.SEEDS: 1.0, **{layout.sft_name(i): 1.0 for i, _ in enumerate(o.sft_seeds, start=1)}}
+  pooled = (layout.DRAFTS, layout.PROMPTS, layout.EMBEDDINGS, layout.CLUSTERS)
+  found |= {layout.pool_stage(0, name): float(o.draws) for name in (*pooled, layout.PROJECTION)}
+  if o.judge.kind in ("finetuned", "regression"):
+    found[layout.JUDGE] = 1.0
+  if o.judge.distils:
+    size = float(o.judge.distil.prompts * o.judge.distil.sample.n)
+    found |= {layout.stage_name(1, name): size for name in (layout.PROMPTS, layout.RESPONSES, layout.JUDGMENTS)}
+    found[layout.DISTILLED] = 1.0
+  found[layout.QUALITY] = 1.0
+  found |= evaluation.stages(0, o.eval, True) | evaluation.stages(1, by_round.get(1, o).eval, True)
+  draws, sets = o.draws, 1
+  for round in sorted(by_round.keys() - {0}):
+    r = by_round[round]
+    if r.draws > draws:
+      found |= {layout.pool_stage(round, name): float(r.draws - draws) for name in pooled}
+      draws = r.draws
+    size, sets = float(r.draw.prompts * r.responses.sampling.n), sets + 1
+    made = (layout.PROMPTS, layout.RESPONSES, layout.JUDGMENTS, layout.TRAINSET)
+    found |= {layout.stage_name(round, name): size for name in made}
+    learnt = {"dpo": r.dpo, "best_of_n": r.policy}.get(r.trainset.method)
+    grows = learnt is not None and learnt.history == "all"  # a training on the sets of all rounds so far
+    found[layout.stage_name(round, layout.POLICY)] = float(sets) if grows else 1.0
+    found |= evaluation.stages(round, r.eval, True)
+  return found
+
+
 def plan(by_round: Mapping[int, Options]) -> Iterator[str]:
   """What a run would do, a line for each kind of work."""
   o = by_round[0]

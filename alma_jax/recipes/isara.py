@@ -209,6 +209,19 @@ def models(by_round: Mapping[int, Options]) -> int:
   return len(by_round)
 
 
+def stages(by_round: Mapping[int, Options]) -> dict[str, float]:
+  """The stages of a run in about their order, with their sizes beside others of their kind."""
+  found = {layout.SEEDS: 1.0, layout.stage_name(1, layout.TRAINSET): 1.0, layout.sft_name(1): 1.0}
+  for round in sorted({0, 1, *by_round}):
+    o = by_round.get(round, by_round[0])
+    if round > 1:
+      made = (layout.DRAFTS, layout.PROMPTS, layout.NEIGHBOURS, layout.RESPONSES, layout.TRAINSET, layout.POLICY)
+      found |= dict.fromkeys((layout.stage_name(round, name) for name in made), 1.0)
+    found |= evaluation.stages(round, o.eval, False)
+    found |= {layout.categories_name(round, judge): 1.0 for judge in o.eval.named_judges}
+  return found
+
+
 def plan(by_round: Mapping[int, Options]) -> Iterator[str]:
   """What a run would do, a line for each kind of work."""
   o = by_round[0]

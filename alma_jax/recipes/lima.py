@@ -21,7 +21,7 @@ from alma_jax.judges import pairwise
 from alma_jax.judges.contract import Judge, by_name
 from alma_jax.keys import key_of
 from alma_jax.options import Checked, ConfigError, option, refuse
-from alma_jax.runtime import alarms, training
+from alma_jax.runtime import alarms, tracking, training
 from alma_jax.runtime.host import Checkpoint, EngineOptions, Host, ModelOptions
 from alma_jax.runtime.session import MeshOptions
 from alma_jax.runtime.session import Session as AnySession
@@ -70,6 +70,7 @@ class Options(Checked):
   audit: audits.Options
   safety: audits.Options
   alarms: alarms.Options
+  track: tracking.Kind = option("", practical=True)  # "trackio" or "wandb"; beside TensorBoard's files
 
   def __post_init__(self) -> None:
     super().__post_init__()
@@ -182,6 +183,16 @@ def models(by_round: Mapping[int, Options]) -> int:
   o = by_round[0]
   own = o.choice.judge == choice.OWN and o.judge.kind in ("finetuned", "regression")
   return int(o.sft.epochs) - o.sft.keep_epochs + 1 + own
+
+
+def stages(by_round: Mapping[int, Options]) -> dict[str, float]:
+  """The stages of a run until an epoch is chosen, with their sizes beside others of their kind."""
+  o = by_round[0]
+  found = {layout.SEEDS: 1.0, layout.sft_name(1): 1.0}
+  for epoch in range(o.choice.first, o.choice.last + 1):
+    found |= evaluation.stages(epoch, o.eval, o.choice.judge != people.HUMAN, [layout.MAIN_SET])
+    found[layout.stage_name(epoch, layout.LOSS)] = 1.0
+  return found | {layout.CHOICE: 1.0}
 
 
 def plan(by_round: Mapping[int, Options]) -> Iterator[str]:

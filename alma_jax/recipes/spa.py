@@ -17,7 +17,7 @@ from alma_jax import names
 from alma_jax.judges import contract, implicit
 from alma_jax.llama import weights
 from alma_jax.options import Checked, ConfigError, option, refuse
-from alma_jax.runtime import alarms, training
+from alma_jax.runtime import alarms, tracking, training
 from alma_jax.runtime.host import Checkpoint, EngineOptions, Host, ModelOptions, content_of, model_directory
 from alma_jax.runtime.sampling import ManyOptions
 from alma_jax.runtime.session import MeshOptions
@@ -80,6 +80,7 @@ class Options(Checked):
   )  # on the model's own pairs; its `mix` is iteration 1's and halves from one to the next
   eval: evaluation.Options
   alarms: alarms.Options
+  track: tracking.Kind = option("", practical=True)  # "trackio" or "wandb"; beside TensorBoard's files
 
 
 Session: TypeAlias = AnySession[Options]
@@ -193,6 +194,21 @@ def models(by_round: Mapping[int, Options]) -> int:
   """How many trained models a run keeps."""
   o = by_round[0]
   return bool(o.data.sft) + bool(o.data.preferences) + len(by_round) - 1
+
+
+def stages(by_round: Mapping[int, Options]) -> dict[str, float]:
+  """The stages of a run in about their order, with their sizes beside others of their kind."""
+  o = by_round[0]
+  found = {layout.SEEDS: 1.0} | ({} if o.sft_model else {layout.sft_name(1): 1.0}) | evaluation.stages(0, o.eval, False)
+  if o.data.preferences:
+    found |= dict.fromkeys((layout.stage_name(1, name) for name in (layout.TRAINSET, layout.POLICY)), 1.0)
+    found |= evaluation.stages(1, by_round.get(1, o).eval, False)
+  for round in sorted(by_round.keys() - {0}):
+    made = [layout.PROMPTS, layout.RESPONSES, layout.JUDGMENTS, layout.TRAINSET, layout.AGREEMENT, layout.POLICY]
+    made += [layout.GOLD] if by_round[round].agreement.gold else []
+    found |= dict.fromkeys((layout.stage_name(round, name) for name in made), 1.0)
+    found |= evaluation.stages(round, by_round[round].eval, False)
+  return found
 
 
 def plan(by_round: Mapping[int, Options]) -> Iterator[str]:

@@ -6,11 +6,16 @@ TQDM_DISABLE=1 leaves the bars out.
 """
 
 import dataclasses
+import datetime
 import os
 import sys
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import tqdm
+
+from alma_jax.store import layout
 
 SOON, LATE = 30.0, 600.0  # seconds between two lines of a bar, at first and at most
 LINE = "{desc}{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
@@ -51,6 +56,94 @@ class Bar(tqdm.tqdm):
     self.tokens += tokens
     self.update(items)
     self.set_postfix_str(f"{self.tokens / max(self.format_dict['elapsed'], 1e-3):,.0f} tokens/s", refresh=False)
+
+
+class Whole:
+  """A Watcher of a run: one line above the bars with its stages and the time left.
+
+    run: 12 of 45 stages, 0:41:10 so far, about 1:52:00 left
+
+  A stage's time is its size times the seconds per size of the last one of its kind; `planned` holds the sizes. Kinds
+  that no stage has measured yet are counted apart. In a log file the line comes at most every 30 seconds.
+  """
+
+  def __init__(
+    self, planned: Mapping[str, float], display: Display, clock: Callable[[], float] = time.monotonic
+  ) -> None:
+    self.sizes, self.display, self.clock = dict(planned), display, clock
+    self.seconds: dict[str, float] = {}  # of the stages that are finished, earlier starts included
+    self.rates: dict[str, float] = {}  # of a kind: seconds per size
+    self.running: dict[str, float] = {}  # when each began
+    self.said: float | None = None
+    off = os.environ.get("TQDM_DISABLE", "").lower() not in ("", "0", "false") or not display.speaks
+    self.off, self.top = off, None
+    if not off and sys.stderr.isatty():  # the first bar keeps the place above all later ones
+      self.top = tqdm.tqdm(bar_format="{desc}", leave=False, dynamic_ncols=True)
+
+  def there(self, name: str, manifest: Mapping[str, Any]) -> None:
+    self._count(name, manifest)
+
+  def begun(self, name: str) -> None:
+    self.sizes.setdefault(name, 1.0)
+    self.running.setdefault(name, self.clock())
+    self._show()
+
+  def finished(self, name: str, manifest: Mapping[str, Any]) -> None:
+    self.running.pop(name, None)
+    self._count(name, manifest)
+    self._show()
+
+  def step(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+    if self.top is not None:
+      self._show()
+
+  def evaluated(self, row: Mapping[str, Any]) -> None:
+    pass
+
+  def close(self) -> None:
+    if self.top is not None:
+      self.top.close()
+
+  def text(self) -> str:
+    """The line."""
+    left, unknown = 0.0, 0
+    for name, size in self.sizes.items():
+      rate = self.rates.get(layout.kind_of(name))
+      if name in self.seconds:
+        continue
+      if rate is None:
+        unknown += 1
+      else:
+        spent = self.clock() - self.running[name] if name in self.running else 0.0
+        left += max(0.0, size * rate - spent)
+    head = f"run: {len(self.seconds)} of {len(self.sizes)} stages, {_clock(sum(self.seconds.values()))} so far"
+    if len(self.seconds) == len(self.sizes):
+      return head
+    also = f"{unknown} stage{'s' * (unknown != 1)} whose kind is not measured yet"
+    if not self.rates or unknown == len(self.sizes) - len(self.seconds):
+      return f"{head}, {also} left"
+    return f"{head}, about {_clock(left)} left" + (f" and {also}" if unknown else "")
+
+  def _count(self, name: str, manifest: Mapping[str, Any]) -> None:
+    size = self.sizes.setdefault(name, 1.0)
+    self.seconds[name] = float(manifest.get("seconds", 0.0))
+    self.rates[layout.kind_of(name)] = self.seconds[name] / max(size, 1e-9)
+
+  def _show(self) -> None:
+    if self.off:
+      return
+    if self.top is not None:
+      self.top.set_description_str(self.text())
+      return
+    now = self.clock()
+    if self.seconds and (self.said is None or now - self.said >= SOON):
+      self.said = now
+      self.display.say(self.text())
+
+
+def _clock(seconds: float) -> str:
+  """1:23:45"""
+  return str(datetime.timedelta(seconds=round(seconds)))
 
 
 class Lines(Bar):

@@ -123,7 +123,7 @@ class Tracker:
     values = {"stages/step": done, "stages/done": done, f"stages/{name.replace('/', '.')}": manifest["seconds"]}
     self._put(lambda service: service.log(values))
 
-  def there(self, name: str) -> None:
+  def there(self, name: str, manifest: Manifest) -> None:
     self.done.add(name)
 
   def evaluated(self, row: Mapping[str, Any]) -> None:

@@ -97,6 +97,14 @@ class Asker:
     return sampling.Stops(chat.stop_ids(host.tokenizer, host.chat), (self.template.stop,) if self.shots else ())
 
 
+def stages(round: int, options: Options, own: bool, sets: Sequence[str] | None = None) -> dict[str, float]:
+  """The stages of a round's evaluation with their sizes; `own`: the run has a judge of its own."""
+  asked = [layout.MAIN_SET, *options.named_sets] if sets is None else sets
+  answers = [layout.stage_name(round, layout.answers_name(name)) for name in asked]
+  judges = [*options.named_judges, *([layout.JUDGE] if own else [])]
+  return dict.fromkeys([*answers, *(layout.grades_name(name, judge) for name in answers for judge in judges)], 1.0)
+
+
 def build(
   s: Session[Any],
   checkpoint: Checkpoint,

@@ -56,7 +56,7 @@ class ChangedError(RunError):
 class Watcher(Protocol):
   """Hears of what a run does, on process 0. It raises nothing and takes no time."""
 
-  def there(self, name: str) -> None: ...  # a stage that an earlier start has finished
+  def there(self, name: str, manifest: Manifest) -> None: ...  # a stage that an earlier start has finished
   def begun(self, name: str) -> None: ...
   def finished(self, name: str, manifest: Manifest) -> None: ...
   def step(self, stage: str, step: int, values: Mapping[str, float]) -> None: ...  # of a training
@@ -131,7 +131,10 @@ class Run:
       digests.keep(self.dir / layout.DIGESTS, shards.write_sealed)
     made = Stage(self, name, fingerprint_of(fields, contents), suffix)
     for watcher in self.watchers:
-      (watcher.there if made.done else watcher.begun)(name)
+      if made.done:
+        watcher.there(name, made.manifest)
+      else:
+        watcher.begun(name)
     return made
 
   def log(self, event: str, **fields: Any) -> None:

@@ -3,6 +3,12 @@
   python -m alma_jax.tools.export --stage=runs/alma --best --output=models/alma                      the best round's
   python -m alma_jax.tools.export --stage=runs/alma/round_05/policy --step=400 --output=models/round_05_400
 
+  python -m alma_jax.tools.export --stage=runs/alma/round_05/policy --hub=me/alma-8b --output=models/alma
+  python -m alma_jax.tools.export --stage=runs/alma/round_05/trainset --hub=me/alma-d5 --output=d5 --dry_run=true
+
+With --hub a finished stage is pushed to the Hugging Face hub: a model, or a data set (a trainset, the pool's prompts),
+with a card made from the run's manifests. --dry_run leaves it in --output.
+
 The best round is the one that a judge which selects nothing puts first: see eval.judges; --by names another such judge.
 
 Trainings keep one checkpoint in `checkpoint_keep` steps (config.policy.checkpoint_keep=100, say); without --step the
@@ -25,7 +31,7 @@ from alma_jax.report import graded
 from alma_jax.runtime import training
 from alma_jax.runtime.host import EngineOptions, Host, ModelOptions
 from alma_jax.store import layout
-from alma_jax.tools import command
+from alma_jax.tools import command, export_hub
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,6 +41,9 @@ class Options(Checked):
   by: str = option("", doc="that judge's name in eval.judges; the first one if not given")
   step: int | None = option(None, least=1, doc="which checkpoint; none: list them")
   output: str = option("", doc="a new directory")
+  hub: str = option("", doc="push the finished stage there, NAME or ACCOUNT/NAME, with a card")
+  private: bool = option(True, doc="the repository on the hub is private, if it is made now")
+  dry_run: bool = option(False, doc="write what --hub would push to --output, and push nothing")
 
 
 FLAGS = command.Flags("export", __doc__, Options)
@@ -48,6 +57,9 @@ def main(arguments: Sequence[str]) -> int:
 
 def run(options: Options) -> None:
   stage, output = pathlib.Path(options.stage).expanduser(), pathlib.Path(options.output).expanduser()
+  if options.hub:
+    export_to_hub(stage, output, options)
+    return
   if options.best:
     export_best(stage, output, options.by)
     return
@@ -71,6 +83,22 @@ def run(options: Options) -> None:
   mesh = sharding.make_mesh(data=1, fsdp=-1, devices=jax.local_devices())
   training.export(host, training.checkpoint_model(host, checkpoints, options.step, mesh), output)
   print(f"{output}: {stage.name} of {stage.parent} after step {options.step:,}, {host.save_dtype}")
+
+
+def export_to_hub(stage: pathlib.Path, output: pathlib.Path, options: Options) -> None:
+  """Write a stage's model or records with a card, and push them."""
+  if options.best:
+    best = graded.best(stage, options.by or None)
+    if best is None:
+      raise RunError(f"{stage}: no judge that selects nothing has graded a trained round: give the stage itself")
+    stage = layout.policy_of(stage, best.round)
+  if options.step is not None:
+    raise RunError("--hub pushes finished stages; export a --step to a directory and push that with `hf upload`")
+  _check_output(output)
+  kind = export_hub.prepare(stage, options.hub, output)
+  print(f"{output}: {kind} of {stage}, with its card")
+  if not options.dry_run:
+    print(export_hub.push(output, options.hub, kind, options.private))
 
 
 def export_best(run: pathlib.Path, output: pathlib.Path, by: str) -> None:
