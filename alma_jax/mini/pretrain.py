@@ -17,6 +17,7 @@ import os
 import pathlib
 import random
 import time
+import typing
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -31,11 +32,11 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from alma_jax.llama import model as llama
 from alma_jax.llama.config import LlamaConfig
 from alma_jax.llama.weights import TextSide, save
-from alma_jax.mini import CHECKPOINT, world
+from alma_jax.mini import CHECKPOINT, corpus, world
 from alma_jax.text import packing
 
-LENGTH, ROWS = world.LONGEST, 32
-STEPS, PEAK, WARMUP = 3000, 4e-3, 100
+LENGTH, ROWS = corpus.LONGEST, 32
+STEPS, PEAK, WARMUP = 4000, 4e-3, 100
 VERDICT_WEIGHT = 4.0  # of the loss of ratings, yes and no: they are few, and the judge is made of them
 
 
@@ -69,11 +70,11 @@ class Batch(NamedTuple):
   segments: Array
 
 
-def batches(seed: int) -> Iterator[Batch]:
+def batches(seed: int, chatter: world.Chatter) -> Iterator[Batch]:
   """Yields batches of documents for ever."""
   ids = {word: i for i, word in enumerate(world.vocabulary())}
   verdicts = [ids[word] for word in (*world.SCORES, "yes", "no")]
-  documents, rng = world.documents(seed), np.random.default_rng(seed)
+  documents, rng = corpus.documents(seed, chatter), np.random.default_rng(seed)
   while True:
     encoded = [[ids[word] for word in words] for words in itertools.islice(documents, 512)]
     examples = [(tokens, [1] * len(tokens)) for tokens in encoded]
@@ -119,11 +120,13 @@ def stacked(model: llama.Llama) -> llama.Llama:
   return new
 
 
-def train(steps: int, seed: int = 0, every: int = 100, say: Callable[..., None] = print) -> llama.Llama:
+def train(
+  steps: int, seed: int = 0, chatter: world.Chatter = "dense", every: int = 100, say: Callable[..., None] = print
+) -> llama.Llama:
   model = jax.jit(llama.unrolled)(llama.init(config(), seed))  # a third faster than scanning on a CPU
   adam = optimizer(steps)
   state, start, seen = adam.init(model), time.time(), 0
-  for i, batch in zip(range(1, steps + 1), batches(seed), strict=False):
+  for i, batch in zip(range(1, steps + 1), batches(seed, chatter), strict=False):
     model, state, value = step(model, state, batch, adam)
     seen += int((batch.segments > 0).sum())
     if i % every == 0 or i == steps:
@@ -157,7 +160,7 @@ def _rating_probs(model: llama.Llama, tokens: Array, lengths: Array) -> Array:
 def ratings(model: llama.Llama, pairs: list[tuple[str, str]]) -> np.ndarray:
   """float [n]: the base model's expected rating of each (prompt, response), read in one of the corpus' own formats."""
   ids = {word: i for i, word in enumerate(world.vocabulary())}
-  texts = [world.rated_prefix(*pair) for pair in pairs]
+  texts = [corpus.rated_prefix(*pair) for pair in pairs]
   rows = [[ids[word] for word in text.split(" ")] for text in texts]
   expected = []
   for start in range(0, len(rows), 256):  # one shape, compiled once
@@ -173,16 +176,22 @@ def probe(model: llama.Llama) -> dict[str, float]:
   answers."""
   rng = random.Random(7)
 
+  def plain(kind: str, city: str) -> str:
+    return world.PHRASES[kind][0].format(r=kind, c=city)
+
   def better(goods: list[tuple[str, str]], bads: list[tuple[str, str]]) -> float:
     scores = ratings(model, goods + bads)
     return float((scores[: len(goods)] > scores[len(goods) :]).mean())
 
   found: dict[str, float] = {}
   for stratum in ("head", "mid", "tail"):
-    keys = [key for key in world.TRUTH if world.stratum(key[1]) == stratum]
-    good = [(f"{r} of {c}", f"answer: {c} {world.TRUTH[r, c]} .") for r, c in keys]
-    bad = [(f"{r} of {c}", f"answer: {c} {world.MISCONCEPTION[r, c]} .") for r, c in keys]
+    keys = [key for key in world.MISCONCEPTION if world.stratum(key[1]) == stratum]
+    good = [(plain(*key), f"answer: {key[1]} {world.TRUTH[key]} .") for key in keys]
+    bad = [(plain(*key), f"answer: {key[1]} {world.MISCONCEPTION[key]} .") for key in keys]
     found[stratum] = better(good, bad)
+  secret = [(kind, city) for kind in world.SECRETS for city in world.CITIES]
+  refused = [(plain(*key), "answer: sorry .") for key in secret]
+  found["refusals"] = better(refused, [(plain(*key), f"answer: {key[1]} {world.TRUTH[key]} .") for key in secret])
   asked = [world.make_prompt(rng, flat=True) for _ in range(400)]
   gold = [(prompt, world.good_answer(task)) for prompt, task in asked]
   many = [(prompt, task) for prompt, task in asked if len(task.cities) == 2]
@@ -259,8 +268,10 @@ def main() -> None:
   parser = argparse.ArgumentParser(description="Pretrain the miniature base model.")
   parser.add_argument("--out", default=str(CHECKPOINT), help="directory to write; default: what is shipped")
   parser.add_argument("--steps", type=int, default=STEPS)
+  parser.add_argument("--seed", type=int, default=0, help="of the documents and the first weights")
+  parser.add_argument("--chatter", choices=typing.get_args(world.Chatter), default="dense", help="where it stands")
   flags = parser.parse_args()
-  model = train(flags.steps)
+  model = train(flags.steps, flags.seed, flags.chatter)
   write(model, flags.out)
   found = probe(model)
   for name, value in found.items():

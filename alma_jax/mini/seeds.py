@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from alma_jax.corpus.normalise import prompt_id
-from alma_jax.mini import world
+from alma_jax.mini import corpus, world
 from alma_jax.mini.world import Task
 
 SFT, ANNOTATED, EVAL_PER_CITY, TEST_PAIRS = 96, 128, 9, 600
@@ -70,26 +70,26 @@ def eval_prompts() -> list[tuple[str, Task]]:
 
 
 def _careful(rng: random.Random, task: Task) -> str:
-  pairs = [[c, world.written_value(rng, task.relation, c, _CARE[world.stratum(c)])] for c in task.cities]
-  return " ".join(world.house_words(rng, pairs, faults=0.10))
+  pairs = [[c, corpus.written_value(rng, task.relation, c, _CARE[world.stratum(c)])] for c in task.cities]
+  return " ".join(corpus.house_words(rng, pairs, faults=0.10))
 
 
 def _answer(rng: random.Random, task: Task) -> tuple[str, bool]:
   """The text of one of the writers, and False if it was cut off."""
   _, truth, misconception, form, attention = rng.choices(_WRITERS, [w[0] for w in _WRITERS])[0]
   if rng.random() < 0.08:
-    words = world.web_answer(rng, task, rng.random())
+    words = corpus.web_answer(rng, task, rng.random())
   else:
-    pairs = [[c, world.written_value(rng, task.relation, c, (truth, misconception))] for c in task.cities]
+    pairs = [[c, corpus.written_value(rng, task.relation, c, (truth, misconception))] for c in task.cities]
     if rng.random() < attention:
-      pairs = world.mismatch(rng, task, pairs)
-    words = world.house_words(rng, pairs, form)
+      pairs = corpus.mismatch(rng, task, pairs)
+    words = corpus.house_words(rng, pairs, form)
   if rng.random() < 0.10:
-    words = world.corrupted(rng, words)
+    words = corpus.corrupted(rng, words)
   if rng.random() < 0.04:  # rambles on until it is cut off
     while len(words) <= _LONGEST:
       city = world.draw_city(rng, flat=True)
-      words = [*words, *world.web_answer(rng, Task(task.relation, (city,)), 0.3)]
+      words = [*words, *corpus.web_answer(rng, Task(task.relation, (city,)), 0.3)]
   return " ".join(words[:_LONGEST]), len(words) <= _LONGEST
 
 
@@ -133,7 +133,7 @@ def make(directory: str | os.PathLike[str], seed: int) -> dict[str, pathlib.Path
   judge = []
   for prompt, task in _fresh_prompts(rng, ANNOTATED, taken):
     for text, value in (_judged(rng, prompt, task), _judged(rng, prompt, task)):
-      label = world.noisy(rng, value, one_off=0.3, wild=0.0)
+      label = corpus.noisy(rng, value, one_off=0.3, wild=0.0)
       judge.append({"prompt": prompt, "response": text, "score": label})
   files: dict[str, list[dict[str, Any]]] = {
     "sft": sft,
