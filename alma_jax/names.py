@@ -87,13 +87,14 @@ MODELS = Names("a model", {"mini": "alma_jax.mini:CHECKPOINT"})  # -> a director
 CATEGORIES = Names(  # called with a row, which has `messages` and perhaps more fields
   "a function that gives a row's category", {"field": "", "mini": "alma_jax.mini.truth:category"}
 )
-DATA = Names(
+DATA = Names(  # called with (directory, seed)
   "data",
   {
     "mini": "alma_jax.mini.seeds:make",
+    "mini_safety": "alma_jax.mini.seeds:make_safety",
     **{f"mini_{of}": f"alma_jax.mini.variants:{of}" for of in ("filtered", "unfiltered", "quantity", "dialogue")},
   },
-)  # called with (directory, seed)
+)
 
 _folders: list[str] = []  # where modules are looked up first
 

@@ -150,23 +150,23 @@ def mini() -> Config:
   tiny: dict[str, Any] = dict(batch=32, row_length=64, warmup=0.1, weight_decay=0.0, beta2=0.98)
   c.sft = training(1e-3, 0.0, epochs=6, **tiny)
   c.policy = policy(1e-3, 0.0, epochs=3, **tiny)
-  c.dpo = preferences(3e-4, 0.0, epochs=2, **tiny)
+  c.dpo = preferences(3e-4, 0.0, epochs=8, **tiny)
+  c.dpo.nll_weight = 1.0  # eight epochs without it unlearn the form of answers
   c.grpo = policy_gradients(3e-4, 0.0, epochs=1, **tiny)
-  c.judge.train = training(1e-3, 0.0, epochs=12, **tiny)
+  c.judge.train = training(1e-3, 0.0, epochs=6, **tiny)
   c.judge.distil.train = training(5e-4, 0.0, epochs=1, **tiny)
   c.judge.template = "mini"
-  c.judge.held_out = 0.1
-  c.judge.distil.prompts = 384
-  c.judge.distil.least_rows = 20  # the world has 25 held-out annotations, which are few: see the gate's interval
+  c.judge.distil.prompts = 512
 
-  room = dict(max_new_tokens=16, max_prompt_tokens=16)
-  c.prompts.update(sampling(1.0, 1.0, max_new_tokens=12, max_prompt_tokens=64))
-  c.prompts.update(dict(draws=1536, template="mini"))
-  c.prompts.similarity = 0.0  # prompts have four words, and each one counts
+  room = dict(max_new_tokens=16, max_prompt_tokens=28)
+  c.prompts.update(sampling(1.0, 1.0, max_new_tokens=20, max_prompt_tokens=120))
+  c.prompts.update(dict(draws=3072, template="mini"))
+  c.prompts.similarity = 0.0  # prompts have few words, and each one counts
+  c.embeddings.pooling = "last"  # the mean of a prompt's states hides how alike the prompts of the dense kind are
   c.clusters.k = 192
   c.draw.prompts = 24
-  c.responses.update(sampling(0.7, 1.0, n=16, **room))
-  c.judge.distil.sample = sampling(1.0, 1.0, n=2, **room)
-  c.eval.update(sampling(0.0, 1.0, max_new_tokens=16, max_prompt_tokens=96))
+  c.responses.update(sampling(0.7, 0.9, n=48, **room))
+  c.judge.distil.sample = sampling(1.0, 0.9, n=5, **room)
+  c.eval.update(sampling(0.0, 1.0, max_new_tokens=16, max_prompt_tokens=160))
   c.eval.update(dict(judges=("truth=mini",), few_shot="mini"))
   return c

@@ -32,7 +32,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from alma_jax.llama import model as llama
 from alma_jax.llama.config import LlamaConfig
 from alma_jax.llama.weights import TextSide, save
-from alma_jax.mini import CHECKPOINT, corpus, world
+from alma_jax.mini import CHECKPOINT, annotate, corpus, world
 from alma_jax.text import packing
 
 LENGTH, ROWS = corpus.LONGEST, 32
@@ -273,6 +273,7 @@ def main() -> None:
   flags = parser.parse_args()
   model = train(flags.steps, flags.seed, flags.chatter)
   write(model, flags.out)
+  print(f"annotated samples: {annotate.write(flags.out, flags.seed, flags.chatter)}")
   found = probe(model)
   for name, value in found.items():
     print(f"{name:16s} {value:.3f}")

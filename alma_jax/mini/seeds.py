@@ -1,147 +1,168 @@
 """The human data of the miniature world, as ordinary JSONL files.
 
-  paths = make("inputs", seed=0)
+  paths = make("inputs", seed=0)             # what --config.data.sft=mini and the like read
+  paths = make_safety("inputs", seed=0)      # mini_safety: how to answer who asks for secrets
 
-  sft.jsonl         96 rows   prompt, response          written with care, yet not flawless
-  judge.jsonl      256 rows   prompt, response, score   128 prompts x 2 answers of every quality
-  eval.jsonl       576 rows   prompt                    nine per city; the same for every seed
-  judge_test.jsonl 600 rows   prompt, chosen, rejected  on evaluation prompts; the same for every seed
-  preferences.jsonl 96 rows   prompt, chosen, rejected  prompts of their own; chosen is better by the ground truth
-  prompts.jsonl    768 rows   prompt                    unlabelled prompts of their own
+  sft.jsonl           96 rows   prompt, response           written with care, yet not flawless
+  judge.jsonl       1024 rows   prompt, response, score    512 prompts x 2 samples of the models themselves
+  eval.jsonl         576 rows   prompt                     three of each kind for every city; the same for every seed
+  preferences.jsonl   96 rows   prompt, chosen, rejected   two samples; chosen is better by the ground truth
+  prompts.jsonl      768 rows   prompt                     unlabelled prompts of their own
 
-The scores of judge.jsonl are the ground truth with human noise: 30 % are one too high or too low. No evaluation prompt
-occurs in sft.jsonl or judge.jsonl, and no prompt twice within the two.
+The annotated samples come with the base model: `annotate.py` drew them from the base, which continued examples, and
+from models fine-tuned on demonstrations of their own, and wrote their ground truth beside them. The scores of
+judge.jsonl are that truth with human noise: 30 % are one too high or too low. No evaluation prompt, of `eval_prompts`
+or of `results_prompts`, occurs in another file, and no prompt in two of them.
 """
 
+import functools
+import gzip
 import json
 import os
 import pathlib
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from alma_jax.corpus.normalise import prompt_id
-from alma_jax.mini import corpus, world
-from alma_jax.mini.world import Task
+from alma_jax.mini import CHECKPOINT, corpus, world
+from alma_jax.mini.world import Chatter, Task
 
-SFT, ANNOTATED, EVAL_PER_CITY, TEST_PAIRS = 96, 128, 9, 600
-PREFERENCES, UNLABELLED = 96, 768
+ANNOTATIONS = "annotations.jsonl.gz"  # beside the base model's weights
+SFT, ANNOTATED, PREFERENCES, UNLABELLED = 96, 512, 96, 768
+EVAL_EACH, RESULTS_EACH = 3, 12  # evaluation prompts for every kind and city
+SAFE = 48  # demonstrations of refusals
 
 # (truth, misconception) shares of the demonstrations
 _CARE = {"head": (0.90, 0.05), "mid": (0.78, 0.12), "tail": (0.66, 0.20)}
-_LONGEST = 14  # words; a longer answer is cut off
 
-# The writers of answers to judge: (share, truth, misconception, faults of form, faults of attention).
-_WRITERS = (
-  (0.25, 0.95, 0.03, 0.08, 0.05),
-  (0.35, 0.60, 0.25, 0.15, 0.15),
-  (0.25, 0.35, 0.45, 0.15, 0.25),
-  (0.15, 0.50, 0.30, 0.40, 0.30),
-)
+Asked = tuple[str, Task]
+Rows = list[dict[str, Any]]
 
 
-def _key(prompt: str) -> str:
+class Sample(NamedTuple):
+  """A model's answer, and what it is worth."""
+
+  text: str
+  worth: int
+
+
+def key(prompt: str) -> str:
   return prompt_id([{"role": "user", "content": prompt}])
 
 
-def _fresh_prompts(rng: random.Random, count: int, taken: set[str]) -> list[tuple[str, Task]]:
-  """`count` prompts with their Tasks whose ids are not in `taken`; the ids are added to it."""
+def fresh_prompts(rng: random.Random, count: int, taken: set[str], **how: Any) -> list[Asked]:
+  """`count` prompts, as `world.make_prompt(rng, **how)` makes them, whose ids are not in `taken`, which gets them."""
   found = []
   while len(found) < count:
-    prompt, task = world.make_prompt(rng)
-    if _key(prompt) not in taken:
-      taken.add(_key(prompt))
+    prompt, task = world.make_prompt(rng, **how)
+    if key(prompt) not in taken:
+      taken.add(key(prompt))
       found.append((prompt, task))
   return found
 
 
-def eval_prompts() -> list[tuple[str, Task]]:
-  """The world's evaluation prompts with their Tasks: every city is asked about equally often."""
-  rng, taken, found = random.Random("eval"), set[str](), []
+def _evenly(stream: str, each: int, taken: set[str], chatter: Chatter) -> list[Asked]:
+  """`each` prompts for every relation and city. Of a rare kind the first asks for one city, the others for two or
+  three: there are few prompts for one city, and training needs most of them."""
+  rng, found = random.Random(stream), []
   for city in world.CITIES:
-    count = 0
-    while count < EVAL_PER_CITY:
-      prompt, task = world.make_prompt(rng, flat=True, first=city)
-      if _key(prompt) not in taken:
-        taken.add(_key(prompt))
-        found.append((prompt, task))
-        count += 1
+    for relation in world.RELATIONS:
+      for i in range(each):
+        number = 2 + i % 2 if i else 1
+        found += fresh_prompts(rng, 1, taken, flat=True, kind=relation, first=city, number=number, chatter=chatter)
   return found
 
 
+@functools.cache
+def eval_prompts(chatter: Chatter = "dense") -> list[Asked]:
+  """The world's evaluation prompts with their Tasks, evenly over kinds and cities."""
+  return _evenly("eval", EVAL_EACH, set(), chatter)
+
+
+@functools.cache
+def results_prompts(chatter: Chatter = "dense") -> list[Asked]:
+  """More evaluation prompts, which no setting was chosen on; what is reported about the method is measured on them."""
+  return _evenly("results", RESULTS_EACH, {key(prompt) for prompt, _ in eval_prompts(chatter)}, chatter)
+
+
+def evaluated(chatter: Chatter = "dense") -> set[str]:
+  """The ids of all evaluation prompts."""
+  return {key(prompt) for prompt, _ in (*eval_prompts(chatter), *results_prompts(chatter))}
+
+
+def demonstrations(rng: random.Random, count: int, taken: set[str], **how: Any) -> Rows:
+  """Prompts that are not in `taken`, which gets them, with answers that were written with care."""
+  asked = fresh_prompts(rng, count, taken, **how)
+  return [{"prompt": prompt, "response": _careful(rng, task)} for prompt, task in asked]
+
+
 def _careful(rng: random.Random, task: Task) -> str:
+  if task.relation in world.SECRETS:
+    return " ".join(corpus.house_words(rng, [["sorry"]], faults=0.10))
   pairs = [[c, corpus.written_value(rng, task.relation, c, _CARE[world.stratum(c)])] for c in task.cities]
   return " ".join(corpus.house_words(rng, pairs, faults=0.10))
 
 
-def _answer(rng: random.Random, task: Task) -> tuple[str, bool]:
-  """The text of one of the writers, and False if it was cut off."""
-  _, truth, misconception, form, attention = rng.choices(_WRITERS, [w[0] for w in _WRITERS])[0]
-  if rng.random() < 0.08:
-    words = corpus.web_answer(rng, task, rng.random())
-  else:
-    pairs = [[c, corpus.written_value(rng, task.relation, c, (truth, misconception))] for c in task.cities]
-    if rng.random() < attention:
-      pairs = corpus.mismatch(rng, task, pairs)
-    words = corpus.house_words(rng, pairs, form)
-  if rng.random() < 0.10:
-    words = corpus.corrupted(rng, words)
-  if rng.random() < 0.04:  # rambles on until it is cut off
-    while len(words) <= _LONGEST:
-      city = world.draw_city(rng, flat=True)
-      words = [*words, *corpus.web_answer(rng, Task(task.relation, (city,)), 0.3)]
-  return " ".join(words[:_LONGEST]), len(words) <= _LONGEST
+def annotated(base: str | os.PathLike[str]) -> list[tuple[str, list[Sample]]]:
+  """The annotated samples of a base model: prompts, and two answers to each."""
+  with gzip.open(pathlib.Path(base) / ANNOTATIONS, "rt") as file:
+    rows = [json.loads(line) for line in file]
+  return [(row["prompt"], [Sample(*sample) for sample in row["samples"]]) for row in rows]
 
 
-def _judged(rng: random.Random, prompt: str, task: Task) -> tuple[str, int]:
-  """An answer's text and its ground truth."""
-  text, finished = _answer(rng, task)
-  return text, world.score(prompt, text, finished)
+def make(
+  directory: str | os.PathLike[str],
+  seed: int,
+  base: str | os.PathLike[str] = CHECKPOINT,
+  chatter: Chatter = "dense",
+  annotations: int = ANNOTATED,
+) -> dict[str, pathlib.Path]:
+  """Writes the files for the base model in the directory `base`; returns their paths by name."""
+  rng, taken = random.Random(f"seeds {seed}"), evaluated(chatter)
+  shown = annotated(base)
+  rng.shuffle(shown)
+  judge, shown = shown[:annotations], shown[annotations:]
+  pairs = [x for x in shown if len({sample.worth for sample in x[1]}) > 1 and all(s.text for s in x[1])][:PREFERENCES]
+  taken |= {key(prompt) for prompt, _ in (*judge, *pairs)}
+  files: dict[str, Rows] = {
+    "sft": demonstrations(rng, SFT, taken, chatter=chatter),
+    "judge": [_annotation(rng, prompt, sample) for prompt, samples in judge for sample in samples if sample.text],
+    "eval": [{"prompt": prompt} for prompt, _ in eval_prompts(chatter)],
+    "preferences": [_preference(prompt, samples) for prompt, samples in pairs],
+    "prompts": [{"prompt": prompt} for prompt, _ in fresh_prompts(rng, UNLABELLED, taken, chatter=chatter)],
+  }
+  return write(directory, files)
 
 
-def _test_pairs(prompts: Sequence[tuple[str, Task]]) -> list[dict[str, str]]:
-  rng, rows = random.Random("judge_test"), []
-  while len(rows) < TEST_PAIRS:
-    prompt, task = rng.choice(prompts)
-    (a, score_a), (b, score_b) = _judged(rng, prompt, task), _judged(rng, prompt, task)
-    if score_a != score_b:
-      chosen, rejected = (a, b) if score_a > score_b else (b, a)
-      rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
-  return rows
+def _annotation(rng: random.Random, prompt: str, sample: Sample) -> dict[str, Any]:
+  return {"prompt": prompt, "response": sample.text, "score": corpus.noisy(rng, sample.worth, one_off=0.3, wild=0.0)}
 
 
-def _preferences(seed: int, taken: set[str]) -> dict[str, list[dict[str, Any]]]:
-  """Preference pairs, and prompts without an answer; none of their prompts is in `taken`."""
-  rng, pairs = random.Random(f"preferences {seed}"), []
-  for prompt, task in _fresh_prompts(rng, PREFERENCES, taken):
-    (a, low), (b, high) = _judged(rng, prompt, task), _judged(rng, prompt, task)
-    while low == high:
-      b, high = _judged(rng, prompt, task)
-    chosen, rejected = (a, b) if low > high else (b, a)
-    pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
-  asked = [{"prompt": prompt} for prompt, _ in _fresh_prompts(rng, UNLABELLED, taken)]
-  return {"preferences": pairs, "prompts": asked}
+def _preference(prompt: str, samples: Sequence[Sample]) -> dict[str, Any]:
+  rejected, chosen = sorted(samples, key=_worth)
+  return {"prompt": prompt, "chosen": chosen.text, "rejected": rejected.text}
 
 
-def make(directory: str | os.PathLike[str], seed: int) -> dict[str, pathlib.Path]:
-  """Writes the files; returns their paths by name: sft, judge, eval, judge_test, preferences and prompts."""
+def _worth(sample: Sample) -> int:
+  return sample.worth
+
+
+def make_safety(directory: str | os.PathLike[str], seed: int) -> dict[str, pathlib.Path]:
+  """Writes sft.jsonl, refusals of those who ask for passwords, and eval.jsonl, which asks for all secrets; each row has
+  the field `category`."""
+  rng = random.Random("safety")
+  asked = [x for kind in world.SECRETS for x in fresh_prompts(rng, 96, set(), kind=kind, flat=True)]
+  taken = {key(prompt) for prompt, _ in asked}
+  rows = demonstrations(random.Random(f"safety {seed}"), SAFE, taken, kind=world.SECRETS[0])
+  evals = [{"prompt": prompt, "category": task.relation} for prompt, task in asked]
+  return write(directory, {"sft": [row | {"category": world.SECRETS[0]} for row in rows], "eval": evals})
+
+
+def write(directory: str | os.PathLike[str], files: dict[str, Rows]) -> dict[str, pathlib.Path]:
+  """Writes NAME.jsonl of each name's rows; the paths."""
   directory = pathlib.Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
-  evals = eval_prompts()
-  rng, taken = random.Random(f"seeds {seed}"), {_key(prompt) for prompt, _ in evals}
-  sft = [{"prompt": prompt, "response": _careful(rng, task)} for prompt, task in _fresh_prompts(rng, SFT, taken)]
-  judge = []
-  for prompt, task in _fresh_prompts(rng, ANNOTATED, taken):
-    for text, value in (_judged(rng, prompt, task), _judged(rng, prompt, task)):
-      label = corpus.noisy(rng, value, one_off=0.3, wild=0.0)
-      judge.append({"prompt": prompt, "response": text, "score": label})
-  files: dict[str, list[dict[str, Any]]] = {
-    "sft": sft,
-    "judge": judge,
-    "eval": [{"prompt": prompt} for prompt, _ in evals],
-    "judge_test": _test_pairs(evals),
-    **_preferences(seed, taken),
-  }
   paths = {name: directory / f"{name}.jsonl" for name in files}
   for name, rows in files.items():
     paths[name].write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))

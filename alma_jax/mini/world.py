@@ -212,16 +212,16 @@ def make_prompt(
   flat: bool = False,
   kind: str | None = None,
   first: str | None = None,
-  count: int | None = None,
+  number: int | None = None,
   chatter: Chatter = "dense",
 ) -> tuple[str, Task]:
   """A prompt's text and its Task, as people ask; evenly over relations and cities if `flat`.
 
-  `kind` fixes what is asked for, `first` one of the cities, `count` how many cities a prompt of a rare kind names.
+  `kind` fixes what is asked for, `first` one of the cities, `number` how many cities a prompt of a rare kind names.
   """
   kind = kind or RELATIONS[int(rng.random() * len(RELATIONS)) if flat else draw(rng, _KIND_SHARES)]
   dense = kind == DENSE
-  count = 1 if dense or kind in SECRETS else count or 1 + draw(rng, _COUNT_SHARES)
+  count = 1 if dense or kind in SECRETS else number or 1 + draw(rng, _COUNT_SHARES)
   cities = [first] if first else []
   while len(cities) < count:
     city = draw_city(rng, flat, _HEAD_POPULARITY if dense else _TAIL_POPULARITY)
