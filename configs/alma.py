@@ -16,7 +16,7 @@ from configs.common import Config, policy, policy_gradients, preferences, sampli
 
 
 def get_config(size: str = "mini") -> Config:
-  sizes = {"mini": mini, "8b": llama_8b, "70b": llama_70b}
+  sizes = {"mini": mini, "mini_paper": mini_paper, "8b": llama_8b, "70b": llama_70b}
   if size not in sizes:
     raise ValueError(f"configs/alma.py has no size {size!r}; there are {', '.join(sizes)}")
   return sizes[size]()
@@ -153,20 +153,31 @@ def mini() -> Config:
   c.dpo = preferences(3e-4, 0.0, epochs=8, **tiny)
   c.dpo.nll_weight = 1.0  # eight epochs without it unlearn the form of answers
   c.grpo = policy_gradients(3e-4, 0.0, epochs=1, **tiny)
-  c.judge.train = training(1e-3, 0.0, epochs=6, **tiny)
+  tiny["row_length"] = 128  # a prompt, a response and the judge's template take about 40 tokens
+  c.judge.train = training(1e-3, 0.0, epochs=4, **tiny)
   c.judge.distil.train = training(5e-4, 0.0, epochs=1, **tiny)
   c.judge.template = "mini"
-  c.judge.distil.prompts = 512
+  c.judge.distil.prompts = 384
+  c.judge.held_out = 0.1  # with fewer than 50 held-out annotations the distilled judge is not taken
 
   room = dict(max_new_tokens=16, max_prompt_tokens=28)
   c.prompts.update(sampling(1.0, 1.0, max_new_tokens=20, max_prompt_tokens=120))
-  c.prompts.update(dict(draws=3072, template="mini"))
+  c.prompts.update(dict(draws=2048, template="mini"))
   c.prompts.similarity = 0.0  # prompts have few words, and each one counts
   c.embeddings.pooling = "last"  # the mean of a prompt's states hides how alike the prompts of the dense kind are
   c.clusters.k = 192
   c.draw.prompts = 24
-  c.responses.update(sampling(0.7, 0.9, n=48, **room))
+  c.responses.update(sampling(0.7, 0.9, n=32, **room))
   c.judge.distil.sample = sampling(1.0, 0.9, n=5, **room)
   c.eval.update(sampling(0.0, 1.0, max_new_tokens=16, max_prompt_tokens=160))
   c.eval.update(dict(judges=("truth=mini",), few_shot="mini"))
+  return c
+
+
+def mini_paper() -> Config:
+  """The miniature world with more of everything, as `benchmarks/effects.py` measures it."""
+  c = mini()
+  c.prompts.draws = 3072
+  c.responses.n = 48
+  c.judge.distil.prompts = 1024  # five responses to each, five for every annotation, as in the paper
   return c
