@@ -83,8 +83,8 @@ def config_of(arm: Arm, base: Base, seed: int, data: Mapping[str, pathlib.Path],
     section, _, field = name.rpartition(".")
     place = config[section] if section else config
     place[field] = round(place[field] * value) if isinstance(place[field], int) else value
-  asked = {"eval": {"sets": (f"{SET}={data[SET]}",)}}
-  config.rounds = {r: asked for r in arm.compared}
+  config.eval.sets = (f"{SET}={data[SET]}",)
+  config.rounds = {r: {"eval": {"sets": ()}} for r in range(2, arm.last + 1) if r not in arm.compared}
   return config
 
 

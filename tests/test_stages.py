@@ -284,24 +284,24 @@ def of_rows(rows):
 def test_a_pool_that_is_too_small_for_all_rounds_is_said_when_it_is_made():
   config = alma.mini()  # 384 prompts for the judge, then 24 for each of nine rounds: 600
   by_round = start.checked_options(config)
-  alma_recipe.check_pool(by_round, [of_rows(600)], 1536)
+  alma_recipe.check_pool(by_round, [of_rows(600)], 2048)
   with pytest.raises(RunError, match="the pool has 599 different prompts, and up to round 10 600 are drawn") as error:
-    alma_recipe.check_pool(by_round, [of_rows(599)], 1536)
+    alma_recipe.check_pool(by_round, [of_rows(599)], 2048)
   assert "{10: {'prompts': {'draws': NUMBER}}}" in str(error.value)
-  config.rounds = {9: {"prompts": {"draws": 1546}}}  # ten drafts more, which may be ten prompts
+  config.rounds = {9: {"prompts": {"draws": 2058}}}  # ten drafts more, which may be ten prompts
   by_round = start.checked_options(config)
-  alma_recipe.check_pool(by_round, [of_rows(590)], 1536)
+  alma_recipe.check_pool(by_round, [of_rows(590)], 2048)
   with pytest.raises(RunError, match="the pool has 589 "):
-    alma_recipe.check_pool(by_round, [of_rows(589)], 1536)
+    alma_recipe.check_pool(by_round, [of_rows(589)], 2048)
   with pytest.raises(RunError, match="the pool has 599 "):  # they were seven prompts
-    alma_recipe.check_pool(by_round, [of_rows(592), of_rows(7)], 1546)
+    alma_recipe.check_pool(by_round, [of_rows(592), of_rows(7)], 2058)
 
 
 def test_responses_that_models_do_not_share_evenly_are_said():
   config = alma.mini()
   assert list(alma_recipe.notes(start.checked_options(config))) == [
-    "rounds 3 .. 10: 16 responses per prompt from 3 checkpoints are 5 or 6 from each; which ones write one more rotates"
-    " from prompt to prompt"
+    "rounds 3 .. 10: 32 responses per prompt from 3 checkpoints are 10 or 11 from each; which ones write one more"
+    " rotates from prompt to prompt"
   ]
   config.rounds = {r: {"responses": {"checkpoints": ("sft",)}} for r in range(3, 11)}
   assert list(alma_recipe.notes(start.checked_options(config))) == []

@@ -4,7 +4,7 @@
   paths = make_safety("inputs", seed=0)      # mini_safety: how to answer who asks for secrets
 
   sft.jsonl           96 rows   prompt, response           written with care, yet not flawless
-  judge.jsonl       1024 rows   prompt, response, score    512 prompts x 2 samples of the models themselves
+  judge.jsonl   about 1,000 rows prompt, response, score    544 prompts, 2 samples of the models themselves to each
   eval.jsonl         576 rows   prompt                     three of each kind for every city; the same for every seed
   preferences.jsonl   96 rows   prompt, chosen, rejected   two samples; chosen is better by the ground truth
   prompts.jsonl      768 rows   prompt                     unlabelled prompts of their own
@@ -29,7 +29,7 @@ from alma_jax.mini import CHECKPOINT, corpus, world
 from alma_jax.mini.world import Chatter, Task
 
 ANNOTATIONS = "annotations.jsonl.gz"  # beside the base model's weights
-SFT, ANNOTATED, PREFERENCES, UNLABELLED = 96, 512, 96, 768
+SFT, ANNOTATED, PREFERENCES, UNLABELLED = 96, 544, 96, 768
 EVAL_EACH, RESULTS_EACH = 3, 12  # evaluation prompts for every kind and city
 SAFE = 48  # demonstrations of refusals
 
@@ -127,7 +127,7 @@ def make(
   taken |= {key(prompt) for prompt, _ in (*judge, *pairs)}
   files: dict[str, Rows] = {
     "sft": demonstrations(rng, SFT, taken, chatter=chatter),
-    "judge": [_annotation(rng, prompt, sample) for prompt, samples in judge for sample in samples if sample.text],
+    "judge": [row for prompt, samples in judge for row in _annotations(rng, prompt, samples)],
     "eval": [{"prompt": prompt} for prompt, _ in eval_prompts(chatter)],
     "preferences": [_preference(prompt, samples) for prompt, samples in pairs],
     "prompts": [{"prompt": prompt} for prompt, _ in fresh_prompts(rng, UNLABELLED, taken, chatter=chatter)],
@@ -135,8 +135,13 @@ def make(
   return write(directory, files)
 
 
-def _annotation(rng: random.Random, prompt: str, sample: Sample) -> dict[str, Any]:
-  return {"prompt": prompt, "response": sample.text, "score": corpus.noisy(rng, sample.worth, one_off=0.3, wild=0.0)}
+def _annotations(rng: random.Random, prompt: str, samples: Sequence[Sample]) -> Rows:
+  """A row for each sample that has a text; one for two that are equal."""
+  worth = {sample.text: sample.worth for sample in samples if sample.text}
+  return [
+    {"prompt": prompt, "response": text, "score": corpus.noisy(rng, value, one_off=0.3, wild=0.0)}
+    for text, value in worth.items()
+  ]
 
 
 def _preference(prompt: str, samples: Sequence[Sample]) -> dict[str, Any]:
