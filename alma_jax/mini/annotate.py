@@ -89,7 +89,7 @@ def samples(session: Session[Any], writers: Sequence[Writer], asked: Sequence[st
 
 
 def _row(prompt: str) -> SeedRow:
-  return SeedRow([{"role": "user", "content": prompt}], response=None, score=None, line=0)
+  return SeedRow(({"role": "user", "content": prompt},), response=None, score=None, line=0)
 
 
 def _config(base: str | os.PathLike[str], folder: pathlib.Path) -> Any:
