@@ -387,7 +387,7 @@ def _without_judges():
 def test_a_run_ends_below_alpha_before_it_trains(world, config, tmp_path, monkeypatch, capsys):
   trained = []
   monkeypatch.setattr(policy, "mixed", lambda s, job, *_: trained.append(job.name) or s.base)
-  monkeypatch.setattr(recipe, "evaluated", lambda *_: None)
+  monkeypatch.setattr(recipe, "evaluated", lambda *_: {})
   monkeypatch.setattr(recipe, "read", lambda s: (world.data, pairs.human(s.at(1), world.human, {})))
   for alpha, wanted in ((0.1, ["sft_1", "round_02/policy"]), (0.9, ["sft_1"])):
     c = config.copy_and_resolve_references()

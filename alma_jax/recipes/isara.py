@@ -30,9 +30,11 @@ from alma_jax.store.data import SeedRow
 from alma_jax.store.handles import Data, Trainset
 from alma_jax.store.records import Prompt
 from alma_jax.store.runs import Artefact
+from alma_jax.store.statistics import Mean
 from alma_jax.text import fewshot
 
 MOST = 100  # pairs of D_0: the method is for limited samples
+ROOM = 32  # tokens of a chat format around a question
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +103,7 @@ def run(s: Session) -> None:
   pool, asked = [seeds], list[Artefact[Prompt]]()
   evaluated(s.at(0), s.base, data, o.eval.shots)
   sft = policy.mixed(s, policy.Job(layout.sft_name(1), s.base, o.sft, 1), seeds)
-  evaluated(s.at(1), sft, data)
+  scores = [evaluated(s.at(1), sft, data)]
   latest = sft if o.start == "sft_1" else s.base  # M_0
 
   for r in s.rounds():  # iteration k; r.options are this round's
@@ -128,10 +130,10 @@ def run(s: Session) -> None:
     init = latest if o.policy.init_from == "latest" else r.base
     name, seed = layout.stage_name(r.round, layout.POLICY), o.policy_seed + r.round
     latest = policy.mixed(r, policy.Job(name, init, o.policy, seed), seeds, pool[1:])
-    evaluated(r, latest, data)
-
-
-ROOM = 32  # tokens of a chat format around a question
+    scores.append(evaluated(r, latest, data))
+    if evaluation.stalled(scores, o.eval):
+      s.display.say(f"round {r.round}: no better score for {o.eval.patience} rounds; the run ends here")
+      break
 
 
 def read(s: Session) -> tuple[Data, Trainset]:
@@ -154,12 +156,13 @@ def d_0(o: Options, rows: Sequence[SeedRow]) -> list[SeedRow]:
   return found
 
 
-def evaluated(r: Session, checkpoint: Checkpoint, data: Data, shots: int = 0) -> None:
-  """The round's evaluation, also by category."""
+def evaluated(r: Session, checkpoint: Checkpoint, data: Data, shots: int = 0) -> dict[str, Mean]:
+  """The round's evaluation, also by category; the mean scores on data.eval."""
   o = r.options
-  evaluation.build(r, checkpoint, None, data, o.eval, shots=shots)
+  means = evaluation.build(r, checkpoint, None, data, o.eval, shots=shots)
   seen = {categories.category(o.categories, row) for row in data.sft}
   categories.build(r, evaluation.prompt_sets(data, o.eval), list(o.eval.named_judges), seen, o.categories)
+  return means
 
 
 def once(o: Options) -> ManyOptions:
