@@ -147,6 +147,7 @@ class Result:
   judge: str  # its identity, or its name in progress.csv if the run does not say
   score: float
   by_prompt: Mapping[str, float]  # {} if the answers are gone
+  seconds: float  # of devices, for the whole run
 
   @property
   def variant(self) -> str:
@@ -160,7 +161,8 @@ class Result:
 def table(units: Sequence[Unit], states: Mapping[int, str] | None = None) -> list[str]:
   """Lines to print: the last round of every unit, means over units that differ only in the seed, and every variant's
   difference to the first. `states` says more than the directories, such as "failed (1)", by the unit's number."""
-  lines = [f"{'':>3}  {'state':<12}{'round':>6}{'n':>6}  {'scored by':<10}{'score ± ci95':<16}overrides"]
+  head = f"{'':>3}  {'state':<12}{'round':>6}{'n':>6}  {'scored by':<10}{'score ± ci95':<16}{'device-s':>8}  overrides"
+  lines = [head]
   results: list[Result] = []
   for unit in units:
     row = [{}, *layout.progress(unit.directory)][-1]
@@ -168,27 +170,36 @@ def table(units: Sequence[Unit], states: Mapping[int, str] | None = None) -> lis
     value = f"{float(row[by]):.3f} ± {float(row[f'{by}_ci95']):.3f}" if by != "-" else "-"
     state = (states or {}).get(unit.number) or unit.state()
     start = f"{unit.number:>3}  {state:<12}{row.get('round', '-'):>6}{row.get('n', '-'):>6}"
-    lines.append(f"{start}  {by:<10}{value:<16}{shown(unit.overrides)}")
+    seconds = device_seconds(unit.directory)
+    lines.append(f"{start}  {by:<10}{value:<16}{seconds:>8,.0f}  {shown(unit.overrides)}")
     if state == "finished" and by != "-":
-      results.append(_result(unit, int(row["round"]), by, float(row[by])))
+      results.append(_result(unit, int(row["round"]), by, float(row[by]), seconds))
   return lines + _means(results) + _differences(results)
 
 
-def _result(unit: Unit, round: int, by: str, score: float) -> Result:
+def device_seconds(run: pathlib.Path) -> float:
+  """The seconds of all stages of a run, finished at any start, times the devices that it last ran on."""
+  starts = [row for row in layout.json_lines(run / layout.LOG) if row.get("event") == "start"]
+  devices = len(starts[-1].get("devices", ())) if starts else 0
+  return max(1, devices) * sum(s.manifest.get("seconds", 0.0) for s in layout.stages(run) if s.manifest)
+
+
+def _result(unit: Unit, round: int, by: str, score: float, seconds: float) -> Result:
   grader, found = graded.grader(unit.directory, by), graded.read(unit.directory, round)
   scores = dict(zip(found.prompts, found.scores[by].tolist(), strict=True)) if found and by in found.scores else {}
-  return Result(unit, grader.identity if grader else by, score, scores)
+  return Result(unit, grader.identity if grader else by, score, scores, seconds)
 
 
 def _means(results: Sequence[Result]) -> list[str]:
-  groups: dict[tuple[str, str], list[float]] = {}
+  groups: dict[tuple[str, str], list[Result]] = {}
   for result in results:
-    groups.setdefault((result.judge, result.variant), []).append(result.score)
+    groups.setdefault((result.judge, result.variant), []).append(result)
   lines = []
-  for (judge, variant), scores in groups.items():
-    mean = statistics.student(scores)
+  for (judge, variant), found in groups.items():
+    mean = statistics.student([result.score for result in found])
     if mean and mean.n > 1:
-      lines.append(f"  {judge}  {mean.value:.3f} ± {mean.ci95:.3f}  n = {mean.n}  {variant}")
+      seconds = sum(result.seconds for result in found) / mean.n
+      lines.append(f"  {judge}  {mean.value:.3f} ± {mean.ci95:.3f}  n = {mean.n}  {seconds:,.0f} device-s  {variant}")
   return ["", "Means over seeds, with the 95 % interval of Student's t:", *lines] if lines else []
 
 

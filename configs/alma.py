@@ -100,6 +100,7 @@ def llama_8b() -> Config:
   c.trainset = section()
   c.trainset.method = "best_of_n"  # "dpo": best against another (Table 7); "random": no judge; "grpo": all
   c.trainset.min_margin = 0.0  # dpo: least difference of the two scores, which is never 0
+  c.trainset.pairs = "best_random"  # dpo: "best_worst", "ordered_random" (5.3)
   c.policy_seed = 100
   c.policy = policy(5.5e-6, 1.1e-6, batch=128, epochs=2, row_length=2048)
   c.dpo = preferences(5e-7, 5e-8, batch=128, epochs=1, row_length=2048, warmup=0.1, weight_decay=0.0)

@@ -245,7 +245,8 @@ def test_a_sweep_changes_one_thing_per_seed(name):
 def test_there_is_a_sweep_for_each_table():
   assert ABLATIONS == [
     "control_random", "figure3_n", "isara_oneshot", "isara_retrieval", "isara_transfer",
-    "lima_dialogue", "lima_quality", "table3_judge", "table4_prompts", "table5_checkpoints", "table7_dpo",
+    "lima_dialogue", "lima_quality", "spa_length", "spa_noise", "spa_table6", "spa_table7",
+    "table3_judge", "table4_prompts", "table5_checkpoints", "table6_budget", "table7_dpo", "table7_pairs",
   ]  # fmt: skip
 
 

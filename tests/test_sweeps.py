@@ -9,7 +9,7 @@ import pytest
 
 from alma_jax import start, sweeps
 from alma_jax.options import ConfigError
-from alma_jax.store import layout, statistics
+from alma_jax.store import layout, shards, statistics
 from alma_jax.store.records import Answer, Grade
 from alma_jax.store.runs import Run
 from configs import alma
@@ -91,7 +91,7 @@ def finished(unit, scores, judge="truth", identity="truth 1"):
   mean = statistics.mean(list(scores.values()))
   with Run(unit.directory) as run:
     run.save_config(json.loads(json.dumps(unit.config.to_dict(), default=str)))
-    run.log("start")
+    run.log("start", devices=["cpu"] * 3)
     answers = [Answer(prompt, (), "", 1, True) for prompt in scores]
     name = layout.stage_name(2, layout.EVALUATION)
     for stage, records, kind, extra in (
@@ -103,6 +103,7 @@ def finished(unit, scores, judge="truth", identity="truth 1"):
         {"judge": {"name": judge, "identity": identity, "scale": [0.0, 10.0], "selects": judge == "judge"}},
       ),
     ):
+      shards.write_json(run.dir / stage / "seconds.json", {"seconds": 41.0})  # of an earlier start
       made = run.stage(stage, {})
       made.write_part(0, 1, records, kind)
       made.finish(**extra)
@@ -126,8 +127,9 @@ def test_the_table_compares_variants_prompt_by_prompt(file, tmp_path):
   assert {unit.state() for unit in units} == {"finished"}
   lines = sweeps.table(units)
   row = " ".join(lines[1].split())
-  mean = statistics.mean(list(made[0, 4].values()))
-  assert row == f"1 finished 2 40 truth {mean.value:.3f} ± {mean.ci95:.3f} seed=0 responses.n=4"
+  mean, seconds = statistics.mean(list(made[0, 4].values())), sweeps.device_seconds(units[0].directory)
+  assert row == f"1 finished 2 40 truth {mean.value:.3f} ± {mean.ci95:.3f} {seconds:.0f} seed=0 responses.n=4"
+  assert 2 * 41 * 3 <= seconds < 2 * 71 * 3  # two stages on three devices; each took a moment more
   # By hand: differences of the 39 prompts that both have, those of one prompt in both seeds as one cluster.
   both = np.array([[made[s, 9][f"p{i}"] - made[s, 4][f"p{i}"] for i in range(1, 40)] for s in (0, 1)])
   by_prompt = both.sum(0) - 2 * both.mean()

@@ -165,7 +165,7 @@ def check(by_round: Mapping[int, Options]) -> None:
       allowed = ("latest", NAME, "base", *(["init"] if field == "ref_from" else []))
       if (name := getattr(o.policy, field)) not in allowed:
         refuse(f"policy.{field}", name, f"may be {', '.join(map(repr, allowed))}", allowed)
-    if not o.data.preferences and o.policy.history == "all" and o.feedback_rounds == 0:
+    if not o.data.preferences and o.feedback_rounds == 0:
       raise ConfigError("data.preferences is empty and feedback_rounds is 0: there is nothing to learn from")
 
 

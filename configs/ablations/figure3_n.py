@@ -2,7 +2,8 @@
 
   python launch/sweep.py --config=configs/ablations/figure3_n.py --workdir=runs/figure3
 
-N = 1, 4, 16, 64 x 3 seeds, three rounds of feedback each. N = 1 trains on whatever the models wrote.
+N = 1, 4, 16, 64, 128 x 3 seeds, three rounds of feedback each. N = 1 trains on whatever the models wrote. The paper
+goes to 400: with configs/alma.py:8b a run for each --config.responses.n=1 .. 400.
 """
 
 from collections.abc import Callable
@@ -19,5 +20,5 @@ def get_config() -> Config:
 
 def sweep(add: Callable[..., None]) -> None:
   for seed in range(3):
-    for n in (1, 4, 16, 64):
+    for n in (1, 4, 16, 64, 128):
       add(seed=seed, responses=dict(n=n))
