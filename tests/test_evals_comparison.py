@@ -2,14 +2,17 @@
 
 import csv
 import json
+import time
+import xml.etree.ElementTree
 
 import numpy as np
 import pytest
 from report_run import make
 
 from alma_jax.evals.comparison import Group, Scores, rows
-from alma_jax.report import graded
-from alma_jax.store import statistics
+from alma_jax.report import graded, leaflet
+from alma_jax.store import layout, runs, statistics
+from alma_jax.store.records import Answer, Grade
 from alma_jax.tools import evaluate
 
 RNG = np.random.default_rng(0)
@@ -64,6 +67,59 @@ def test_the_command_compares_one_judges_grades_alone(tmp_path, capsys):
   assert f"{float(table[1]['difference']):+.3f}" in shown
   assert evaluate.main(["compare", "--input", *places, grades(tmp_path / "strange", OTHER, "another")]) == 1
   assert "cannot be compared: judge 'a judge' and 'another'" in capsys.readouterr().err
+
+
+def test_wins_are_counted_question_by_question_and_ties_count_half():
+  base = {"a": 1.0, "b": 2.0, "c": 3.0, "d": 4.0, "other": 9.0}
+  left = {"a": 2.0, "b": 2.0, "c": 1.0, "d": 5.0, "lost": 1.0}
+  (_, row) = rows([Group("s", "j", [Scores("base", base), Scores("left", left)])])
+  assert (row.wins.won, row.wins.tied, row.wins.lost) == (2, 1, 1)
+  shares = [1, 0.5, 0, 1]
+  assert row.wins.share.value == np.mean(shares) and row.wins.share.n == 4
+  assert row.wins.share.ci95 == pytest.approx(1.96 * np.std(shares, ddof=1) / 2)
+  assert statistics.wins(left, {"a": float("nan")}) is None
+
+
+def test_a_comparison_is_written_as_tables_and_charts(tmp_path, capsys, monkeypatch):
+  make(tmp_path / "run")
+  call = ["compare", f"--input={tmp_path / 'run'}", "--against=round 1"]
+  assert evaluate.main([*call, f"--html={tmp_path / 'c.html'}", f"--output={tmp_path / 'c.csv'}"]) == 0
+  assert evaluate.main([*call, f"--html={tmp_path / 'c.svg'}"]) == 0
+  table = list(csv.DictReader(open(tmp_path / "c.csv")))
+  page, picture = (tmp_path / "c.html").read_text(), xml.etree.ElementTree.parse(tmp_path / "c.svg").getroot()
+  for row in table:
+    assert f'<td>{row["model"]}</td><td class="n">{row["n"]}</td><td class="n">{float(row["mean"]):.3f}</td>' in page
+  assert page.count("<svg") == 2 == len(picture.findall("{*}svg"))
+  assert "var(" not in (tmp_path / "c.svg").read_text()
+  assert evaluate.main([*call, f"--html={tmp_path / 'c.pdf'}"]) == 1
+  assert "must end with .html, .svg or .png" in capsys.readouterr().err
+  monkeypatch.setattr(leaflet, "BROWSERS", ("no_such_browser",))
+  assert evaluate.main([*call, f"--html={tmp_path / 'c.png'}"]) == 1
+  assert "none of no_such_browser is on the PATH; write .svg" in capsys.readouterr().err
+
+
+@pytest.mark.slow  # python -m pytest -m slow tests/test_evals_comparison.py
+def test_a_run_of_five_sets_eleven_rounds_and_three_judges_is_compared_in_twenty_seconds(tmp_path):
+  n = 805
+  with runs.Run(tmp_path / "run") as run:
+    run.save_config({"recipe": "alma"})
+    for r in range(1, 12):
+      for chosen in ("", "a", "b", "c", "d"):
+        place = layout.stage_name(r, layout.answers_name(chosen))
+        answers = [
+          Answer(f"{i:016x}", ({"role": "user", "content": f"ask {i}"},), "x" * 400, 100, True) for i in range(n)
+        ]
+        stage = run.stage(place, {"name": place})
+        stage.write_part(0, 1, answers, Answer)
+        stage.finish()
+        for judge in ("judge", "truth", "armo"):
+          name = layout.grades_name(place, judge)
+          graded_, scores = run.stage(name, {"name": name}), RNG.normal(5 + r / 10, 2, n)
+          graded_.write_part(0, 1, [Grade(x.prompt_id, float(s)) for x, s in zip(answers, scores, strict=True)], Grade)
+          graded_.finish(judge={"name": judge, "identity": judge, "scale": None, "selects": False})
+  begun = time.process_time()
+  assert evaluate.main(["compare", f"--input={tmp_path / 'run'}", f"--html={tmp_path / 'c.html'}"]) == 0
+  assert time.process_time() - begun < 20
 
 
 def test_the_command_compares_the_rounds_of_a_run(tmp_path, capsys):

@@ -101,7 +101,7 @@ def test_the_page_shows_the_runs_numbers(finished):
   for name in ("truth", "judge"):
     assert f"base, {name} {base[name]:.2f} ± {base[f'{name}_ci95']:.2f}" in text
   judged_by = "orders 0.750 ± 0.062 of 310 held-out pairs as the annotators did, mean error 1.50 ± 0.38 of 10, Spearman"
-  assert text.count(f"The run's judge {judged_by} 0.50 ± 0.25 (n = 26 annotations; own ") == 5
+  assert text.count(f"The run's judge {judged_by} 0.50 ± 0.25 (n = 26 annotations; own ") == 6
   assert f"The judge of the rounds {judged_by}" in text and "the two means lie 1.50 apart" in text
   assert "round 3 of 3" in text and ">finished</span>" in text
 
@@ -152,7 +152,7 @@ def test_the_page_is_whole_quiet_and_alone(finished):
   text = written(finished)
   tags = Balanced(text).seen
   assert not any(phrase in text for phrase in BROKEN)
-  assert tags["section"] == 11 and '<section id="notes">' not in text  # nothing stands out
+  assert tags["section"] == 12 and '<section id="notes">' not in text  # nothing stands out
   assert tags["script"] == tags["link"] == tags["img"] == 0
   assert "http" not in text and "url(" not in text and "@import" not in text
 

@@ -18,7 +18,14 @@ from alma_jax.store import runs, statistics
 from alma_jax.store.records import Grade, Judgment, Response
 
 METHODS = ("best_of_n", "dpo", "grpo")
-AXES = ("score over round", "characters over round", "distribution of scores", "loss per step", "inertia per iteration")
+AXES = (
+  "score over round",
+  "% ahead over round",
+  "characters over round",
+  "distribution of scores",
+  "loss per step",
+  "inertia per iteration",
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -158,6 +165,35 @@ def told_of_rounds(run):
   ahead = np.array(truth[best]) - np.array(truth[3])
   differs = "differs from" if ahead.mean() > 1.96 * ahead.std(ddof=1) / math.sqrt(40) else "cannot be told from"
   return [*out, f"{words}; it {differs} the last, 3: {told(ahead, sign='+')}."]
+
+
+def told_of_answers(run):
+  answers = {r: evaluated(run, r) for r in range(4)}
+  out = ["% ahead", "as often as not", "judge", "round", "n", "ahead", "won / tied / lost"]
+  for name in ("truth", "judge"):
+    signs = {r: [np.sign(row[name] - answers[1][id][name]) for id, row in answers[r].items()] for r in (2, 3)}
+    ahead = {r: [50 * (sign + 1) for sign in signs[r]] for r in signs}
+    line = f"{name} {np.mean(ahead[3]):.0f} %"
+    out.append(line)
+    for r in (2, 3):
+      won, tied, lost = (signs[r].count(sign) for sign in (1, 0, -1))
+      shown = told(ahead[r], digits=1).replace(" ±", " % ±")
+      out += [name, f"{r}", "40", shown, f"{won} / {tied} / {lost}", f"{line}, round {r}: {told(ahead[r])}"]
+  changes = {id: row["truth"] - answers[1][id]["truth"] for id, row in answers[3].items()}
+  why = {id: "at random" for id in sorted(changes)[:4]}
+  for word, pick in (("lost", min), ("gained", max)):
+    id = pick(changes, key=changes.get)
+    why[id] = f"{word} most from round 1 to round 3 by truth, {changes[id]:+.2f}".replace("-", "−")
+  for id, said in why.items():
+    out += [f"ask {id[1:]} ({said})", f"ask {id[1:]}"]
+    for r, rows in answers.items():
+      out.append(f"round {r}: truth {rows[id]['truth']:.2f}, judge {rows[id]['judge']:.2f}")
+      out += [rows[id]["response"]] if rows[id]["response"] else []
+  return [
+    *out,
+    "On how many prompts of data.eval a judge scores the answer above that of round 1, with 95 % intervals over the"
+    " prompts; equal scores are a tie, which counts half.",
+  ]
 
 
 def told_of_selection(run, method):
@@ -405,6 +441,7 @@ def test_every_number_of_the_page_is_that_of_the_files(tmp_path, method):
   expected = {
     "progress": told_of_progress(tmp_path),
     "rounds": [*told_of_rounds(tmp_path), ROUNDS],
+    "answers": told_of_answers(tmp_path),
     "selection": told_of_selection(tmp_path, method),
     "length": told_of_length(tmp_path, method),
     "judge": told_of_judge(tmp_path),
@@ -420,7 +457,7 @@ def test_every_number_of_the_page_is_that_of_the_files(tmp_path, method):
   head = [f"alma · {tmp_path.name}", "ALMA · model <m>", "finished · round 3 of 3"]
   expected["head"] = [*head, f"{tmp_path} · 1 × cpu · 1 host · jax 0.0 · as of {at}"]
   assert shown.keys() == expected.keys()
-  for section in ("progress", "rounds", "selection", "length", "examples"):
+  for section in ("progress", "rounds", "answers", "selection", "length", "examples"):
     expected[section].append(f"The run's judge {quality(tmp_path)}")
   for section, texts in expected.items():
     assert sorted(shown[section]) == sorted(texts), section

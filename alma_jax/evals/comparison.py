@@ -3,7 +3,8 @@
   group = Group("eval", "own a2 ...", [Scores("sft", {...}), Scores("last", {...})])
   rows([group], against="sft")        a Row for every model: its mean, and its difference to "sft", question by question
 
-All p values of one call are a family: `adjusted` is Holm's. `detectable` is the true difference that the n common
+A model wins a question where its score is above that of the model compared with; equal scores are a tie, which counts
+half. All p values of one call are a family: `adjusted` is Holm's. `detectable` is the true difference that the n common
 questions would show at p < 0.05 with a probability of 80 %; a smaller one is not to be expected to show.
 """
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from alma_jax.errors import UserError
 from alma_jax.store import statistics
-from alma_jax.store.statistics import Mean
+from alma_jax.store.statistics import Mean, Wins
 
 
 class ComparisonError(UserError):
@@ -51,6 +52,7 @@ class Row:
   p: float | None = None
   adjusted: float | None = None
   detectable: float | None = None
+  wins: Wins | None = None  # question by question over the model compared with
 
 
 def rows(groups: Sequence[Group], against: str | None = None, by_category: bool = False) -> list[Row]:
@@ -96,6 +98,7 @@ def _rows(group: Group, category: str, against: str | None) -> list[Row]:
         difference=statistics.mean(values),
         p=statistics.p_value(values),
         detectable=statistics.detectable(float(values.std(ddof=1)), len(values)),
+        wins=statistics.wins(model.by_question, base.by_question),
       )
     out.append(row)
   return out
@@ -109,11 +112,23 @@ def in_lines(found: Sequence[Row]) -> list[str]:
     if block != (row.asked, row.judge, row.category):
       block = (row.asked, row.judge, row.category)
       lines += ["", f"{row.asked}{f', {row.category}' if row.category else ''}, graded by {row.judge}"]
-      head = ["difference", "p (Holm)", "detectable"]
-      lines.append(f"  {'model':<{width}} {'n':>6} {'mean':>16} {head[0]:>18} {head[1]:>9} {head[2]:>11}")
-    cells = [f"{row.mean.n:>6,}", f"{_shown(row.mean):>16}"]
+      columns = {
+        "n": 6,
+        "mean": 16,
+        "difference": 18,
+        "p (Holm)": 9,
+        "detectable": 11,
+        "won %": 14,
+        "won/tied/lost": 15,
+      }
+      lines.append(f"  {'model':<{width}} " + " ".join(f"{name:>{wide}}" for name, wide in columns.items()))
+    cells = [f"{row.mean.n:>6,}", f"{shown(row.mean):>16}"]
     if row.difference and row.adjusted is not None and row.detectable is not None:
-      cells += [f"{_shown(row.difference, '+'):>18}", f"{row.adjusted:>9.3f}", f"{row.detectable:>11.3f}"]
+      cells += [f"{shown(row.difference, '+'):>18}", f"{row.adjusted:>9.3f}", f"{row.detectable:>11.3f}"]
+    if row.wins:
+      share = row.wins.share
+      cells += [f"{100 * share.value:>6.1f}" + ("" if share.ci95 is None else f" ± {100 * share.ci95:>4.1f} ")]
+      cells += [f"{f'{row.wins.won:,}/{row.wins.tied:,}/{row.wins.lost:,}':>15}"]
     lines.append(f"  {row.name:<{width}} {' '.join(cells)}")
   return lines[1:]
 
@@ -134,9 +149,14 @@ def in_columns(row: Row) -> dict[str, str | int | float | None]:
     "common": difference and difference.n,
     "p": row.p,
     "p_holm": row.adjusted,
+    "won": row.wins and row.wins.won,
+    "tied": row.wins and row.wins.tied,
+    "lost": row.wins and row.wins.lost,
+    "win_rate": row.wins and 100 * row.wins.share.value,
+    "win_rate_ci95": row.wins and row.wins.share.ci95 and 100 * row.wins.share.ci95,
     "detectable": row.detectable if row.detectable is None or math.isfinite(row.detectable) else None,
   }
 
 
-def _shown(mean: Mean, sign: str = "") -> str:
+def shown(mean: Mean, sign: str = "") -> str:
   return f"{mean.value:{sign}.3f}" + ("" if mean.ci95 is None else f" ± {mean.ci95:.3f}")

@@ -53,8 +53,9 @@ class _Label(NamedTuple):
   kind: str
 
 
-def lines(drawn: Sequence[Line], x_label: str, y_label: str, low: float | None = None) -> Markup:
-  """Points with intervals over whole numbers (rounds), each line named at its right end."""
+def lines(drawn: Sequence[Line], x_label: str, y_label: str, low: float | None = None, log: bool = False) -> Markup:
+  """Points with intervals over whole numbers (rounds), each line named at its right end. `log`: a logarithmic x axis,
+  from 1 on, with a mark at 1, 2, 5, 10, 20, .. alone."""
   drawn = [line for line in drawn if line.points]
   edges = [y + sign * (ci or 0) for line in drawn for _, y, ci in line.points for sign in (-1, 1)]
   levels = [line.level for line in drawn if line.level]
@@ -64,6 +65,8 @@ def lines(drawn: Sequence[Line], x_label: str, y_label: str, low: float | None =
   step = (width - left - right) / max(1, xs[-1] - xs[0])
 
   def x_at(x: float) -> float:
+    if log:
+      return left + 12 + math.log(x / xs[0]) / max(1e-9, math.log(xs[-1] / xs[0])) * (width - left - right - 24)
     return left + 12 + (x - xs[0]) * (step - 24 / max(1, xs[-1] - xs[0]))
 
   def y_at(y: float) -> float:
@@ -73,7 +76,8 @@ def lines(drawn: Sequence[Line], x_label: str, y_label: str, low: float | None =
   for y in ys:
     out.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y_at(y):.1f}" y2="{y_at(y):.1f}"/>')
     out.append(_text(left - 8, y_at(y) + 4, tick(y, ys), "quiet end"))
-  for x in xs[:: -(-len(xs) // 20)]:
+  marked = [x for x in xs if (f"{x}"[0] in "125" and not int(f"{x}"[1:] or 0)) or x == xs[-1]] if log else xs
+  for x in marked[:: -(-len(marked) // 20)]:
     out.append(_text(x_at(x), height - bottom + 18, f"{x}", "quiet mid"))
   out.append(_text((left + width - right) / 2, height - 6, x_label, "quiet mid"))
   labels = []
@@ -90,6 +94,8 @@ def lines(drawn: Sequence[Line], x_label: str, y_label: str, low: float | None =
     path = " ".join(f"{x_at(x):.1f},{y_at(y):.1f}" for x, y, _ in line.points)
     out.append(f'<polyline class="line" points="{path}"/>')
     for x, y, ci in line.points:
+      if x not in marked:
+        continue
       said = f"{line.name}, {x_label} {x}: {y:.2f}" + (f" ± {ci:.2f}" if ci else "")
       out.append(f"<g><title>{escape(said)}</title>")
       if ci:

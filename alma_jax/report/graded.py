@@ -13,7 +13,7 @@ import numpy as np
 
 from alma_jax.report import judged
 from alma_jax.store import layout, statistics
-from alma_jax.store.statistics import Mean
+from alma_jax.store.statistics import Mean, Wins
 
 CI95 = "_ci95"  # ends the column of a score's interval
 
@@ -90,6 +90,14 @@ def difference(these: Answers, those: Answers, judge: str) -> Mean | None:
     return None
   left, right = (dict(zip(x.prompts, x.scores[judge].tolist(), strict=True)) for x in (these, those))
   return statistics.paired(left, right)
+
+
+def wins(these: Answers, those: Answers, judge: str) -> Wins | None:
+  """How often a judge scores these answers above those, over the prompts that both hold."""
+  if judge not in these.scores or judge not in those.scores:
+    return None
+  left, right = (dict(zip(x.prompts, x.scores[judge].tolist(), strict=True)) for x in (these, those))
+  return statistics.wins(left, right)
 
 
 def agreement(found: Answers, one: str, other: str) -> Mean | None:

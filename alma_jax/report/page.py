@@ -19,7 +19,7 @@ import jinja2
 from markupsafe import Markup
 
 from alma_jax.errors import full_disk
-from alma_jax.report import agreement, choice, generated, graded, judges, numbers, pool, sections, wording
+from alma_jax.report import agreement, answers, choice, generated, graded, judges, numbers, pool, sections, wording
 from alma_jax.store import layout, shards
 
 HERE = pathlib.Path(__file__).parent
@@ -32,6 +32,7 @@ SECTIONS: dict[str, tuple[str, Callable[[numbers.Facts], Any]]] = {  # title and
   "compared": ("Against other models", choice.compared),
   "generated": ("Generated pairs", generated.generated),
   "categories": ("Categories", generated.categories),
+  "answers": ("Answers", answers.answers),
   "agreement": ("Agreement of the policy's own judgement", agreement.agreement),
   "selection": ("Selection", sections.selection),
   "length": ("Length and the judge's scores", sections.length),
@@ -43,7 +44,7 @@ SECTIONS: dict[str, tuple[str, Callable[[numbers.Facts], Any]]] = {  # title and
   "data": ("Data read and dropped", sections.data),
   "config": ("Config", sections.config),
 }
-SCORED = ("progress", "rounds", "selection", "length", "examples")  # sections with the judge's scores
+SCORED = ("progress", "rounds", "answers", "selection", "length", "examples")  # sections with the judge's scores
 _logger = logging.getLogger(__name__)
 
 
@@ -107,8 +108,11 @@ def _page(directory: pathlib.Path, error: BaseException | None) -> str:
   facts = numbers.facts(directory, error)
   parts = [part for name in SECTIONS if (part := _section(name, facts))]
   title = f"{sections.recipe(facts)} · {directory.resolve().name}"
-  css = Markup((HERE / "page.css").read_text(encoding="utf-8"))
-  return wording.visible(_macros().page(title, sections.head(facts), parts, css))
+  return wording.visible(_macros().page(title, sections.head(facts), parts, Markup(css())))
+
+
+def css() -> str:
+  return (HERE / "page.css").read_text(encoding="utf-8")
 
 
 def _section(name: str, facts: numbers.Facts) -> Section | None:

@@ -6,7 +6,7 @@ A function returns None while its part has nothing to show. The pool's part is i
 import collections
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from markupsafe import Markup
@@ -378,14 +378,10 @@ class ExamplesSection:
 def examples(facts: Facts) -> list[ExamplesSection]:
   out = []
   for r, x in facts.rounds.items():
-    found = [ShownExample(_asked(shown.messages), shown) for shown in judged.examples(facts.run, r)]
+    found = [ShownExample(wording.asked(shown.messages), shown) for shown in judged.examples(facts.run, r)]
     if found:
       out.append(ExamplesSection(f"{facts.step.capitalize()} {r}", x.selected is not None and x.selected.graded, found))
   return out
-
-
-def _asked(messages: Sequence[Mapping[str, str]]) -> str:
-  return "\n\n".join(t["content"] if t["role"] == "user" else f"[{t['role']}] {t['content']}" for t in messages)
 
 
 @dataclasses.dataclass(frozen=True)

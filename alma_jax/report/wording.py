@@ -104,6 +104,11 @@ def duration(seconds: float) -> str:
   return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def asked(messages: Sequence[Mapping[str, str]]) -> str:
+  """A conversation up to the turn that is answered."""
+  return "\n\n".join(t["content"] if t["role"] == "user" else f"[{t['role']}] {t['content']}" for t in messages)
+
+
 def visible(page: str) -> str:
   """The page with every character that HTML forbids replaced by one that shows it."""
   return page.translate(_PICTURES)

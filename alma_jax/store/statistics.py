@@ -68,6 +68,27 @@ def tie_discounted(one: Mapping[str, float], other: Mapping[str, float]) -> Mean
   return mean([1 - abs(np.sign(one[key] - 0.5) - np.sign(other[key] - 0.5)) / 2 for key in one if key in other])
 
 
+@dataclasses.dataclass(frozen=True)
+class Wins:
+  """How often one of two is ahead on the questions that both have."""
+
+  share: Mean  # won, a tie counting half
+  won: int
+  tied: int
+  lost: int
+
+
+def wins(left: Mapping[str, float], right: Mapping[str, float]) -> Wins | None:
+  """How often the left score is above the right one over the keys of both; what is not finite is left out."""
+  differences = np.array([left[key] - right[key] for key in left if key in right], np.float64)
+  signs = np.sign(differences[np.isfinite(differences)])
+  share = mean((signs + 1) / 2)
+  if share is None:
+    return None
+  won, lost = int((signs > 0).sum()), int((signs < 0).sum())
+  return Wins(share, won, len(signs) - won - lost, lost)
+
+
 def clustered(values: Values, groups: np.ndarray) -> Mean | None:
   """The mean over all values; the interval takes the values of a group together. groups [n]: the group of each."""
   values = np.asarray(values, np.float64)

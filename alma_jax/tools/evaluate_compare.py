@@ -8,21 +8,34 @@ rounds are the models: a block for each of its sets and judges. Means and paired
 model if not given) have 95 % intervals over questions; p values are adjusted by Holm's method over all of them;
 `detectable` is the difference that so many questions would show with a probability of 80 %. Numbers of two judges are
 never compared.
---categories=true adds a block for each category.
+--categories=true adds a block for each category. A model wins a question that it answers with a higher score than
+--against; equal scores are a tie, which counts half. --html=FILE writes tables and charts as .html, .svg or .png.
 """
 
 import csv
 import dataclasses
+import itertools
 import json
 import pathlib
 from collections.abc import Sequence
 
+from markupsafe import Markup
+
 from alma_jax.errors import RunError
 from alma_jax.evals import comparison, runs
-from alma_jax.evals.comparison import ComparisonError, Group, Scores
+from alma_jax.evals.comparison import ComparisonError, Group, Row, Scores
 from alma_jax.options import Checked, labelled, option
+from alma_jax.report import charts, leaflet
+from alma_jax.report.charts import ChartBar, Line, Point
+from alma_jax.report.leaflet import Block
+from alma_jax.report.wording import Table
 from alma_jax.store import layout
 from alma_jax.tools import command
+
+NOTE = (
+  "Means and paired differences with 95 % intervals over the questions; p holm is adjusted over all rows of the file;"
+  " detectable: the difference that so many questions would show with a probability of 80 %."
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +44,7 @@ class Options(Checked):
   against: str = option("", doc="the model to compare with; the first one if not given")
   categories: bool = option(False, doc="each category, too")
   output: str = option("", doc="a CSV file of the rows")
+  html: str = option("", doc="a file of tables and charts, .html, .svg or .png")
 
 
 FLAGS = command.Flags("evaluate compare", __doc__, Options)
@@ -57,6 +71,8 @@ def _one_flag_each(arguments: Sequence[str]) -> list[str]:
 
 
 def run(options: Options) -> None:
+  if options.html:
+    leaflet.check(pathlib.Path(options.html))
   groups = groups_of([pathlib.Path(name) for name in options.input])
   found = comparison.rows(groups, options.against or None, options.categories)
   print("\n".join(comparison.in_lines(found)))
@@ -68,6 +84,42 @@ def run(options: Options) -> None:
       writer = csv.DictWriter(file, list(table[0]))
       writer.writeheader()
       writer.writerows(table)
+  if options.html:
+    leaflet.save(pathlib.Path(options.html), "Models compared", blocks(found))
+    print(options.html)
+
+
+def blocks(found: Sequence[Row]) -> list[Block]:
+  """A chart and a table for each set, judge and category."""
+  out = []
+  for (asked, judge, category), group in itertools.groupby(found, _of_block):
+    rows = list(group)
+    title = f"{asked}{f', {category}' if category else ''}, graded by {judge}"
+    columns = [comparison.in_columns(row) for row in rows]
+    names = [name for name in columns[0] if name not in ("set", "judge", "category")]
+    cells = [[_cell(row[name]) for name in names] for row in columns]
+    table = Table([name.replace("_", " ") for name in names], cells)
+    out.append(Block(title, [_chart(rows)], table, NOTE))
+  return out
+
+
+def _of_block(row: Row) -> tuple[str, str, str]:
+  return row.asked, row.judge, row.category
+
+
+def _chart(rows: Sequence[Row]) -> Markup:
+  """A line over the rounds of a run, else a bar for each model."""
+  numbers = [row.name.removeprefix("round").strip(" _") for row in rows]
+  if len(rows) > 1 and all(number.isdigit() for number in numbers):
+    points = [Point(int(number), row.mean.value, row.mean.ci95) for number, row in zip(numbers, rows, strict=True)]
+    return charts.lines([Line(f"{points[-1].y:.2f}", points, 0)], "round", "mean score")
+  return charts.bars([ChartBar(row.name, max(0.0, row.mean.value), comparison.shown(row.mean)) for row in rows])
+
+
+def _cell(value: object) -> str:
+  if value is None:
+    return ""
+  return f"{value:.3f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def groups_of(inputs: Sequence[pathlib.Path]) -> list[Group]:
