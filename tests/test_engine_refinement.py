@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from engine_models import CONFIG, log_softmax, logprobs, on_mesh, stacked
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from alma_jax.engine import crossentropy, losses
 from alma_jax.engine import train as engine
@@ -151,6 +153,21 @@ def test_mixed_log_probs_equal_those_in_float64_and_have_no_gradient(tile, tied,
   np.testing.assert_allclose(found, wanted * np.asarray(where), rtol=2e-5, atol=2e-5)
   assert not any(np.any(x) for x in jax.tree.leaves(slopes))
   assert {places for places, _ in seen} == ({3} if tile else set())  # two models' logits in the room of one's
+
+
+def test_mixed_log_probs_are_the_same_on_every_mesh(monkeypatch):
+  monkeypatch.setattr(crossentropy, "_tile", lambda model, targets: 6)
+  rng, models = np.random.default_rng(1), (stacked(0), stacked(1))
+  hidden = tuple(np.float32(rng.normal(size=(8, 6, CONFIG.width))) for _ in models)
+  targets, where = rng.integers(0, CONFIG.vocab, (8, 6)), rng.random((8, 6)) < 0.6
+  mixed_logprobs = jax.jit(lambda *x: crossentropy.mixed_logprobs(*x[:2], 0.5, *x[2:]))
+  wanted = mixed_logprobs(models, hidden, targets, where)
+  mesh = sharding.make_mesh(2, 2, 2)
+  with jax.set_mesh(mesh):
+    rows = [engine.global_array(x, mesh) for x in (targets, where)]
+    states = tuple(jax.device_put(x, NamedSharding(mesh, P(("data", "fsdp")))) for x in hidden)
+    found = mixed_logprobs(tuple(on_mesh(model, mesh) for model in models), states, *rows)
+  np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 def trained(objective, mesh=None, steps=4, passes=1, **hooks):
