@@ -141,7 +141,7 @@ def _sweep_of(file: str) -> Callable[[Callable[..., None]], None] | None:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """The last evaluated round of a finished unit, by one judge."""
+  """The last evaluated round of a finished unit, or the epoch that it chose, by one judge."""
 
   unit: Unit
   judge: str  # its identity, or its name in progress.csv if the run does not say
@@ -165,15 +165,16 @@ def table(units: Sequence[Unit], states: Mapping[int, str] | None = None) -> lis
   lines = [head]
   results: list[Result] = []
   for unit in units:
-    row = [{}, *layout.progress(unit.directory)][-1]
-    by = next((name for name in graded.judges([row]) if row[name]), "-")
-    value = f"{float(row[by]):.3f} ± {float(row[f'{by}_ci95']):.3f}" if by != "-" else "-"
+    row, asked = _evaluated(unit.directory)
+    prefix = f"{asked}/" if asked else ""
+    by = next((name for name in graded.judges([row], asked) if row[prefix + name]), "-")
+    value = f"{float(row[prefix + by]):.3f} ± {float(row[f'{prefix}{by}_ci95']):.3f}" if by != "-" else "-"
     state = (states or {}).get(unit.number) or unit.state()
-    start = f"{unit.number:>3}  {state:<12}{row.get('round', '-'):>6}{row.get('n', '-'):>6}"
+    start = f"{unit.number:>3}  {state:<12}{row.get('round', '-'):>6}{row.get(f'{prefix}n', '-'):>6}"
     seconds = device_seconds(unit.directory)
     lines.append(f"{start}  {by:<10}{value:<16}{seconds:>8,.0f}  {shown(unit.overrides)}")
     if state == "finished" and by != "-":
-      results.append(_result(unit, int(row["round"]), by, float(row[by]), seconds))
+      results.append(_result(unit, row, asked, by, seconds))
   return lines + _means(results) + _differences(results)
 
 
@@ -184,8 +185,16 @@ def device_seconds(run: pathlib.Path) -> float:
   return max(1, devices) * sum(s.manifest.get("seconds", 0.0) for s in layout.stages(run) if s.manifest)
 
 
-def _result(unit: Unit, round: int, by: str, score: float, seconds: float) -> Result:
-  grader, found = graded.grader(unit.directory, by), graded.read(unit.directory, round)
+def _evaluated(run: pathlib.Path) -> tuple[dict[str, str], str]:
+  """The row of the last round, or of the epoch that the run chose, and the set of prompts that counts."""
+  rows, chosen = layout.progress(run), layout.chosen_epoch(run)
+  row = [{}, *(row for row in rows if chosen is None or row["round"] == str(chosen))][-1]
+  return row, layout.TEST_SET if chosen is not None and row.get(f"{layout.TEST_SET}/n") else layout.MAIN_SET
+
+
+def _result(unit: Unit, row: Mapping[str, str], asked: str, by: str, seconds: float) -> Result:
+  grader, found = graded.grader(unit.directory, by), graded.read(unit.directory, int(row["round"]), asked)
+  score = float(row[f"{asked}/{by}" if asked else by])
   scores = dict(zip(found.prompts, found.scores[by].tolist(), strict=True)) if found and by in found.scores else {}
   return Result(unit, grader.identity if grader else by, score, scores, seconds)
 

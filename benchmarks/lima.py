@@ -102,7 +102,7 @@ def run(c: Any, workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def test_truth(workdir: pathlib.Path, epoch: int) -> float:
-  answers = layout.stage_name(epoch, layout.answers_name(recipe.TEST))
+  answers = layout.stage_name(epoch, layout.answers_name(layout.TEST_SET))
   counts = layout.load_manifest(workdir / layout.grades_name(answers))["counts"]
   return counts["score"] / counts["graded"]
 

@@ -10,7 +10,7 @@ from report_run import written
 from sessions import session_in
 from small_run import artefacts
 
-from alma_jax import start
+from alma_jax import start, sweeps
 from alma_jax.errors import UserError, Waiting, waited
 from alma_jax.evals.forms import Form, FormError, Row
 from alma_jax.judges import human, pairwise
@@ -27,6 +27,7 @@ from alma_jax.store.records import Answer, EpochGrade, Grade
 from alma_jax.store.runs import Artefact, Stage
 from alma_jax.store.statistics import Mean
 from alma_jax.text import chat
+from alma_jax.tools import export
 from configs import lima
 
 PROMPTS = [f"country : {city}" for city in ("lyon", "oslo", "kobe", "lima")]
@@ -377,6 +378,11 @@ def test_the_recipe_killed_before_every_manifest_makes_what_one_start_makes(tmp_
   assert row["n"] == "4" and row["test/n"] == "4" and row["test/truth"]
   expected = run / "sft_1" / (layout.epoch_name(1) if chosen == 1 else "")
   assert layout.newest_policy(run) == layout.policy_of(run, chosen) == expected
+  row, asked = sweeps._evaluated(run)  # what a sweep's table shows
+  assert (row["round"], asked) == (str(chosen), "test")
+  assert export.main([f"--stage={run}", "--best", f"--output={tmp_path / 'out'}"]) == 0
+  weight = "model.safetensors"
+  assert (tmp_path / "out" / weight).read_bytes() == (expected / "model" / weight).read_bytes()
   text = written(run)
   assert "Choice of the epoch" in text and f"{chosen} (chosen)" in text and "base (truth), win" in text
   assert "could not be made" not in text

@@ -33,8 +33,6 @@ from alma_jax.store.handles import Data, PromptSet
 from alma_jax.store.records import Answer
 from alma_jax.store.runs import Artefact
 
-TEST = "test"  # the prompts of data.eval that are not set apart to choose by
-
 
 @dataclasses.dataclass(frozen=True)
 class DataOptions(human.Sources):
@@ -81,7 +79,7 @@ class Options(Checked):
       refuse("sft.keep_epochs", self.sft.keep_epochs, f"must be from 1 to choice.first, which is {self.choice.first}")
     if self.choice.judge == choice.OWN and not self.data.judge:
       raise ConfigError("data.judge is empty, and choice.judge is 'own': give annotations for the judge to learn from")
-    known = [*([TEST] if self.choice.prompts else []), *self.eval.named_sets]
+    known = [*([layout.TEST_SET] if self.choice.prompts else []), *self.eval.named_sets]
     used = {"compare": self.compare.against, "audit": self.audit.judge, "safety": self.safety.judge}
     for section, given in used.items():
       asked = getattr(self, section).asked
@@ -139,7 +137,7 @@ def prompt_sets(data: Data, o: Options) -> list[PromptSet]:
   digest = data.digests["eval"]
   found = [PromptSet(layout.MAIN_SET, order[:count], f"{digest}, the first {count}" if o.choice.prompts else digest)]
   if order[count:]:
-    found.append(PromptSet(TEST, order[count:], f"{digest}, without the first {count}"))
+    found.append(PromptSet(layout.TEST_SET, order[count:], f"{digest}, without the first {count}"))
   return found + [evaluation.prompt_set(name, file) for name, file in o.eval.named_sets.items()]
 
 

@@ -314,7 +314,8 @@ def by_epoch(last: Checkpoint) -> dict[int, Checkpoint]:
     epoch = layout.epoch_of(model.parent.name)
     if epoch is not None:
       found[epoch] = Checkpoint(f"{last.name}/{model.parent.name}", model, f"{last.content} epoch {epoch}")
-  return found | {layout.load_manifest(stage)["counts"]["epochs"]: last}
+  epochs = layout.load_manifest(stage)["counts"]["epochs"]
+  return found | {epochs: dataclasses.replace(last, name=f"{last.name}/{layout.epoch_name(epochs)}")}
 
 
 def checkpoint_model(host: Host, directory: pathlib.Path, step: int, mesh: Mesh) -> llama.Llama:

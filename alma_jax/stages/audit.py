@@ -47,7 +47,8 @@ def build(s: Session[Any], answered: Artefact[Answer], options: Options, name: s
   fields = {"config": fingerprint(options), "judge": by, "seed": s.options.seed}
   stage = s.stage(f"{layout.AUDIT}-{name}", fields, {"answers": answered})
   if not stage.done:
-    rows = sorted(answered.read(), key=lambda row: key_of(s.options.seed, "audit", name, row.prompt_id))
+    first = {row.prompt_id: row for row in reversed(answered.read())}  # the first answer to each prompt
+    rows = sorted(first.values(), key=lambda row: key_of(s.options.seed, "audit", name, row.prompt_id))
     rows = rows[: options.prompts or None]
     levels: list[int | None] = []
     if judge is None:

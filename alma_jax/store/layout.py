@@ -42,6 +42,7 @@ CHOICE = "choice"  # which epoch's model a run goes on with, and why
 # Judgments by a judge that selects nothing; how often the one that selects agrees with it and with people
 GOLD, AGREEMENT = "gold", "agreement"
 MAIN_SET = ""  # the evaluation prompts `data.eval`
+TEST_SET = "test"  # where a run chooses by some of them, the others
 # Files of a run
 CONFIG, LOG, PROGRESS, PAGE, LOCK = "config.json", "log.jsonl", "progress.csv", "report.html", ".lock"
 TRACKED = ".tracked.json"  # the run's name at a tracker
@@ -261,10 +262,16 @@ def parts_of(directory: pathlib.Path) -> list[pathlib.Path] | None:
   return [directory / part["name"] for part in load_manifest(directory)["parts"]]
 
 
+def chosen_epoch(run: pathlib.Path) -> int | None:
+  """The epoch that a run has chosen, None for a run that chooses none or has not yet."""
+  made = manifest_of(run, CHOICE)
+  return made["epoch"] if made else None
+
+
 def newest_policy(run: pathlib.Path) -> pathlib.Path:
   """The checkpoint that the run chose, else the finished policy of the last round, else the first initial SFT model."""
-  if chosen := manifest_of(run, CHOICE):
-    return policy_of(run, chosen["epoch"])
+  if (chosen := chosen_epoch(run)) is not None:
+    return policy_of(run, chosen)
   names = [sft_name(1), *(stage_name(round, POLICY) for round in rounds(run))]
   done = [name for name in names if (run / name / MANIFEST).exists()]
   if not done:

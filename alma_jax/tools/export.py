@@ -10,6 +10,7 @@ With --hub a finished stage is pushed to the Hugging Face hub: a model, or a dat
 with a card made from the run's manifests. --dry_run leaves it in --output.
 
 The best round is the one that a judge which selects nothing puts first: see eval.judges; --by names another such judge.
+Of a run of LIMA it is the epoch that was chosen.
 
 Trainings keep one checkpoint in `checkpoint_keep` steps (config.policy.checkpoint_keep=100, say); without --step the
 command lists those that are there. A finished stage's own model needs no export: it is STAGE/model. The run's config
@@ -102,7 +103,13 @@ def export_to_hub(stage: pathlib.Path, output: pathlib.Path, options: Options) -
 
 
 def export_best(run: pathlib.Path, output: pathlib.Path, by: str) -> None:
-  """Copy the model of the run's best round."""
+  """Copy the model of the run's best round, or of the epoch that it chose."""
+  if not by and (chosen := layout.chosen_epoch(run)) is not None:
+    _check_output(output)
+    model = layout.policy_of(run, chosen) / layout.MODEL
+    shutil.copytree(model, output, dirs_exist_ok=True)
+    print(f"{output}: {model}, which the run chose")
+    return
   best = graded.best(run, by or None)
   if best is None:
     named = f"{by!r}, or that judge selects" if by else "eval.judges; the run's own judge selects and cannot tell"
