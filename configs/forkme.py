@@ -22,7 +22,7 @@ def get_config() -> Config:
 
   # The base model: a Hugging Face directory of a Llama 2, 3, 3.1 or 3.2: config.json, *.safetensors, the tokenizer.
   c.model.path = "/models/Meta-Llama-3-8B"  # CHANGE
-  c.model.chat = "llama3"  # its chat format: llama3, llama2, plain (no chat tokens), or "package.module:NAME"
+  c.model.chat = "llama3"  # llama3, llama2, chatml, plain (no chat tokens), template (its own), "package.module:NAME"
 
   # Your data. JSONL (one object per line), .json (one array), .parquet, or "tfds:NAME[/CONFIG]:SPLIT". A row has
   # `messages`, a list of {"role", "content"} that ends with the assistant's turn, or `prompt` and `response`.

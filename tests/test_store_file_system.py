@@ -41,6 +41,12 @@ def test_a_file_system_that_cannot_hold_a_run_is_named(tmp_path, monkeypatch, br
   assert not list(tmp_path.iterdir())
 
 
+def test_what_a_killed_check_leaves_is_removed_at_the_next_start(tmp_path):
+  (tmp_path / ".check.x.tmp" / "folder").mkdir(parents=True)
+  with Run(tmp_path):
+    assert not list(tmp_path.glob(".check*"))
+
+
 def test_a_host_that_does_not_see_the_run_directory_is_told(tmp_path, monkeypatch):
   monkeypatch.setattr("alma_jax.store.runs.PATIENCE", 0.0)
   with Run(tmp_path / "shared", 0, 2), Run(tmp_path / "shared", 1, 2) as second:

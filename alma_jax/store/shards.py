@@ -14,6 +14,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, TypeVar
@@ -83,7 +84,10 @@ def _atomic(path: pathlib.Path) -> Iterator[BinaryIO]:
 def remove_temporaries(directory: Path) -> None:
   """Deletes what a killed process left behind; call it only while no other process writes there."""
   for path in pathlib.Path(directory).glob(".*.tmp"):
-    path.unlink(missing_ok=True)
+    if path.is_dir():  # of a check of the file system
+      shutil.rmtree(path, ignore_errors=True)
+    else:
+      path.unlink(missing_ok=True)
 
 
 def digest(path: Path) -> str:
