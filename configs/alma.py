@@ -180,5 +180,6 @@ def mini_paper() -> Config:
   c = mini()
   c.prompts.draws = 3072
   c.responses.n = 48
+  c.judge.train.epochs = 6
   c.judge.distil.prompts = 1024  # five responses to each, five for every annotation, as in the paper
   return c
