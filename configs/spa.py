@@ -98,6 +98,7 @@ def mistral_7b() -> Config:
   c.eval = sampling(0.0, 1.0, max_new_tokens=1024, max_prompt_tokens=1024)
   c.eval.judges = ()  # "NAME=WHAT", WHAT a word of names.EVALUATORS or "package.module:NAME"
   c.eval.sets = ()  # more evaluation prompts: "NAME=FILE.jsonl"
+  c.eval.patience = 0  # stop after so many rounds without a better score by the first of eval.judges; 0: make all
 
   # Alarms, on the screen and in the report. They decide no result
   c.alarms = section(spread=0.1, length=0.6, cut_off=0.95, selected=0.5, alike=0.9)

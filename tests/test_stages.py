@@ -130,6 +130,7 @@ def test_pairs_of_best_and_worst_of_ordered_two_and_of_like_lengths():
   assert ordered.count("better_one_is_truncated") == 300 - drawn.total()  # a third has answer 5, which is the best
   assert 60 < ordered.count("better_one_is_truncated") < 140
   assert made(0, [(scored[1][0], 1.0)] * 2, pairs="ordered_random") == "no_different_response"
+  assert made(0, [scored[1], (response(2, " ", tokens=(9,)), 0.0)], pairs="best_worst") == "others_are_empty"
   default = fingerprint(trainset.Options("dpo"))  # runs of before these options go on
   assert default == {"method": "dpo", "min_margin": 0.0} and "pairs" in fingerprint(
     trainset.Options("dpo", 0, "best_worst")

@@ -75,9 +75,7 @@ class Options(Checked):
   agreement: agreement.Options
   trainset: trainset.Options
   policy_seed: int = option(100, least=0)
-  policy: (
-    training.RefinedOptions
-  )  # on the model's own pairs; its `mix` is iteration 1's and halves from one to the next
+  policy: training.RefinedOptions  # on the model's own pairs; `mix` halves from one iteration to the next
   eval: evaluation.Options
   alarms: alarms.Options
   track: tracking.Kind = option("", practical=True)  # "trackio" or "wandb"; beside TensorBoard's files
@@ -90,7 +88,7 @@ def run(s: Session) -> None:
   o = s.options
   data = human.build(s, o.data, sorted(set(o.eval.named_sets.values())))
   sft = initial(s, data)  # pi_init
-  evaluation.build(s.at(0), sft, None, data, o.eval)
+  scores = [evaluation.build(s.at(0), sft, None, data, o.eval)]
 
   # DPO on people's pairs                                                        pi_0
   before, latest, trainsets, people = sft, sft, list[Trainset](), list[human.SeedRow]()
@@ -99,7 +97,7 @@ def run(s: Session) -> None:
     trainsets.append(preferences.build(s.at(1), data, o.seeds))
     job = policy.Job(layout.stage_name(1, layout.POLICY), sft, o.dpo, o.policy_seed + 1)
     latest = policy.dpo(s.at(1), job, sft, trainsets)
-    evaluation.build(s.at(1), latest, None, data, o.eval)
+    scores.append(evaluation.build(s.at(1), latest, None, data, o.eval))
 
   for r in s.rounds():  # iteration i = r.round - 1; r.options are this round's
     o = r.options
@@ -121,7 +119,10 @@ def run(s: Session) -> None:
     job = policy.Job[training.PreferenceOptions](name, init, options, o.policy_seed + r.round)
     learnt = trainsets if o.policy.history == "all" else trainsets[-1:]
     before, latest = latest, policy.dpo(r, job, reference, learnt)
-    evaluation.build(r, latest, None, data, o.eval)
+    scores.append(evaluation.build(r, latest, None, data, o.eval))
+    if evaluation.stalled(scores, o.eval):
+      s.display.say(f"round {r.round}: no better score for {o.eval.patience} rounds; the run ends here")
+      break
 
 
 def initial(s: Session, data: Data) -> Checkpoint:

@@ -158,6 +158,7 @@ def pair(
 ) -> Selection:
   """Two responses by `options.pairs`, the one with the higher score chosen. The rejected one may be truncated."""
   written = [x for x in candidates if x[0].text.strip()]
+  others_are_empty = len(written) == 1 < len(candidates)
 
   def drawn(word: str, among: Sequence[Candidate]) -> Candidate:
     return min(among, key=lambda x: key_of(*seed_and_round, word, prompt.id, x[0].sample_id))
@@ -174,8 +175,8 @@ def pair(
   apart = [x for x in lower if score - x[1] >= options.min_margin]
   like = [x for x in apart if _alike(x[0], response, options.length_ratio)]
   if not like:
-    why = "other_lengths_differ" if apart else "below_min_margin" if lower else "no_different_response"
-    return Selection([], why)
+    others = "others_are_empty" if others_are_empty else "no_different_response"
+    return Selection([], "other_lengths_differ" if apart else "below_min_margin" if lower else others)
   if options.pairs == "best_worst":
     rejected, low = min(like, key=lambda x: (x[1], x[0].sample_id))
   else:
