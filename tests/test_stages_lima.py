@@ -10,7 +10,8 @@ from report_run import written
 from sessions import session_in
 from small_run import artefacts
 
-from alma_jax import start, sweeps
+from alma_jax import options, start, sweeps
+from alma_jax.engine.optimizer import learning_rate
 from alma_jax.errors import UserError, Waiting, waited
 from alma_jax.evals.forms import Form, FormError, Row
 from alma_jax.judges import human, pairwise
@@ -187,6 +188,28 @@ def test_values_that_are_wrong_together_are_refused_before_anything_runs():
         start.checked_options(c)
     else:
       start.checked_options(c)  # the rule's name is read where the judge is made
+
+
+def test_the_sizes_hold_the_papers_numbers():
+  leaves = {size: set(options.leaves(lima.get_config(size).to_dict())) for size in ("mini", "7b", "65b")}
+  assert leaves["mini"] == leaves["7b"] == leaves["65b"]
+  c = lima.get_config("65b")
+  c.data.sft, c.eval.sets = "lima.jsonl", ("test=test.jsonl", "safety=safety.jsonl")
+  found = start.checked_options(c)[0]
+  sft = found.sft
+  assert (sft.epochs, sft.batch, sft.dropout, sft.optimizer.warmup, sft.keep_epochs) == (15, 32, 0.3, 0.0, 1)
+  assert (sft.optimizer.beta1, sft.optimizer.beta2, sft.optimizer.weight_decay) == (0.9, 0.95, 0.1)
+  rates = [learning_rate(sft.optimizer, step, 480) for step in (0, 120, 240, 480)]
+  assert rates == pytest.approx([1e-5, 7.75e-6, 5.5e-6, 1e-6])
+  decoding = found.eval.decoding
+  assert (decoding.temperature, decoding.top_p, decoding.repetition_penalty, found.eval.longest) == (
+    0.7,
+    0.9,
+    1.2,
+    2048,
+  )
+  assert (found.choice.first, found.choice.last, found.choice.judge) == (5, 10, "human")
+  assert lima.get_config("7b").eval.n == 5
 
 
 # Comparisons and audits
