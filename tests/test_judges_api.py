@@ -13,7 +13,7 @@ from alma_jax import names
 from alma_jax.errors import UserError
 from alma_jax.evals import protocols
 from alma_jax.evals.protocols import Item
-from alma_jax.judges import api, api_asking, api_http, contract
+from alma_jax.judges import api, api_asking, api_http, contract, pairwise
 from alma_jax.judges.api_asking import Answers, Asking, Limits
 from alma_jax.judges.api_http import ApiError, Endpoint
 from alma_jax.judges.contract import Answered
@@ -426,3 +426,23 @@ def test_arena_hards_first_edition_asks_once_more_and_no_more(serve, tmp_path):
     found = grader.graded(item, asking.answers, refused)
     assert found.grade.battles == (0.0, 0.0, 0.0, 1.0, 1.0, 1.0) and not found.missing
     assert asking.spent.requests == 4 and len(grader.requests([item], asking.answers)) == 4
+
+
+def test_two_answers_are_compared_in_both_orders_and_a_share_of_the_win_comes_back(serve, tmp_path, monkeypatch):
+  def respond(handler, text, tried):
+    good, poor = text.find("GOOD"), text.find("POOR")
+    handler.send(200, completion("[[C]]" if min(good, poor) < 0 else "[[A]]" if good < poor else "[[B]]"))
+
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  server = serve(respond)
+  named = f"api:judge@{server.endpoint.url}#lima_pairwise"
+  judge = pairwise.made(None, None, named, 0.0, "compare.judges")
+  asked = ({"role": "user", "content": "q"},)
+  of = {word: Answered(asked, word) for word in ("GOOD", "POOR", "same")}
+  contests = [pairwise.Contest(of[a], of[b]) for a, b in (("GOOD", "POOR"), ("POOR", "GOOD"), ("same", "same"))]
+  assert judge.shares(contests) == [1.0, 0.0, 0.5]
+  assert pairwise.compares(named) and not pairwise.compares("api:judge@http://x/v1#lima_1_6")
+  assert (
+    sum(server.answered.values()) == 6 - 1 - 2
+  )  # both orders of one pair are those of the other; of equal ones, too
+  assert judge.shares(contests) == [1.0, 0.0, 0.5] and sum(server.answered.values()) == 3  # nothing is asked twice
