@@ -56,7 +56,7 @@ class _Label(NamedTuple):
 def lines(drawn: Sequence[Line], x_label: str, y_label: str, low: float | None = None, log: bool = False) -> Markup:
   """Points with intervals over whole numbers (rounds), each line named at its right end. `log`: a logarithmic x axis,
   from 1 on, with a mark at 1, 2, 5, 10, 20, .. alone."""
-  drawn = [line for line in drawn if line.points]
+  drawn = [line for line in drawn if line.points or line.level]
   edges = [y + sign * (ci or 0) for line in drawn for _, y, ci in line.points for sign in (-1, 1)]
   levels = [line.level for line in drawn if line.level]
   edges += [y + sign * (ci or 0) for _, y, ci in levels for sign in (-1, 1)] + ([] if low is None else [low])
@@ -91,6 +91,9 @@ def lines(drawn: Sequence[Line], x_label: str, y_label: str, low: float | None =
         out.append(f'<rect class="band" {place}/>')
       out.append(f'<line class="level" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
       labels.append(_Label(y, line.level_name, line.colour, "quiet"))
+    if not line.points:
+      out.append("</g>")
+      continue
     path = " ".join(f"{x_at(x):.1f},{y_at(y):.1f}" for x, y, _ in line.points)
     out.append(f'<polyline class="line" points="{path}"/>')
     for x, y, ci in line.points:

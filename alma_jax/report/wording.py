@@ -31,6 +31,16 @@ class Table:
   text: int = 1  # the first columns, which hold text; the others hold numbers
 
 
+def in_lines(table: Table) -> list[str]:
+  """The table as text for a terminal."""
+  wide = [max(map(len, column)) for column in zip(table.head, *table.rows, strict=True)]
+  lines = []
+  for row in (table.head, *table.rows):
+    cells = [f"{x:<{w}}" if i < table.text else f"{x:>{w}}" for i, (x, w) in enumerate(zip(row, wide, strict=True))]
+    lines.append(f"  {'  '.join(cells)}".rstrip())
+  return lines
+
+
 class Alarm(str):
   """A cell that the page marks."""
 

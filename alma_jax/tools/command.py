@@ -154,6 +154,20 @@ def _plain(hint: Any) -> Any:
   return str if typing.get_origin(hint) is typing.Literal else hint
 
 
+def one_flag_each(arguments: Sequence[str]) -> list[str]:
+  """`--input A B` as `--input=A --input=B`."""
+  found, inside = [], False
+  for argument in arguments:
+    if argument == "--input":
+      inside = True
+    elif inside and not argument.startswith("--"):
+      found.append(f"--input={argument}")
+    else:
+      inside = False
+      found.append(argument)
+  return found
+
+
 def status(work: Callable[[], None]) -> int:
   """The exit status of `work()`. A UserError is printed as one message."""
 

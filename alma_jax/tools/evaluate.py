@@ -5,6 +5,7 @@
   python -m alma_jax.tools.evaluate compare ...   models side by side; compare --help
   python -m alma_jax.tools.evaluate judge ...     how often a judge puts the right answer first; judge --help
   python -m alma_jax.tools.evaluate export ...    files for the official tools; export --help
+  python -m alma_jax.tools.evaluate table 1|2|3|5 ...   figure 2|3 ...     the paper's, of runs; table --help
 
 `grade`:
 
@@ -54,7 +55,16 @@ from alma_jax.judges.api_asking import Answers, Asking, Limits, estimate, price_
 from alma_jax.options import ConfigError, labelled, option, spread
 from alma_jax.runtime.display import Display
 from alma_jax.store import layout, shards
-from alma_jax.tools import command, evaluate_answer, evaluate_compare, evaluate_export, evaluate_judge, jsonl
+from alma_jax.tools import (
+  command,
+  evaluate_answer,
+  evaluate_compare,
+  evaluate_export,
+  evaluate_figure,
+  evaluate_judge,
+  evaluate_table,
+  jsonl,
+)
 
 PART = 256  # answers in a part: what a killed command does again at most
 PROTOCOLS = Literal[
@@ -96,7 +106,14 @@ class Options(command.Shared):
 
 
 # The commands that are files of their own
-PARTS = {"answer": evaluate_answer, "judge": evaluate_judge, "compare": evaluate_compare, "export": evaluate_export}
+PARTS = {
+  "answer": evaluate_answer,
+  "judge": evaluate_judge,
+  "compare": evaluate_compare,
+  "export": evaluate_export,
+  "table": evaluate_table,
+  "figure": evaluate_figure,
+}
 FLAGS = command.Flags("evaluate grade", __doc__, Options, ("slots", "tensor"))
 
 

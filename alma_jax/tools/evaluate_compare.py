@@ -52,22 +52,8 @@ FLAGS = command.Flags("evaluate compare", __doc__, Options)
 
 def main(arguments: Sequence[str]) -> int:
   """The exit status."""
-  options = FLAGS.values(_one_flag_each(arguments))
+  options = FLAGS.values(command.one_flag_each(arguments))
   return command.status(lambda: run(options))
-
-
-def _one_flag_each(arguments: Sequence[str]) -> list[str]:
-  """`--input A B` as `--input=A --input=B`."""
-  found, inside = [], False
-  for argument in arguments:
-    if argument == "--input":
-      inside = True
-    elif inside and not argument.startswith("--"):
-      found.append(f"--input={argument}")
-    else:
-      inside = False
-      found.append(argument)
-  return found
 
 
 def run(options: Options) -> None:
