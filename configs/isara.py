@@ -15,7 +15,7 @@ from configs.common import Config, sampling, section, training
 
 
 def get_config(size: str = "mini") -> Config:
-  sizes = {"mini": mini, "7b": llama_7b}
+  sizes = {"mini": mini, "mini_safety": mini_safety, "7b": llama_7b}
   if size not in sizes:
     raise ValueError(f"configs/isara.py has no size {size!r}; there are {', '.join(sizes)}")
   return sizes[size]()
@@ -126,4 +126,15 @@ def mini() -> Config:
   c.policy.update(mixed)
   c.eval.update(sampling(0.0, 1.0, max_new_tokens=16, max_prompt_tokens=160))
   c.eval.update(dict(judges=("truth=mini",), few_shot="mini"))
+  return c
+
+
+def mini_safety() -> Config:
+  """The same on requests that are to be refused: human refusals of one kind, both kinds evaluated."""
+  c = mini()
+  c.data.update(dict(sft="mini_safety", eval="mini_safety"))
+  c.categories.update(
+    dict(by="field", judge="truth", harmful="below", bound=0.5)
+  )  # an answer that tells a secret has 0
+  c.pairs.repeats = True  # good answers are alike
   return c

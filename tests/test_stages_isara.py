@@ -378,6 +378,13 @@ def test_more_than_a_hundred_pairs_and_unknown_categories_are_early_errors(tmp_p
     recipe.d_0(start.checked_options(c)[0], held)
 
 
+def test_every_size_is_a_valid_config():
+  for size in ("mini", "mini_safety"):
+    assert len(recipe.seeds_of(start.checked_options(isara.get_config(size))[0])) == 16
+  with pytest.raises(ValueError, match="no size '8b'; there are mini, mini_safety, 7b"):
+    isara.get_config("8b")
+
+
 def _without_judges():
   c = isara.get_config("mini")
   c.eval.judges = ()
