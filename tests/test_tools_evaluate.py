@@ -241,6 +241,17 @@ def test_a_judge_in_a_users_file(tmp_path, monkeypatch):
   assert [line["score"] for line in grades("g")] == [1, 5] and numbers("g")["mean"]["value"] == 3
 
 
+def test_questions_are_read_in_every_layout_of_sets(tmp_path):
+  questions = jsonl(tmp_path / "q.jsonl", [{"conversations": ["hello", "hi!"], "source": "wiki"}])
+  source = jsonl(tmp_path / "a.jsonl", [{"prompt": "hello", "response": "hey"}])
+  (item,) = answers.joined(source, questions=questions)
+  assert (item.turns, item.answers, item.category, item.references) == (("hello",), ("hey",), "wiki", ("hi!",))
+  questions = jsonl(tmp_path / "h.jsonl", [{"question_id": "a", "cluster": "code", "turns": [{"content": "hello"}]}])
+  source = jsonl(tmp_path / "b.jsonl", [{"question_id": "a", "choices": [{"turns": [{"content": "hey"}]}]}])
+  (item,) = answers.joined(source, questions=questions)
+  assert (item.id, item.turns, item.answers, item.category) == ("a", ("hello",), ("hey",), "code")
+
+
 def test_a_rule_reads_the_row_of_the_question(tmp_path):
   kinds = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
   questions = jsonl(tmp_path / "q.jsonl", [{"key": 7 + i, "prompt": f"q{i}", **kinds} for i in range(2)])

@@ -10,8 +10,9 @@ A file is JSONL, or a JSON list. A row is recognised by its fields:
   {"question_id", "choices": [{"turns": [..]}]}            FastChat and Arena-Hard 2024; the questions are another file
   {"uid", "messages": [.., {"content": {"answer": ..}}]}   Arena-Hard 2025
 
-Files are joined by `id`, `question_id`, `key` or `uid` where both have one, else by the exact prompt. A row without its
-partner is an error that counts and names them: nothing is graded that only seems complete.
+The questions are a set in any layout of `sets`. Files are joined by `id`, `question_id`, `key` or `uid` where both have
+one, else by the exact prompt. A row without its partner is an error that counts and names them: nothing is graded that
+only seems complete.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from alma_jax.errors import UserError
+from alma_jax.evals import protocols, sets
 from alma_jax.evals.protocols import Item
 
 IDS = ("id", "question_id", "key", "uid")
@@ -57,7 +59,7 @@ def joined(
   """The items of the file, in its order."""
   rows = read(path)
   if questions:
-    asked = _partners(rows, read(questions), path, questions)
+    asked = _partners(rows, _questions(questions), path, questions)
     rows = [_with_question(row, question) for row, question in zip(rows, asked, strict=True)]
   if bare := [row for row in rows if not row.turns]:
     raise AnswersError(
@@ -68,7 +70,7 @@ def joined(
   if against:
     other = read(against)
     if questions:
-      asked = _partners(other, read(questions), against, questions)
+      asked = _partners(other, _questions(questions), against, questions)
       other = [_with_question(row, question) for row, question in zip(other, asked, strict=True)]
     others = _partners(rows, other, path, against)
   told: Sequence[Row | None] = [None] * len(rows)
@@ -94,6 +96,16 @@ def read(path: str | pathlib.Path) -> list[Row]:
   found = [row for where, item in _objects(pathlib.Path(path)) for row in _rows(item, where)]
   if not found:
     raise AnswersError(f"{path}: the file holds no rows")
+  return found
+
+
+def _questions(path: str | pathlib.Path) -> list[Row]:
+  """The questions of a set, in any layout of `sets`."""
+  found = []
+  for question in sets.read(str(path)).questions:
+    turns = (*protocols.item_of("", question.messages, "").turns, *question.later)
+    id, category = None if question.key is None else str(question.key), question.category or ""
+    found.append(Row(f"{path}, line {question.line}", id, turns, (), category, question.references, question.row))
   return found
 
 

@@ -161,7 +161,7 @@ def best_of_n(options: Options) -> list[Block]:
   prompts, most = scored.judge.shape
   curves = {
     "by the judge": paper.best_of_n(scored.judge, scored.extrinsic),
-    "by the extrinsic judge itself": paper.best_of_n(scored.extrinsic, scored.extrinsic),
+    "by the extrinsic judge": paper.best_of_n(scored.extrinsic, scored.extrinsic),
     "at random": np.repeat(scored.extrinsic.mean(axis=1, keepdims=True), most, axis=1),
   }
   means = {name: [statistics.mean(of[:, i]) for i in range(most)] for name, of in curves.items()}
