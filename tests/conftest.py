@@ -11,6 +11,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 # do not depend on each other can then block them all, each waiting in one of the two: more threads than can wait.
 os.environ.setdefault("NPROC", "32")
 
+# Most of the tests' time goes into compiling programs that run once. The digits of the default run are tested with all
+# optimisations (small_run.optimised).
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=1".strip()
+
 import jax
 import pytest
 

@@ -43,6 +43,12 @@ def environment(**more):
   return os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"} | more
 
 
+def optimised():
+  """The environment without the flag that lets tests compile quickly."""
+  flags = os.environ.get("XLA_FLAGS", "").replace("--xla_backend_optimization_level=1", "")
+  return environment(XLA_FLAGS=flags)
+
+
 def start(workdir, *values, **env):
   """The finished process; its output is in .stdout."""
   return subprocess.run(

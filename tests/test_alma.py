@@ -562,7 +562,7 @@ round checkpoint            n           truth           judge  tokens  finished
 def test_the_default_run_gives_its_table_and_the_readmes_to_the_digit(tmp_path):
   flags = [sys.executable, "-m", "alma_jax.main", "--config=configs/alma.py:mini", f"--workdir={tmp_path / 'run'}"]
   done = subprocess.run(
-    flags, cwd=small_run.ROOT, env=small_run.environment(), text=True, timeout=900, capture_output=True
+    flags, cwd=small_run.ROOT, env=small_run.optimised(), text=True, timeout=900, capture_output=True
   )
   assert done.returncode == 0, done.stderr[-3000:]
   assert TABLE in done.stdout

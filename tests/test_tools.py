@@ -755,7 +755,7 @@ def test_mistakes_in_scoring_are_named(row, flags, message, tmp_path, capsys):
     (sample, "--chat=lama3", "(did you mean 'llama3'?)"),
     (sample, "--chat=nowhere:CHAT", "--chat is 'nowhere:CHAT': there is no module 'nowhere' in"),
     (score, "--mode=expcted", "'expcted'; it may be 'expected', 'argmax', 'sampled' (did you mean 'expected'?)"),
-    (score, "--template=a3", "--template is 'a3'; it may be 'a1', 'a2', 'mini' or"),
+    (score, "--template=a3", "--template is 'a3'; it may be 'a1', 'a2', 'a2_reasoned', 'mini' or"),
     (score, "--judge=truth:NO", "--judge is 'truth:NO': there is no module 'truth' in"),
     (score, "--model=", "--model is missing: give the model that judges, or --judge"),
     (score, "--rows=x", "--rows is 'x'; it must be a whole number"),
