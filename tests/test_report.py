@@ -10,7 +10,7 @@ import shutil
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from markupsafe import escape
 from report_run import LIKE, MOMENTS, NASTY, RUN, make, vouched, written
@@ -70,6 +70,7 @@ class Balanced(html.parser.HTMLParser):
 # What the page says
 
 
+@settings(deadline=None)
 @given(st.floats(-1e6, 1e6), st.floats(0, 1e6))
 def test_ticks_enclose_the_data(low, width):
   found = charts.ticks(low, low + width)
