@@ -3,6 +3,7 @@
   python -m alma_jax.mini.pretrain --seed=1 --out=runs/base_1          the second base, 12 minutes
   python -m benchmarks.effects run --workdir=runs/effects [--seeds=100-109] [--bases=shipped,runs/base_1] [--parts=...]
   python -m benchmarks.effects table                                   from the committed results alone
+  python -m benchmarks.effects figures                                 likewise: docs/effects_*.svg
 
 `run` prints a plan of its time and makes what `benchmarks/results/` lacks: a small JSON file for each base, seed and
 arm. It goes on where it was stopped; with --workers=2 two processes share the seeds, each on a core of its own. A seed
@@ -53,7 +54,7 @@ GUESS = 60.0  # CPU seconds of a result that nothing is known about
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("what", choices=("run", "plan", "table"))
+  parser.add_argument("what", choices=("run", "plan", "table", "figures"))
   parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/effects"))
   parser.add_argument("--seeds", default="100-109", help="such as 100-109 or 3,5")
   parser.add_argument("--bases", default="shipped,runs/base_1", help="'shipped', or directories that pretrain wrote")
@@ -66,6 +67,11 @@ def main() -> None:
     from benchmarks import effects_tables
 
     effects_tables.show(RESULTS / flags.size)
+    return
+  if flags.what == "figures":
+    from benchmarks import effects_figures
+
+    print(*effects_figures.save(RESULTS / flags.size, ROOT.parent / "docs"), sep="\n")
     return
   todo = list(missing(flags))
   if flags.worker is None:

@@ -55,7 +55,7 @@ class _Label(NamedTuple):
 
 def lines(drawn: Sequence[Line], x_label: str, y_label: str, low: float | None = None, log: bool = False) -> Markup:
   """Points with intervals over whole numbers (rounds), each line named at its right end. `log`: a logarithmic x axis,
-  from 1 on, with a mark at 1, 2, 5, 10, 20, .. alone."""
+  from 1 on; of more than 12 points those at 1, 2, 5, 10, 20, .. alone are marked."""
   drawn = [line for line in drawn if line.points or line.level]
   edges = [y + sign * (ci or 0) for line in drawn for _, y, ci in line.points for sign in (-1, 1)]
   levels = [line.level for line in drawn if line.level]
@@ -76,7 +76,8 @@ def lines(drawn: Sequence[Line], x_label: str, y_label: str, low: float | None =
   for y in ys:
     out.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y_at(y):.1f}" y2="{y_at(y):.1f}"/>')
     out.append(_text(left - 8, y_at(y) + 4, tick(y, ys), "quiet end"))
-  marked = [x for x in xs if (f"{x}"[0] in "125" and not int(f"{x}"[1:] or 0)) or x == xs[-1]] if log else xs
+  many = log and len(xs) > 12
+  marked = [x for x in xs if (f"{x}"[0] in "125" and not int(f"{x}"[1:] or 0)) or x == xs[-1]] if many else xs
   for x in marked[:: -(-len(marked) // 20)]:
     out.append(_text(x_at(x), height - bottom + 18, f"{x}", "quiet mid"))
   out.append(_text((left + width - right) / 2, height - 6, x_label, "quiet mid"))
