@@ -1,6 +1,7 @@
 """A session on eight CPU devices, as tests of stages need it: 2 x 2 x 2 for training, all eight for sampling."""
 
 import dataclasses
+import threading
 
 from alma_jax import start
 from alma_jax.llama import sharding
@@ -24,3 +25,29 @@ def changed(s, **sections):
     value = dataclasses.replace(getattr(options, name), **values) if isinstance(values, dict) else values
     options = dataclasses.replace(options, **{name: value})
   return s.at(s.round, options)
+
+
+def on_two_hosts(directory, config, work, patience=60):
+  """Runs `work(session)` on two hosts that share the run directory, as two threads of which one works at a time:
+  planted texts and the Options' caches know no threads."""
+  turns, meeting, failures = threading.Lock(), threading.Barrier(2), []
+
+  def barrier(_):
+    turns.release()
+    meeting.wait(patience)
+    turns.acquire()
+
+  def host(number):
+    with turns:
+      try:
+        work(session_in(directory, config, process=number, processes=2, barrier=barrier))
+      except BaseException as error:
+        failures.append(error)
+        meeting.abort()
+
+  threads = [threading.Thread(target=host, args=(number,)) for number in range(2)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert not failures

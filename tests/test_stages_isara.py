@@ -2,14 +2,14 @@
 bytes on two hosts and after any kill; the end below alpha. No model is run."""
 
 import collections
+import functools
 import json
 import os
-import threading
 import types
 
 import numpy as np
 import pytest
-from sessions import changed, session_in
+from sessions import changed, on_two_hosts, session_in
 
 from alma_jax import start
 from alma_jax.corpus.normalise import prompt_id
@@ -229,27 +229,8 @@ def test_the_answers_that_stay_and_why_the_others_do_not(session, world):
 def test_two_hosts_and_any_kill_give_the_same_bytes(session, world, config, tmp_path, monkeypatch):
   iteration(session, world)
   wanted = artefacts(session.run.dir)
-  turns, meeting, failures = threading.Lock(), threading.Barrier(2), []
-
-  def barrier(name):
-    turns.release()
-    meeting.wait(60)
-    turns.acquire()
-
-  def work(host):
-    with turns:
-      try:
-        iteration(session_in(tmp_path / "two", config, process=host, processes=2, barrier=barrier), world)
-      except BaseException as error:
-        failures.append(error)
-        meeting.abort()
-
-  threads = [threading.Thread(target=work, args=(host,)) for host in range(2)]
-  for thread in threads:
-    thread.start()
-  for thread in threads:
-    thread.join()
-  assert not failures and artefacts(tmp_path / "two") == wanted
+  on_two_hosts(tmp_path / "two", config, functools.partial(iteration, world=world))
+  assert artefacts(tmp_path / "two") == wanted
 
   seen, replace = collections.Counter(), os.replace
 

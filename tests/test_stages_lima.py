@@ -2,12 +2,11 @@
 
 import csv
 import json
-import threading
 
 import numpy as np
 import pytest
 from report_run import written
-from sessions import session_in
+from sessions import on_two_hosts, session_in
 from small_run import artefacts
 
 from alma_jax import options, start, sweeps
@@ -432,27 +431,8 @@ def test_the_recipe_killed_before_every_manifest_makes_what_one_start_makes(tmp_
 @pytest.mark.slow
 def test_two_hosts_make_what_one_makes(tmp_path):
   c = run_once(tmp_path)
-  turns, meeting, failures = threading.Lock(), threading.Barrier(2), []
-
-  def barrier(name):
-    turns.release()
-    meeting.wait(100)
-    turns.acquire()
-
-  def work(host):
-    with turns:
-      try:
-        recipe.run(session_in(tmp_path / "two", c, process=host, processes=2, barrier=barrier))
-      except BaseException as error:
-        failures.append(error)
-        meeting.abort()
-
-  threads = [threading.Thread(target=work, args=(host,)) for host in range(2)]
-  for thread in threads:
-    thread.start()
-  for thread in threads:
-    thread.join()
-  assert not failures and artefacts(tmp_path / "two") == artefacts(tmp_path / "one")
+  on_two_hosts(tmp_path / "two", c, recipe.run, patience=100)
+  assert artefacts(tmp_path / "two") == artefacts(tmp_path / "one")
 
 
 # Several answers to a prompt

@@ -6,14 +6,13 @@ import dataclasses
 import itertools
 import json
 import os
-import threading
 import types
 
 import numpy as np
 import pytest
 from engine_models import hidden_states
 from rapidfuzz.distance import Indel
-from sessions import changed, session_in
+from sessions import changed, on_two_hosts, session_in
 
 from alma_jax.corpus import duplicates
 from alma_jax.corpus.normalise import normalised, prompt_id
@@ -264,28 +263,12 @@ def test_without_a_similarity_only_equal_ones_are_left_out(world, config, tmp_pa
 
 def test_two_hosts_and_any_kill_give_the_same_bytes(session, clustered, world, config, tmp_path, monkeypatch):
   wanted = artefacts(session.run.dir)
-  turns, meeting, failures = threading.Lock(), threading.Barrier(2), []
 
-  def barrier(name):
-    turns.release()
-    meeting.wait(60)
-    turns.acquire()
+  def pooled(one):
+    clustered_in(one, pool_in(one, world.seeds))
 
-  def work(host):
-    with turns:
-      try:
-        one = session_in(tmp_path / "two", config, process=host, processes=2, barrier=barrier)
-        clustered_in(one, pool_in(one, world.seeds))
-      except BaseException as error:
-        failures.append(error)
-        meeting.abort()
-
-  threads = [threading.Thread(target=work, args=(host,)) for host in range(2)]
-  for thread in threads:
-    thread.start()
-  for thread in threads:
-    thread.join()
-  assert not failures and artefacts(tmp_path / "two") == wanted
+  on_two_hosts(tmp_path / "two", config, pooled)
+  assert artefacts(tmp_path / "two") == wanted
 
   # Killed before every second file has its name, and after every other one.
   seen, replace = collections.Counter(), os.replace

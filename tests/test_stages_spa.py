@@ -6,12 +6,11 @@ import dataclasses
 import itertools
 import json
 import os
-import threading
 
 import jax
 import numpy as np
 import pytest
-from sessions import session_in
+from sessions import on_two_hosts, session_in
 
 from alma_jax import start
 from alma_jax.corpus.normalise import prompt_id
@@ -176,27 +175,8 @@ def artefacts(directory):
 def test_two_hosts_and_any_kill_give_the_same_bytes(config, tmp_path, monkeypatch):
   recipe.run(session_in(tmp_path / "one", config))
   wanted = artefacts(tmp_path / "one")
-  turns, meeting, failures = threading.Lock(), threading.Barrier(2), []
-
-  def barrier(_):  # one host works at a time: planted texts and the options' caches know no threads
-    turns.release()
-    meeting.wait(60)
-    turns.acquire()
-
-  def work(host):
-    with turns:
-      try:
-        recipe.run(session_in(tmp_path / "two", config, process=host, processes=2, barrier=barrier))
-      except BaseException as error:
-        failures.append(error)
-        meeting.abort()
-
-  threads = [threading.Thread(target=work, args=(host,)) for host in range(2)]
-  for thread in threads:
-    thread.start()
-  for thread in threads:
-    thread.join()
-  assert not failures and artefacts(tmp_path / "two") == wanted
+  on_two_hosts(tmp_path / "two", config, recipe.run)
+  assert artefacts(tmp_path / "two") == wanted
   seen, replace = collections.Counter(), os.replace
 
   def killed(old, new):  # before every second file has its name, after every other one
