@@ -19,7 +19,10 @@ The parts and their place in the paper:
   budget       N against K against rounds at equal N x K x R                      Table 6
   dpo          DPO, and without its NLL term                                      Table 7
   control      no judge: a random response
-  density      what the effect of prompts rests on: other pooling, no near-duplicates (not among the default parts)
+
+Not among the default parts:
+  grpo         not in the paper: policy gradients on the latest model's responses
+  density      what the effect of prompts rests on: other pooling, no near-duplicates
 """
 
 import argparse
@@ -46,9 +49,10 @@ PARTS = {
   "budget": ("default", "more_n", "more_k", "fewer_rounds"),
   "dpo": ("default", "dpo", "dpo_without_nll"),
   "control": ("default", "no_judge"),
+  "grpo": ("default", "grpo"),
   "density": tuple(arm.name for arm in CONTROLS),
 }
-MAIN = tuple(part for part in PARTS if part != "density")
+MAIN = tuple(part for part in PARTS if part not in ("density", "grpo"))
 GUESS = 60.0  # CPU seconds of a result that nothing is known about
 
 

@@ -59,6 +59,7 @@ ARMS = (
   Arm("one_sft_only", {"responses.checkpoints": ("sft_1",)}),
   Arm("dpo", {"trainset.method": "dpo"}),
   Arm("dpo_without_nll", {"trainset.method": "dpo", "dpo.nll_weight": 0.0}),
+  Arm("grpo", {"trainset.method": "grpo", "responses.checkpoints": ("latest",)}),
   # N x K x R as in the five rounds of the arms above, spent otherwise
   Arm("more_n", {"responses.n": 2.0, "draw.prompts": 0.5}),
   Arm("more_k", {"responses.n": 0.5, "draw.prompts": 2.0}),
@@ -127,7 +128,7 @@ def measured(run: pathlib.Path, arm: Arm, base: Base) -> dict[str, Any]:
     "progress": {row["round"]: float(row["truth"]) for row in layout.progress(run)},
     "pool": {"prompts": len(pool), "kinds": kinds(pool)},
     "drawn": {str(r): {"kinds": kinds(prompts), "facts": len(facts(drawn, r))} for r, prompts in drawn.items()},
-    "trained": {} if arm.values.get("trainset.method") == "dpo" else trained(run, arm.last),
+    "trained": {} if arm.values.get("trainset.method") in ("dpo", "grpo") else trained(run, arm.last),
     "round_seconds": seconds(run),
   }
 

@@ -67,6 +67,7 @@ ROWS = {
     Row("DPO minus initial SFT, round 6", ("dpo", 6), ("default", 1)),
     Row("without the NLL term minus initial SFT, round 6", ("dpo_without_nll", 6), ("default", 1), ""),
   ),
+  "GRPO, not in the paper": (Row("GRPO minus initial SFT, round 6", ("grpo", 6), ("default", 1)),),
   "Control": (
     Row("judge's choice minus a random response, round 6", ("default", 6), ("no_judge", 6)),
     Row("a random response minus initial SFT, round 6", ("no_judge", 6), ("default", 1), ""),
