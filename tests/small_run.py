@@ -27,8 +27,9 @@ def write_data(directory, evaluated=24):
   from alma_jax.mini import seeds
 
   seeds.make(directory, 0)
-  lines = (directory / "eval.jsonl").read_text().splitlines(keepends=True)
-  (directory / "eval.jsonl").write_text("".join(lines[::24][:evaluated]))
+  lines = {name: (directory / f"{name}.jsonl").read_text().splitlines(keepends=True) for name in ("judge", "eval")}
+  (directory / "judge.jsonl").write_text("".join(lines["judge"][:256]))
+  (directory / "eval.jsonl").write_text("".join(lines["eval"][::24][:evaluated]))
   return [f"data.{name}={directory / name}.jsonl" for name in ("sft", "judge", "eval")]
 
 
@@ -45,8 +46,9 @@ def environment(**more):
 
 def optimised():
   """The environment without the flag that lets tests compile quickly."""
-  flags = os.environ.get("XLA_FLAGS", "").replace("--xla_backend_optimization_level=1", "")
-  return environment(XLA_FLAGS=flags)
+  flags = os.environ.get("XLA_FLAGS", "").replace("--xla_backend_optimization_level=1", "").strip()
+  env = environment(XLA_FLAGS=flags)
+  return env if flags else {name: value for name, value in env.items() if name != "XLA_FLAGS"}
 
 
 def start(workdir, *values, **env):

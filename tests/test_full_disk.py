@@ -66,10 +66,10 @@ def board(path):
   c = types.SimpleNamespace(parameters=1, tied=True, depth=1, heads=1, head_dim=1, vocab=1, width=1)
   mesh = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(device_kind="cpu")]), size=1)
   s = types.SimpleNamespace(
-    run=types.SimpleNamespace(process=0), mesh=mesh, host=types.SimpleNamespace(trained_config=c)
+    run=types.SimpleNamespace(process=0, watchers=[]), mesh=mesh, host=types.SimpleNamespace(trained_config=c)
   )
   path.mkdir(exist_ok=True)
-  with metrics.StepLog(s, types.SimpleNamespace(dir=path), batches) as log:
+  with metrics.StepLog(s, types.SimpleNamespace(dir=path, name="sft_1"), batches) as log:
     for step in range(9):
       log.write(step, {f"metric {i}": 1.0 for i in range(200)})
   return path / "metrics.jsonl"

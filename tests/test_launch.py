@@ -436,9 +436,9 @@ def test_sweep_runs_resumes_and_tabulates(project):
   starts = {p.parent.name[:2]: p.read_text() for p in project.glob("runs/*/starts")}
   assert starts == {"01": "x", "02": "xx", "03": "x", "04": "xx"}
   row = next(line for line in done.stdout.splitlines() if line.startswith("  3"))
-  assert " ".join(row.split()) == "3 finished 2 50 truth 4.100 ± 0.200 seed=1 responses.n=4"
+  assert " ".join(row.split()) == "3 finished 2 50 truth 4.100 ± 0.200 0 seed=1 responses.n=4"
   # Two values that differ by 0.1: t(0.975, 1) = 12.706, times 0.1 / sqrt 2 / sqrt 2.
-  assert "truth  4.050 ± 0.635  n = 2  responses.n=4" in done.stdout
+  assert "truth  4.050 ± 0.635  n = 2  0 device-s  responses.n=4" in done.stdout
   assert "+5.000 ± 0.000 over 2 seeds  responses.n=9" in done.stdout  # the answers are gone: from progress.csv
   units = json.loads(sweep(project, "--print=json").stdout)
   assert [unit["state"] for unit in units] == ["finished"] * 4

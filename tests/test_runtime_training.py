@@ -246,7 +246,7 @@ def test_times_and_curves_are_logged_for_people(session, straight):
 def test_the_share_of_the_devices_peak_is_logged_where_the_peak_is_known(session, tmp_path, monkeypatch):
   monkeypatch.setattr(metrics_of, "peak", lambda device: 1e9)
   batches = Batches(data(make_examples(session)), options(), 5, 1)
-  with StepLog(session, types.SimpleNamespace(dir=tmp_path), batches) as log:
+  with StepLog(session, types.SimpleNamespace(dir=tmp_path, name="sft_1"), batches) as log:
     log.write(0, {"loss": 1.0})
   row = json.loads((tmp_path / "speed.jsonl").read_text())
   computed = metrics_of.operations(session.host.trained_config, batches.lengths(0))
@@ -589,7 +589,7 @@ def test_sequence_log_probs_are_in_order_whatever_the_batch(session):
 
 
 def test_a_second_host_writes_no_log(session, tmp_path):
-  stage = types.SimpleNamespace(dir=tmp_path)
+  stage = types.SimpleNamespace(dir=tmp_path, name="sft_1")
   with StepLog(session, stage, Batches(data(make_examples(session)), options(), 5, 1)) as log:
     log.active = False
     log.keep(3)

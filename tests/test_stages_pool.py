@@ -121,7 +121,7 @@ def config():
   c.shards, c.feedback_rounds, c.judge.distil.prompts = 3, 2, 24
   c.prompts.update(dict(draws=DRAWS, similarity=0.7, max_characters=350, max_prompt_tokens=96))
   c.clusters.update(dict(k=8, iterations=4))
-  c.embeddings.update(dict(dims=12, sample=30))
+  c.embeddings.update(dict(dims=12, sample=30, pooling="mean"))
   c.draw.prompts = 9
   return c
 
@@ -286,8 +286,8 @@ def test_two_hosts_and_any_kill_give_the_same_bytes(session, clustered, world, c
     if kill:
       raise Crash
 
-  monkeypatch.setattr(os, "replace", killed)
   one = session_in(tmp_path / "killed", config)
+  monkeypatch.setattr(os, "replace", killed)
   for _ in range(200):
     try:
       clustered_in(one, pool_in(one, world.seeds))
