@@ -4,7 +4,7 @@
   python -m alma_jax.main --config=... --check          says what the run would do and what is wrong; writes nothing
 
   alma run --config=configs/alma.py:mini --workdir=runs/mini
-  alma sample | score | chat | cluster | curate | evaluate | export | report      as python -m alma_jax.tools.sample
+  alma sample | score | chat | cluster | curate | evaluate | export | plan | report    as python -m alma_jax.tools.plan
 
 The same command on every host makes one run of them (see launch/). Starting it again goes on where it stopped.
 """
@@ -22,7 +22,7 @@ from ml_collections import config_flags
 
 from alma_jax import config_files
 
-TOOLS = ("sample", "score", "chat", "cluster", "curate", "evaluate", "export", "report")
+TOOLS = ("sample", "score", "chat", "cluster", "curate", "evaluate", "export", "plan", "report")
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File and size, e.g. configs/alma.py:mini.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run directory: made at the first start, continued later.")

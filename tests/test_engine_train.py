@@ -488,10 +488,10 @@ def test_what_cannot_fit_is_not_compiled_and_nothing_else_is_left_out(compiled):
   least = []
   for remat in llama.REMAT:
     how = CONFIG, task.mesh, engine._unscheduled(task.optimizer), Objective(remat=remat)
-    least.append(engine._least(*how, places))
+    least.append(engine.least_bytes(*how, places))
     assert 12 * CONFIG.parameters < least[-1] < planned_with(remat).bytes
     spread = sharding.make_mesh(2, 2, 2)
-    assert least[-1] / 8 <= engine._least(CONFIG, spread, *how[2:], places) < least[-1]
+    assert least[-1] / 8 <= engine.least_bytes(CONFIG, spread, *how[2:], places) < least[-1]
   assert least == sorted(least, reverse=True)
   compiled.remats.clear()
   with pytest.raises(TrainingError, match="remat='full'"):

@@ -14,7 +14,7 @@ ARROWS = """
   main      -> check start tools recipes plan report sweeps config_files
   check     -> start stages
   start     -> recipes report runtime
-  tools     -> start recipes plan stages report evals
+  tools     -> start recipes plan stages report evals config_files
   sweeps    -> options report config_files
   recipes   -> stages
   plan      -> stages

@@ -110,15 +110,20 @@ def mesh_for(k: int, d: int, devices: Sequence[Any] | None = None) -> Mesh:
   """A mesh ("data", "k") over the devices (default: those of all hosts), with as few of them along "k" as let centroids
   and sums take at most a quarter of a device's memory."""
   devices = jax.devices() if devices is None else devices
-  room = _room(devices) // 4
-  ways = [w for w in range(1, len(devices) + 1) if len(devices) % w == 0]
-  fits = [w for w in ways if 2 * 4 * d * -(-k // w) <= room]
-  if not fits:
+  along = ways_of_centroids(k, d, len(devices), _room(devices))
+  if along is None:
     raise ClusteringError(
       f"k-means: {k} centroids of {d} dimensions and their sums do not fit a quarter of the memory of {len(devices)}"
       " devices; take more devices, fewer clusters or fewer dimensions"
     )
-  return mesh_of(len(devices) // fits[0], fits[0], devices)
+  return mesh_of(len(devices) // along, along, devices)
+
+
+def ways_of_centroids(k: int, d: int, devices: int, memory: int) -> int | None:
+  """How many devices share centroids and sums, so that they take at most a quarter of each one's `memory`; None if even
+  all of them have too little."""
+  ways = (w for w in range(1, devices + 1) if devices % w == 0)
+  return next((w for w in ways if 2 * 4 * d * -(-k // w) <= memory // 4), None)
 
 
 def _room(devices: Sequence[Any]) -> int:

@@ -8,7 +8,7 @@ Shapes follow from few coarse classes, so that calls of one kind share their com
 
 import dataclasses
 
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from alma_jax.engine import buckets
 from alma_jax.engine.choose import Decoding
@@ -56,9 +56,15 @@ class Load:
 
 
 def slots_that_fit(
-  model: Llama, decoding: Decoding, load: Load, free: int | None, mesh: Mesh | None = None, wanted: int = 0
+  model: Llama,
+  decoding: Decoding,
+  load: Load,
+  free: int | None,
+  mesh: Mesh | AbstractMesh | None = None,
+  wanted: int = 0,
 ) -> int:
-  """How many slots each replica has room for in `free` bytes per device, at most MOST_SLOTS; `wanted` if they fit.
+  """How many slots each replica has room for in `free` bytes per device, at most MOST_SLOTS; `wanted` if they fit. Of
+  the model only shapes and dtypes count.
 
   Where the free memory is unknown (None: CPUs), the answer is `wanted`, or 64.
   """
@@ -80,7 +86,7 @@ def slots_that_fit(
       f"engine.slots is {wanted}: with {texts} they need {_gib(needed(wanted))} on each device, and {_gib(free)} are"
       f" free beside the weights. {fits} would fit; 0 takes as many as fit"
     )
-  most = decoding.max_new_tokens + room + (free - needed(1)) // _token_bytes(model, mesh)
+  most = decoding.max_new_tokens + room + (free - needed(1)) // token_bytes(model, mesh)
   raise SlotsError(
     f"not one sequence fits: {texts} need {_gib(needed(1))} on each device, and {_gib(free)} are free beside the"
     f" weights. About {max(0, most):,} tokens in all would fit: lower max_prompt_tokens or max_new_tokens, or raise"
@@ -92,19 +98,20 @@ def _gib(size: int) -> str:
   return f"{size / 2**30:.1f} GiB"
 
 
-def bytes_of(model: Llama, decoding: Decoding, shapes: Shapes, mesh: Mesh | None) -> int:
-  """What a call holds on each device beside the weights, and what it works with."""
-  c, itemsize = model.c, model.embed[...].dtype.itemsize
+def bytes_of(model: Llama, decoding: Decoding, shapes: Shapes, mesh: Mesh | AbstractMesh | None) -> int:
+  """What a call holds on each device beside the weights, and what it works with. The gathered prefixes of all layers
+  are there at once, because compilers make one program of the layers; TPUs lay out a quarter of them anew."""
+  c, itemsize = model.c, model.embed.get_value().dtype.itemsize
   ways = 1 if mesh is None else mesh.shape["tensor"]
-  cached = _token_bytes(model, mesh) * (shapes.slots * decoding.max_new_tokens + shapes.rows * shapes.room)
+  cached = token_bytes(model, mesh) * (shapes.slots * decoding.max_new_tokens + shapes.rows * shapes.room)
   logits = 4 * c.vocab // (ways if c.vocab % ways == 0 else 1) * (4 * shapes.slots + shapes.rows)
   prefill = PREFILL_ROWS * shapes.room * (4 * c.width + 3 * c.ffn // ways) * itemsize
-  tiles = 2 * (0 if shapes.tile == 1 else shapes.tiles) * shapes.room * _token_bytes(model, mesh) // c.depth
+  tiles = (0 if shapes.tile == 1 else shapes.tiles) * shapes.room * token_bytes(model, mesh) * 5 // 4
   return cached + logits + max(prefill, tiles)
 
 
-def _token_bytes(model: Llama, mesh: Mesh | None) -> int:
+def token_bytes(model: Llama, mesh: Mesh | AbstractMesh | None) -> int:
   """Keys and values of one token in all layers, on each device."""
   c, ways = model.c, 1 if mesh is None else mesh.shape["tensor"]
   heads = c.kv_heads // ways if c.kv_heads % ways == 0 else c.kv_heads
-  return 2 * c.depth * heads * c.head_dim * model.embed[...].dtype.itemsize
+  return 2 * c.depth * heads * c.head_dim * model.embed.get_value().dtype.itemsize

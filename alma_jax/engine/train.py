@@ -23,7 +23,7 @@ import numpy as np
 import optax
 from jax import Array
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from alma_jax.engine import losses
@@ -131,7 +131,7 @@ class _Programs(NamedTuple):
 
 
 @functools.cache
-def _programs(c: LlamaConfig, mesh: Mesh, o: Optimizer, objective: Objective) -> _Programs:
+def _programs(c: LlamaConfig, mesh: Mesh | AbstractMesh, o: Optimizer, objective: Objective) -> _Programs:
   """The programs of an optimizer without its schedule, cached so that rounds share compilations."""
   tx: Any = transformation(o)  # optax takes every pytree, its types do not
 
@@ -266,7 +266,7 @@ def planned(c: LlamaConfig, task: TrainingTask, batch: Batch, passes: int = 1, m
   for remat in ways:
     objective = dataclasses.replace(task.objective, remat=remat)
     how = c, task.mesh, _unscheduled(task.optimizer), objective
-    if memory is not None and remat != ways[-1] and _least(*how, batch["tokens"].size // passes) > memory:
+    if memory is not None and remat != ways[-1] and least_bytes(*how, batch["tokens"].size // passes) > memory:
       continue
     plan = _plan(*how, shapes, passes)
     if isinstance(plan, Plan) and (memory is None or plan.bytes <= memory):
@@ -277,20 +277,26 @@ def planned(c: LlamaConfig, task: TrainingTask, batch: Batch, passes: int = 1, m
   raise TrainingError(_too_large(leanest, memory or 0, task, batch["tokens"].shape))
 
 
-def _least(c: LlamaConfig, mesh: Mesh, o: Optimizer, objective: Objective, places: int) -> int:
-  """Bytes that a step over so many places takes on each device at the least: weights, moments, and the numbers of each
-  layer that are kept for the backward pass. XLA keeps more, in fp32, and needs room for gradients and logits.
-
-    full       the layer's input
-    products   that, q, k, v, gate, up, and the stream between attention and the feed-forward part
-    none       that, both norms' results, attention's out, and silu(gate) * up
-  """
+def least_bytes(c: LlamaConfig, mesh: Mesh | AbstractMesh, o: Optimizer, objective: Objective, places: int) -> int:
+  """Bytes that a step over so many places takes on each device at the least: weights, moments, and what the layers keep
+  for the backward pass. XLA keeps more, in fp32, and needs room for gradients and logits. The objective's remat is not
+  "auto"."""
   state = 0
-  for x in jax.tree.leaves(_programs(c, mesh, o, objective).state):
+  for x in jax.tree.leaves(_programs(c, mesh, _unscheduled(o), objective).state):
     state += math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+  kept = kept_numbers(c, objective.remat) * jnp.dtype(objective.compute_dtype).itemsize
+  return state + c.depth * places * kept // mesh.size
+
+
+def kept_numbers(c: LlamaConfig, remat: str) -> int:
+  """How many numbers a layer keeps of each place for the backward pass.
+
+  full       the layer's input
+  products   that, q, k, v, gate, up, and the stream between attention and the feed-forward part
+  none       that, both norms' results, attention's out, and silu(gate) * up
+  """
   D, Q, K, F = c.width, c.heads * c.head_dim, c.kv_heads * c.head_dim, c.ffn
-  kept = {"full": D, "products": 2 * D + Q + 2 * K + 2 * F, "none": 4 * D + 2 * Q + 2 * K + 3 * F}[objective.remat]
-  return state + c.depth * places * kept * jnp.dtype(objective.compute_dtype).itemsize // mesh.size
+  return {"full": D, "products": 2 * D + Q + 2 * K + 2 * F, "none": 4 * D + 2 * Q + 2 * K + 3 * F}[remat]
 
 
 def _too_large(plan: Plan | _Refused, memory: float, task: TrainingTask, shape: tuple[int, int]) -> str:

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx
 from jax import Array
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from alma_jax.errors import UserError
@@ -54,22 +54,32 @@ def platform() -> str:
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
   """A mesh over `devices` (default: those of all hosts). One size may be -1: what is left."""
   devices = jax.devices() if devices is None else devices
+  sizes = _sizes(len(devices), data, fsdp, tensor)
+  return jax.make_mesh(sizes, AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)
+
+
+def abstract_mesh(devices: int, data: int = -1, fsdp: int = 1, tensor: int = 1) -> AbstractMesh:
+  """The mesh that `make_mesh` makes of so many devices, without any."""
+  return AbstractMesh(_sizes(devices, data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _sizes(devices: int, data: int, fsdp: int, tensor: int) -> tuple[int, int, int]:
   sizes = dict(data=data, fsdp=fsdp, tensor=tensor)
   free = [name for name, size in sizes.items() if size == -1]
   fixed = math.prod(size for size in sizes.values() if size != -1)
-  if len(free) > 1 or any(s == 0 or s < -1 for s in sizes.values()) or len(devices) % fixed:
+  if len(free) > 1 or any(s == 0 or s < -1 for s in sizes.values()) or devices % fixed:
     raise MeshError(
-      f"mesh {sizes} does not fit {len(devices)} devices: give sizes whose product is {len(devices)}, at most one of"
-      " them -1 (what is left)"
+      f"mesh {sizes} does not fit {devices} devices: give sizes whose product is {devices}, at most one of them -1"
+      " (what is left)"
     )
   if free:
-    sizes[free[0]] = len(devices) // fixed
-  elif fixed != len(devices):
-    raise MeshError(f"mesh {sizes} needs {fixed} devices, {len(devices)} are here; set one size to -1 (what is left)")
-  return jax.make_mesh(tuple(sizes.values()), AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)
+    sizes[free[0]] = devices // fixed
+  elif fixed != devices:
+    raise MeshError(f"mesh {sizes} needs {fixed} devices, {devices} are here; set one size to -1 (what is left)")
+  return sizes["data"], sizes["fsdp"], sizes["tensor"]
 
 
-def shardings(abstract: Any, mesh: Mesh, rules: Mapping[str, str]) -> Any:
+def shardings(abstract: Any, mesh: Mesh | AbstractMesh, rules: Mapping[str, str]) -> Any:
   """NamedShardings for a model, an optimizer state, or any tree of Params (other leaves are replicated).
 
   A weight axis stays whole if the size of its mesh axis does not divide it.
@@ -90,7 +100,7 @@ def shardings(abstract: Any, mesh: Mesh, rules: Mapping[str, str]) -> Any:
   return jax.tree.map(one, abstract, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
-def replicas(mesh: Mesh | None) -> int:
+def replicas(mesh: Mesh | AbstractMesh | None) -> int:
   """The number of copies of the model: one for each group of `tensor` devices."""
   return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 

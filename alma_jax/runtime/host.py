@@ -217,19 +217,19 @@ class Host:
   @property
   def models_kept(self) -> int:
     """Three, the checkpoints that a round samples from, where they leave most of the memory for sequences."""
-    return 3 if 3 * self.model_bytes <= 0.4 * (self.device_bytes or _host_bytes()) else 1
+    return models_that_stay(self.model_bytes, self.device_bytes or host_bytes())
 
   @property
   def training_bytes(self) -> int:
     """What training may fill on each device; devices that do not tell (CPUs) share the host's memory."""
-    return self.device_bytes or _host_bytes() // jax.local_device_count()
+    return self.device_bytes or host_bytes() // jax.local_device_count()
 
   @property
   def free_bytes(self) -> int | None:
     """What sampling may fill on each device, beside the models; None where the device does not tell."""
     if self.device_bytes is None:
       return None
-    return int(0.9 * self.device_bytes) - self.models_kept * self.model_bytes  # the allocator wastes some
+    return sampling_bytes(self.device_bytes) - self.models_kept * self.model_bytes
 
   @property
   def local_ways(self) -> int:
@@ -237,7 +237,18 @@ class Host:
     return sharding.replicas(self.local_mesh)
 
 
-def _host_bytes() -> int:
+def models_that_stay(model_bytes: int, memory: int) -> int:
+  """How many models stay on devices of so much memory."""
+  return 3 if 3 * model_bytes <= 0.4 * memory else 1
+
+
+def sampling_bytes(memory: int) -> int:
+  """What models and sequences may fill of a device's memory: the allocator wastes some."""
+  return int(0.9 * memory)
+
+
+def host_bytes() -> int:
+  """This host's memory."""
   return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 

@@ -1,0 +1,399 @@
+"""Time and memory of each stage's Work on a Topology, by roofline: nothing is compiled and no weights are read.
+
+  machine = Machine(topology, c, mesh, engine, model, assumptions)
+  step = estimate(machine, work)       # a Step: fits, peak, seconds, hours, and what would help where it does not fit
+
+A step of training is one update, of sampling one token of every slot, of reading one call, of k-means one iteration.
+Time is the longest of arithmetic, memory traffic and collectives, each at its share of the peak (plan/assumptions.py).
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+
+from alma_jax.engine import buckets, points
+from alma_jax.engine.slots import Load, Shapes, SlotsError, bytes_of, shapes_for, slots_that_fit, token_bytes
+from alma_jax.llama import model as llama
+from alma_jax.llama import sharding
+from alma_jax.llama.config import LlamaConfig
+from alma_jax.llama.model import Llama
+from alma_jax.plan import assumptions as shares
+from alma_jax.plan import topology as topologies
+from alma_jax.plan.assumptions import Assumptions
+from alma_jax.plan.memory import reading_bytes, training_bytes
+from alma_jax.plan.topology import Topology
+from alma_jax.plan.work import Clustering, Reading, Sampling, Training, Work, steps
+from alma_jax.runtime import metrics, room
+from alma_jax.runtime.batches import ROWS
+from alma_jax.runtime.host import EngineOptions, ModelOptions, models_that_stay, sampling_bytes
+from alma_jax.runtime.session import MeshOptions
+
+NEAR = 0.9  # of a slot's mean length is what its token at work has behind it: lognormal lengths
+GATHERS = {"gpu": 3, "cpu": 3, "tpu": 6}  # times the gathered prefixes go from or to memory in a step
+SCORES = {"gpu": 0, "cpu": 4, "tpu": 4}  # times fp32 attention scores do
+CHOOSING = {"greedy": 7, "temperature": 8, "filtered": 54}  # times fp32 logits do
+K_MEANS_BYTES = 12  # of memory traffic for each score of a point and a centroid
+REMAT = {"none": 1.0, "products": 1.0, "full": 4 / 3}  # times a step's arithmetic
+CHUNK, SCORE_TILE = 2**17, 2**28  # points of a chunk on each device; bytes of a tile of scores
+COPIES = 3  # of the centroids on each device: themselves, their sums, and the sums of all devices
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """What a stage needs. A field is None where the stage has no such thing; `steps` are those of one device."""
+
+  work: Work
+  fits: bool = True
+  peak: float = 0.0  # bytes on each device
+  usable: float = 0.0  # of which there are so many; the allocator wastes some in sampling
+  remat: str | None = None
+  passes: int | None = None
+  slots: int | None = None
+  places: int | None = None  # rows x row length of a step
+  flops: float = 0.0  # useful ones of the whole stage
+  traffic: float = 0.0  # bytes of memory of a step and device; 0: not what decides
+  collective: float = 0.0  # bytes of a step and device
+  seconds: float = 0.0  # of a step
+  hours: float = 0.0
+  host: float = 0.0  # bytes of each host
+  disk: float = 0.0  # bytes that stay
+  beside: float = 0.0  # bytes that are on disk while it runs
+  helps: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+  topology: Topology
+  c: LlamaConfig
+  mesh: MeshOptions
+  engine: EngineOptions
+  model: ModelOptions
+  assumptions: Assumptions
+
+  @property
+  def platform(self) -> str:
+    return self.topology.chip.platform
+
+  @property
+  def dtype(self) -> str:
+    if self.model.dtype != "auto":
+      return self.model.dtype
+    return "float32" if self.platform == "cpu" else "bfloat16"
+
+  @property
+  def itemsize(self) -> int:
+    return jnp.dtype(self.dtype).itemsize
+
+  @property
+  def peak(self) -> float:
+    """Products a second, for fp32 on accelerators an eighth: several passes of their matrix units."""
+    slow = self.dtype == "float32" and self.platform != "cpu"
+    return self.topology.chip.flops / (8 if slow else 1)
+
+  @property
+  def training_mesh(self) -> AbstractMesh:
+    return sharding.abstract_mesh(self.topology.devices, **dataclasses.asdict(self.mesh))
+
+  @property
+  def replicas(self) -> int:
+    """Copies of the model on all devices in sampling and reading."""
+    return self.topology.devices // self.engine.tensor
+
+  @property
+  def model_bytes(self) -> int:
+    """A model's weights on each device in sampling and reading."""
+    return self.c.parameters * self.itemsize // self.engine.tensor
+
+  @property
+  def held(self) -> int:
+    """The weights that are on each device in sampling."""
+    return self.model_bytes * models_that_stay(self.model_bytes, self.topology.chip.memory)
+
+  @property
+  def local_mesh(self) -> AbstractMesh:
+    return sharding.abstract_mesh(self.topology.local, tensor=self.engine.tensor)
+
+  @property
+  def shape(self) -> Llama:
+    return _shape(self.c, self.dtype)
+
+  @property
+  def layers(self) -> int:
+    """The weights that every token goes through, without embedding and head."""
+    return self.c.parameters - self.c.vocab * self.c.width * (1 if self.c.tied else 2)
+
+  @property
+  def head(self) -> int:
+    return self.c.vocab * self.c.width
+
+
+@functools.cache
+def _shape(c: LlamaConfig, dtype: str) -> Llama:
+  return jax.eval_shape(lambda: llama.cast(llama.init(c, 0), dtype))
+
+
+def estimate(machine: Machine, work: Work) -> Step:
+  """The Step of a stage; where it does not fit, `helps` names the first change that would make it."""
+  step = _estimated(machine, work)
+  if step.fits:
+    return step
+  found = next((what for what, other, task in _changes(machine, work) if _fits(other, task)), "")
+  said = [step.helps] if step.helps else []
+  return dataclasses.replace(step, seconds=0.0, hours=0.0, helps="; ".join([*said, found] if found else said))
+
+
+def _fits(machine: Machine, work: Work) -> bool:
+  try:
+    return _estimated(machine, work).fits
+  except sharding.MeshError:
+    return False
+
+
+def _estimated(machine: Machine, work: Work) -> Step:
+  if isinstance(work, Training):
+    return _training(machine, work)
+  if isinstance(work, Clustering):
+    return _clustering(machine, work)
+  if isinstance(work, Sampling | Reading):
+    topology, tensor = machine.topology, machine.engine.tensor
+    if topology.local % tensor:
+      why = f"engine.tensor is {tensor} and a host of {topology.name} has {topology.local} devices"
+      usable = sampling_bytes(topology.chip.memory)
+      return Step(work, fits=False, peak=machine.model_bytes, usable=usable, disk=work.disk, helps=why)
+    return _sampling(machine, work) if isinstance(work, Sampling) else _reading(machine, work)
+  return Step(work, disk=work.disk)
+
+
+def _changes(machine: Machine, work: Work) -> Iterator[tuple[str, Machine, Work]]:
+  """Changes that may make a stage fit, the cheapest first: knobs, then topologies."""
+  if isinstance(work, Training):
+    ways, rows = sharding.replicas(machine.training_mesh), _rows(machine, work)
+    section, o = f"config.{work.section}", work.options
+    if o.remat not in ("auto", "full"):
+      yield f"{section}.remat='auto'", machine, _with(work, remat="auto")
+    lean = {"remat": "auto"} if o.remat != "full" else {}
+    passes = o.passes * 2
+    while passes <= max(1, rows // ways) and passes <= o.batch:
+      yield f"{section}.passes={passes}", machine, _with(work, passes=passes, **lean)
+      passes *= 2
+    half = dataclasses.replace(o.optimizer, moments="bfloat16")
+    yield f"{section}.moments='bfloat16'", machine, _with(work, optimizer=half, **lean)
+    if machine.mesh != (whole := dataclasses.replace(machine.mesh, data=1, fsdp=-1)):
+      yield "config.mesh.fsdp=-1, config.mesh.data=1", dataclasses.replace(machine, mesh=whole), work
+  if isinstance(work, Sampling | Reading):
+    for tensor in (1, 2, 4, 8):
+      fits = tensor != machine.engine.tensor and machine.topology.local % tensor == 0
+      if fits and tensor <= machine.c.kv_heads:
+        engine = dataclasses.replace(machine.engine, tensor=tensor)
+        yield f"config.engine.tensor={tensor}", dataclasses.replace(machine, engine=engine), work
+  if isinstance(work, Reading) and machine.engine.rows > 1:
+    engine = dataclasses.replace(machine.engine, rows=max(1, machine.engine.rows // 4))
+    yield f"config.engine.rows={engine.rows}", dataclasses.replace(machine, engine=engine), work
+  if isinstance(work, Sampling) and machine.engine.slots:
+    engine = dataclasses.replace(machine.engine, slots=0)
+    yield "config.engine.slots=0 (what fits)", dataclasses.replace(machine, engine=engine), work
+  for other in (*topologies.larger(machine.topology), *_other_kinds(machine.topology)):
+    yield f"--topology={other.name}", dataclasses.replace(machine, topology=other), work
+
+
+def _other_kinds(topology: Topology) -> Iterator[Topology]:
+  """Every topology of chips with more memory."""
+  for kind, chip in topologies.CHIPS.items():
+    if chip.memory > topology.chip.memory:
+      for shape in topologies.SLICES[kind]:
+        yield topologies.parse(f"{kind}:{shape}")
+
+
+def _with(work: Training, **fields: object) -> Training:
+  return dataclasses.replace(work, options=dataclasses.replace(work.options, **fields))
+
+
+# Training
+
+
+def _rows(machine: Machine, work: Training) -> int:
+  """Rows of a step, filled up to what the mesh divides."""
+  o, mesh = work.options, machine.training_mesh
+  width = o.row_length * work.sides
+  needed = math.ceil(min(o.batch, work.examples) * work.length / width / shares.PACKING[0])
+  unit = math.lcm(ROWS, sharding.replicas(mesh) * min(o.passes, o.batch))
+  return -(-needed // unit) * unit
+
+
+def _training(machine: Machine, work: Training) -> Step:
+  """The first remat that fits, as engine/train.planned finds it."""
+  c, o, mesh, chip = machine.c, work.options, machine.training_mesh, machine.topology.chip
+  width, rows = o.row_length * work.sides, _rows(machine, work)
+  passes, places = min(o.passes, o.batch), rows * width
+  ways = tuple(llama.REMAT) if o.remat == "auto" else (o.remat,)
+  peak, remat = math.inf, ways[-1]
+  for remat in ways:
+    objective = dataclasses.replace(o.objective(machine.dtype), remat=remat)
+    peak = training_bytes(c, mesh, machine.platform, o.optimizer, objective, places, passes)
+    if peak <= chip.memory:
+      break
+  n, useful = steps(work), metrics.operations(c, [round(work.length)])
+  # Padding and the end of a row cost what tokens do.
+  executed = metrics.operations(c, [round(work.length)]) * places / work.length * REMAT[remat]
+  collective = _exchanged(machine, mesh, places, passes)
+  rate = machine.peak * machine.topology.devices * machine.assumptions.training
+  seconds = max(executed / rate, collective / (machine.topology.link * shares.LINKS[0]))
+  total = n * seconds + work.forward * work.examples * useful / 3 / rate
+  checkpoint = room.checkpoint_bytes(c, o.optimizer.moments)
+  saved = room.model_bytes(c, machine.model.save_dtype)
+  return Step(
+    work,
+    fits=peak <= chip.memory,
+    peak=peak,
+    usable=chip.memory,
+    remat=remat,
+    passes=passes,
+    places=places,
+    flops=useful * work.examples * (o.epochs + work.forward / 3),
+    collective=collective,
+    seconds=seconds,
+    hours=total / 3600,
+    host=checkpoint / machine.topology.hosts + saved,
+    disk=saved,
+    beside=room.training_bytes(checkpoint, saved, n, o.checkpoint_every, o.checkpoint_keep) - saved,
+  )
+
+
+def _exchanged(machine: Machine, mesh: AbstractMesh, places: int, passes: int) -> float:
+  """Bytes that a step sends from each device: weights gathered forward and backward and gradients reduced along fsdp,
+  gradients once more along data, activations along tensor; the embedding goes in fp32."""
+  data, fsdp, tensor = (mesh.shape[axis] for axis in sharding.AXES)
+  weights = machine.itemsize * machine.c.parameters / tensor
+  vocabulary = 2 * machine.head / tensor
+  if machine.platform == "gpu":  # the gradients of embedding and head are reduced whole
+    vocabulary += 2 * machine.itemsize * machine.head / tensor
+  along_fsdp = (3 * weights * passes + vocabulary) * (fsdp - 1) / fsdp
+  along_data = 2 * weights / fsdp * (data - 1) / data
+  own = places / (data * fsdp)
+  along_tensor = 6 * machine.c.depth * own * machine.c.width * machine.itemsize * 2 * (tensor - 1) / tensor
+  return along_fsdp + along_data + along_tensor
+
+
+# Sampling
+
+
+def _sampling(machine: Machine, work: Sampling) -> Step:
+  chip, o = machine.topology.chip, work.options
+  load, mesh = Load(o.max_prompt_tokens, work.samples_per_prompt), machine.local_mesh
+  # A CPU does not tell what is free, so that there the engine takes 64 slots or what the config says.
+  given = None if machine.platform == "cpu" else sampling_bytes(chip.memory) - machine.held
+  try:
+    slots = slots_that_fit(machine.shape, o.decoding, load, given, mesh, machine.engine.slots)
+  except SlotsError:
+    slots = 0
+  shapes = shapes_for(max(1, slots), buckets.rounded(o.max_prompt_tokens), work.samples_per_prompt)
+  peak = machine.held + bytes_of(machine.shape, o.decoding, shapes, mesh)
+  if not slots:
+    return Step(work, fits=False, peak=peak, usable=sampling_bytes(chip.memory), slots=0, disk=work.disk)
+  new = work.tokens / max(1, work.rows)
+  traffic = decoding_bytes(machine, work, shapes, new)
+  flops = 2 * (machine.layers + machine.head) * slots / machine.engine.tensor
+  seconds = max(traffic / (chip.bandwidth * shares.DECODING[0]), flops / (machine.peak * shares.PRODUCTS[0]))
+  decode = work.tokens / (slots * machine.replicas * shares.SLOTS[0]) * seconds
+  prefill = _forward(machine, work.prompts * work.prompt_tokens, work.prompt_tokens)
+  rate = machine.peak * machine.topology.devices * shares.PRODUCTS[0]
+  return Step(
+    work,
+    fits=slots > 0,
+    peak=peak,
+    usable=sampling_bytes(chip.memory),
+    slots=slots,
+    flops=prefill + 2 * (machine.layers + machine.head) * work.tokens,
+    traffic=traffic,
+    seconds=seconds,
+    hours=(decode + prefill / rate) / 3600,
+    host=room.model_bytes(machine.c, machine.model.save_dtype),
+    disk=work.disk,
+  )
+
+
+def decoding_bytes(machine: Machine, work: Sampling, shapes: Shapes, new: float) -> float:
+  """The bytes that one token of all slots takes from and to a device's memory, as the programs are today: on TPUs and
+  CPUs attention reads every place of a slot, cuDNN those that hold a token; prefixes are gathered for every tile."""
+  c, o, platform, tensor = machine.c, work.options, machine.platform, machine.engine.tensor
+  keys, longest = token_bytes(machine.shape, machine.local_mesh), o.decoding.max_new_tokens
+  weights = (machine.layers + machine.head) * machine.itemsize / tensor
+  own = shapes.slots * keys * (NEAR * new if platform == "gpu" else longest)
+  if shapes.tile == 1:
+    read = work.prompt_tokens if platform == "gpu" else shapes.room
+    prefix, scores = shapes.slots * keys * read, shapes.slots * (shapes.room + longest)
+  else:
+    prefix = GATHERS[platform] * shapes.tiles * shapes.room * keys
+    scores = shapes.tiles * shapes.tile * shapes.room + shapes.slots * longest
+  scores *= SCORES[platform] * 4 * c.heads / tensor * c.depth
+  filtered = o.decoding.top_p < 1 or o.decoding.top_k > 0
+  how = "greedy" if o.decoding.temperature == 0 else "filtered" if filtered else "temperature"
+  return weights + own + prefix + scores + CHOOSING[how] * 4 * c.vocab * shapes.slots / tensor
+
+
+def _forward(machine: Machine, tokens: float, context: float, layers: int = 0) -> float:
+  """The arithmetic of a forward pass without the head; a token has half of its text behind it."""
+  c, share = machine.c, layers / machine.c.depth if layers else 1.0
+  return tokens * share * (2 * machine.layers + 2 * c.depth * c.heads * c.head_dim * context)
+
+
+# Judging and embedding
+
+
+def _reading(machine: Machine, work: Reading) -> Step:
+  c, chip, tensor = machine.c, machine.topology.chip, machine.engine.tensor
+  rows, width, longest = machine.engine.rows, work.tokens / max(1, work.rows), buckets.rounded(work.longest)
+  before = buckets.rounded(work.longest_prefix) if work.prefixes else 0
+  working = reading_bytes(c, tensor, machine.itemsize, rows, longest, before)
+  peak = machine.held + working
+  flops = _forward(machine, work.tokens, width + 2 * work.prefix_tokens, work.layers)
+  flops += _forward(machine, work.prefixes * work.prefix_tokens, work.prefix_tokens, work.layers)
+  calls = work.rows / (rows * machine.replicas)
+  rate = machine.peak * machine.topology.devices * shares.PRODUCTS[0]
+  arithmetic = flops / shares.PADDING[0] / rate
+  reads = calls * machine.model_bytes / (chip.bandwidth * shares.DECODING[0])
+  seconds = max(arithmetic, reads)
+  return Step(
+    work,
+    fits=peak <= sampling_bytes(chip.memory),
+    peak=peak,
+    usable=sampling_bytes(chip.memory),
+    places=rows * longest,
+    flops=flops,
+    traffic=machine.model_bytes,
+    seconds=seconds / max(1.0, calls),
+    hours=seconds / 3600,
+    host=room.model_bytes(c, machine.model.save_dtype),
+    disk=work.disk,
+  )
+
+
+# K-means
+
+
+def _clustering(machine: Machine, work: Clustering) -> Step:
+  """Scores of all points and centroids, whose traffic decides on fast devices."""
+  devices, chip = machine.topology.devices, machine.topology.chip
+  pairs = work.rows * work.k / devices
+  traffic, flops = K_MEANS_BYTES * pairs, 2 * pairs * work.dims
+  seconds = max(traffic / (chip.bandwidth * shares.DECODING[0]), flops / (chip.flops * shares.PRODUCTS[0]))
+  along = points.ways_of_centroids(work.k, work.dims, devices, chip.memory)
+  peak = COPIES * 4 * work.k * work.dims / (along or devices)
+  peak += 2 * min(work.rows / devices, CHUNK) * work.dims + SCORE_TILE
+  return Step(
+    work,
+    fits=along is not None,
+    peak=peak,
+    usable=chip.memory,
+    flops=flops * devices * work.passes,
+    traffic=traffic,
+    seconds=seconds,
+    hours=work.passes * seconds / 3600,
+    host=8.0 * work.k * work.dims + 8 * work.rows,
+    disk=work.disk,
+  )

@@ -1,0 +1,247 @@
+"""Plans against numbers worked out by hand and figures of the real compilers, for Llama-3-8B."""
+
+import dataclasses
+import json
+
+import pytest
+
+from alma_jax.engine.choose import Decoding
+from alma_jax.engine.optimizer import Optimizer
+from alma_jax.engine.slots import bytes_of, shapes_for, token_bytes
+from alma_jax.engine.train import Objective, kept_numbers, least_bytes
+from alma_jax.llama.sharding import abstract_mesh
+from alma_jax.plan import estimate, memory, shapes, table, topology
+from alma_jax.plan.assumptions import Given, assumptions
+from alma_jax.plan.work import Clustering, Reading, Sampling, Training, steps
+from alma_jax.runtime import metrics, training
+from alma_jax.runtime.host import EngineOptions, ModelOptions
+from alma_jax.runtime.sampling import ManyOptions
+from alma_jax.runtime.session import MeshOptions
+from alma_jax.tools import plan
+
+LLAMA = shapes.SHAPES["llama3_8b"]
+TINY = dataclasses.replace(LLAMA, vocab=10, width=8, depth=2, heads=4, kv_heads=2, head_dim=2, ffn=12)
+ADAM = Optimizer(1e-5, 0.0)
+FULL = Objective(None, "full", 0.0, "bfloat16")
+PAPER = ["--config=configs/alma.py:8b", "--model=llama3_8b", "--quick"]
+
+
+def machine(word, c=LLAMA, tensor=1, **given):
+  engine = EngineOptions(tensor=tensor)
+  return estimate.Machine(topology.parse(word), c, MeshOptions(), engine, ModelOptions(), assumptions(Given(**given)))
+
+
+def sft(examples=64_000, batch=128, **changes):
+  options = training.Options(batch=batch, epochs=2, row_length=2048, optimizer=ADAM, **changes)
+  return Training("policy", examples, examples * 1000.0, 0.0, options, "policy", examples, 500.0)
+
+
+def answers(rows=10_000, n=200.0, new=350.0, **how):
+  decoding = Decoding(**dict(temperature=0.8, top_p=0.95, max_new_tokens=1024) | how)
+  options = ManyOptions(decoding=decoding, max_prompt_tokens=1024, n=200)
+  return Sampling("responses", rows, rows * new, 0.0, options, int(rows / n), 200.0, n)
+
+
+# By hand
+
+
+def test_the_arithmetic_of_a_small_model():
+  # attention 8 * 2 * (2 * 4 + 2 * 2) = 192, feed-forward 3 * 8 * 12 = 288, two norms 16: 496 a layer
+  assert TINY.parameters == 2 * 496 + 8 + 2 * 10 * 8 == 1160
+  # 6 for every weight but the embedding's 80, and 6 * 2 layers * 4 heads * 2 numbers * n^2 for attention
+  assert metrics.operations(TINY, [3]) == 6 * 1080 * 3 + 6 * 2 * 4 * 2 * 9
+  m = machine("cpu", TINY)
+  assert (m.layers, m.head, m.model_bytes) == (1000, 80, 4640)
+  assert token_bytes(m.shape, None) == 2 * 2 * 2 * 2 * 4  # keys and values, layers, heads, numbers, fp32
+  whole = abstract_mesh(1, data=1)
+  assert least_bytes(TINY, whole, ADAM, FULL, 0) == 12 * 1160 + 4  # fp32 weights, two moments, a count of steps
+  assert least_bytes(TINY, whole, ADAM, FULL, 6) - least_bytes(TINY, whole, ADAM, FULL, 0) == 2 * 6 * 8 * 2
+  assert [kept_numbers(TINY, how) for how in ("full", "products", "none")] == [8, 56, 92]
+
+
+def test_the_arithmetic_of_llama_3_8b():
+  assert LLAMA.parameters == 8_030_261_248
+  weights = LLAMA.parameters - 128_256 * 4096
+  assert metrics.operations(LLAMA, [1]) == pytest.approx(6 * weights, rel=1e-4)  # 45.0 GFLOP a token
+  assert token_bytes(machine("h100:8").shape, None) == 128 * 1024
+  assert token_bytes(machine("h100:8").shape, abstract_mesh(8, data=-1, tensor=4)) == 32 * 1024
+  for moments, each in {"float32": 12, "bfloat16": 8}.items():
+    o = dataclasses.replace(ADAM, moments=moments)
+    assert least_bytes(LLAMA, abstract_mesh(8, data=1, fsdp=-1), o, FULL, 0) == pytest.approx(
+      each * LLAMA.parameters / 8, rel=1e-3
+    )
+
+
+def test_the_hours_of_a_training_by_hand():
+  step = estimate.estimate(machine("h100:8"), sft())
+  # 128 examples of 500 tokens take 33 rows of 2048 at 95 %, filled up to 40; 2 epochs are 1000 steps
+  assert (step.places, step.remat, steps(step.work)) == (40 * 2048, "products", 1000)
+  each = 6 * (LLAMA.parameters - 128_256 * 4096) * 500 + 6 * 32 * 4096 * 500**2
+  seconds = each * (40 * 2048 / 500) / (8 * 989e12 * 0.5)
+  assert step.seconds == pytest.approx(seconds)
+  assert step.hours == pytest.approx(1000 * seconds / 3600)
+  full = estimate.estimate(machine("h100:8"), sft(remat="full"))
+  assert full.seconds == pytest.approx(4 / 3 * seconds)
+  # weights go forward and backward and gradients back: 3 * 16 GB * 7/8, and what the vocabulary's tables add
+  assert step.collective == pytest.approx((3 * 2 * LLAMA.parameters + 6 * 128_256 * 4096) * 7 / 8)
+
+
+def test_the_hours_of_sampling_and_clustering_by_hand():
+  m, work = machine("h100:8"), answers()
+  step = estimate.estimate(m, work)
+  decode = work.tokens / (step.slots * 8 * 0.9) * step.traffic / (3.35e12 * 0.6)
+  weights = LLAMA.parameters - 2 * 128_256 * 4096
+  prefill = 50 * 200 * (2 * weights + 2 * 32 * 4096 * 200) / (8 * 989e12 * 0.56)
+  assert step.hours == pytest.approx((decode + prefill) / 3600)
+  points = estimate.estimate(m, Clustering("clusters", 2**21, 0.0, 0.0, 2**16, 1024, 10))
+  assert points.hours == pytest.approx(10 * 12 * 2**21 * 2**16 / 8 / (3.35e12 * 0.6) / 3600)  # memory decides
+  read = estimate.estimate(m, Reading("embeddings", 1000, 2e5, 0.0, 2048))
+  assert read.flops == 2e5 * (2 * weights + 2 * 32 * 4096 * 200)
+
+
+# What the compilers said (jax 0.10.2, libtpu 0.0.42.1, the CUDA plugin's compiler), in GiB on each device
+
+COMPILED = [
+  ("v6e:2x4", "full", 40, 2048, 21.21),
+  ("v6e:2x4", "full", 16, 2048, 18.81),
+  ("v6e:2x4", "full", 32, 4096, 24.39),
+  ("v6e:2x4", "products", 40, 2048, 44.3),
+  ("v5e:4x4", "full", 48, 2048, 13.03),
+  ("v5e:4x4", "products", 48, 2048, 27.3),
+  ("v5e:8x8", "full", 64, 2048, 6.08),
+  ("v5p:2x2x2", "products", 40, 2048, 51.5),
+  ("v5p:2x2x2", "none", 40, 2048, 105.3),
+  ("h100:8", "full", 16, 2048, 21.41),
+  ("h100:8", "full", 32, 4096, 25.93),
+  ("h100:8", "none", 40, 2048, 115.21),
+]
+
+
+@pytest.mark.parametrize("word, remat, rows, width, gib", COMPILED)
+def test_training_takes_what_the_compilers_say(word, remat, rows, width, gib):
+  where = topology.parse(word)
+  mesh, objective = abstract_mesh(where.devices, data=1, fsdp=-1), dataclasses.replace(FULL, remat=remat)
+  found = memory.training_bytes(LLAMA, mesh, where.chip.platform, ADAM, objective, rows * width, 1)
+  assert found / 2**30 == pytest.approx(gib, rel=0.15)
+
+
+@pytest.mark.parametrize("word, depth, gib", [("v6e:2x4", 4, 9.25), ("v6e:2x4", 8, 16.32), ("h100:8", 32, 57.02)])
+def test_the_slots_of_a_decode_step_take_at_least_what_the_compilers_say(word, depth, gib):
+  m = machine(word, dataclasses.replace(LLAMA, depth=depth))
+  found = m.model_bytes + bytes_of(m.shape, answers().options.decoding, shapes_for(256, 1024, 200), None)
+  assert gib <= found / 2**30 <= 1.08 * gib
+
+
+@pytest.mark.parametrize("depth, gb", [(4, 18.5), (8, 32.4)])
+def test_a_decode_step_moves_what_the_compilers_say(depth, gb):
+  m = machine("v6e:2x4", dataclasses.replace(LLAMA, depth=depth))
+  found = estimate.decoding_bytes(m, answers(), shapes_for(256, 1024, 200), 350.0)
+  assert found / 1e9 == pytest.approx(gb, rel=0.15)
+
+
+# More of anything
+
+
+def test_more_work_takes_more_and_more_devices_take_less():
+  m = machine("h100:8")
+  assert estimate.estimate(m, sft(128_000)).hours == pytest.approx(2 * estimate.estimate(m, sft()).hours)
+  assert estimate.estimate(m, sft(batch=256, remat="full")).peak > estimate.estimate(m, sft(remat="full")).peak
+  longer = [estimate.estimate(m, answers(new=new)).hours for new in (100.0, 350.0, 1000.0)]
+  assert longer == sorted(longer) and longer[0] < longer[-1]
+  for work in (sft(remat="full"), answers(), Reading("embeddings", 10**6, 2e8, 0.0, 2048)):
+    few, many = (estimate.estimate(machine(word), work) for word in ("h100:8", "h100:8x4"))
+    assert many.hours < few.hours and few.flops == many.flops
+    assert many.peak <= few.peak
+  peaks = [estimate.estimate(m, sft(remat=remat)).peak for remat in ("none", "products", "full")]
+  assert peaks == sorted(peaks, reverse=True)
+  passes = [estimate.estimate(m, sft(remat="full", passes=n)) for n in (2, 4)]
+  assert passes[1].peak < passes[0].peak and passes[1].collective > passes[0].collective
+
+
+# What does not fit
+
+
+def test_what_does_not_fit_says_what_would():
+  v5e = machine("v5e:2x2")
+  assert estimate.estimate(v5e, sft()).helps == "--topology=v5e:4x4"
+  assert estimate.estimate(v5e, answers()).helps == "config.engine.tensor=2"
+  tight = estimate.estimate(machine("h100:8"), sft(batch=4096))
+  assert not tight.fits and tight.helps == "config.policy.passes=2"
+  assert estimate.estimate(machine("h100:8"), sft(batch=4096, passes=2)).fits
+  one = estimate.estimate(machine("h100:8"), sft(batch=256, remat="none"))
+  assert not one.fits and one.helps == "config.policy.remat='auto'"
+  # a host of v5p has four chips
+  wide = estimate.estimate(machine("v5p:4x4x4", tensor=8), answers())
+  assert not wide.fits and wide.helps.startswith("engine.tensor is 8 and a host of v5p:4x4x4 has 4 devices")
+
+
+def test_topologies():
+  found = topology.parse("h100:8x2")
+  assert (found.devices, found.hosts, found.local, found.link) == (16, 2, 8, 400e9)
+  assert [(t.devices, t.hosts) for t in map(topology.parse, ("v6e:2x4", "v6e:8x8", "v5p:4x4x4"))] == [
+    (8, 1), (64, 16), (64, 16),
+  ]  # fmt: skip
+  assert next(topology.larger(found)).name == "h100:8x4"
+  assert topology.parse("cpu").devices == 1
+  for wrong in ("v7:2x2", "h100", "h100:16", "v5p:4x4", "v6e:2x2x2", "v6e:0x2"):
+    with pytest.raises(topology.TopologyError, match=f"--topology={wrong}"):
+      topology.parse(wrong)
+
+
+# The command
+
+
+def test_the_papers_run_on_eight_gpus(tmp_path, capsys):
+  path = tmp_path / "plan.json"
+  assert plan.main([*PAPER, "--topology=h100:8", f"--json={path}", "--price=2"]) == 0
+  found, said = json.loads(path.read_text()), capsys.readouterr().out
+  assert list(found) == ["topology", "hbm_gib", "stages", "device_hours", "disk_gb"]
+  keys = ["stage", "fits", "peak_gib", "remat", "passes", "slots", "step_seconds", "hours", "disk_gb"]
+  assert all(list(stage) == keys and stage["fits"] for stage in found["stages"])
+  assert (found["topology"], found["hbm_gib"]) == ("h100:8", 79.0)
+  names = [stage["stage"] for stage in found["stages"]]
+  assert len(names) == len(set(names)) and {"sft_1", "pool/drafts", "round_11/policy", "round_02/eval.judge"} <= set(
+    names
+  )
+  hours = sum(stage["hours"] for stage in found["stages"])
+  assert found["device_hours"] == pytest.approx(8 * hours, rel=1e-4)
+  assert found["device_hours"] <= 1500
+  assert f"{2 * found['device_hours']:,.0f} USD" in said
+  assert "projections" in said and "everything fits on h100:8" in said and "200 tokens of a prompt (assumed)" in said
+
+
+def test_a_plan_that_does_not_fit(tmp_path, capsys):
+  path = tmp_path / "plan.json"
+  wanted = ["--topology=v5e:4x4", "--stages=responses,policy", f"--json={path}", "--config.responses.n=64"]
+  assert plan.main([*PAPER[:2], *wanted]) == plan.TOO_LARGE == 3
+  said = capsys.readouterr().out
+  assert said.startswith("This version plans without compiling")
+  assert "does not fit: round_01/responses, rounds 2..11 responses" in said and "config.engine.tensor=2" in said
+  stages = {stage["stage"]: stage for stage in json.loads(path.read_text())["stages"]}
+  assert stages["round_02/policy"]["fits"] and stages["round_02/policy"]["remat"] == "full"
+  assert not stages["round_02/responses"]["fits"] and stages["round_02/responses"]["hours"] is None
+
+
+@pytest.mark.parametrize(
+  "flags, says",
+  [
+    (["--config=configs/lima.py:mini"], "only runs of 'alma' are planned so far"),
+    (["--config=configs/alma.py:8b"], "give --model, which may be llama3_8b"),
+    (["--config=configs/alma.py:8b", "--model=gpt2"], "no shape has this name"),
+    ([*PAPER, "--stages=polcy"], "did you mean 'policy'?"),
+    ([*PAPER, "--config.responses.nn=2"], "did you mean 'responses.n'?"),
+    ([*PAPER, "--run=/nowhere"], "is no run directory"),
+    ([*PAPER, "--config.mesh.tensor=3"], "does not fit 8 devices"),
+  ],
+)
+def test_mistakes_are_one_line(flags, says, capsys):
+  assert plan.main([*flags, "--topology=h100:8"]) == 1
+  said = capsys.readouterr().err
+  assert said.startswith("error: ") and says in said and said.count("\n") == 1
+
+
+def test_json_and_table_of_all_methods():
+  for method, more in {"dpo": [], "grpo": ["--config.responses.checkpoints=('latest',)"], "random": []}.items():
+    options = plan.FLAGS.values([*PAPER, "--topology=v5p:4x4x4"])
+    found = plan.made(options, [f"--config.trainset.method={method}", *more])
+    assert len(table.as_json(found)["stages"]) == len(found.steps) and list(table.lines(found))
