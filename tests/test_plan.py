@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 
 import pytest
 
@@ -208,6 +209,21 @@ def test_the_papers_run_on_eight_gpus(tmp_path, capsys):
   assert found["device_hours"] <= 1500
   assert f"{2 * found['device_hours']:,.0f} USD" in said
   assert "projections" in said and "everything fits on h100:8" in said and "200 tokens of a prompt (assumed)" in said
+
+
+def test_the_docs_hold_what_the_command_prints():
+  text = (pathlib.Path(__file__).parents[1] / "docs" / "speed.md").read_text()
+  found = [plan.made(plan.FLAGS.values([*PAPER, f"--topology={word}"])) for word in ("h100:8", "v5p:4x4x4")]
+  assert f"| in all | {found[0].device_hours:,.0f} | {found[1].device_hours:,.0f} |" in text
+  for row, kind in {"responses, 100 million": "responses", "judgments": "judgments"}.items():
+    hours = [hours_of(p, kind) for p in found]
+    assert f"| {row} | {hours[0]:,.0f} | {hours[1]:,.0f} |" in text
+
+
+def hours_of(made, kind):
+  """The device-hours of a kind of stage in the feedback rounds."""
+  steps = [s for s in made.steps if s.work.stage.endswith(f"/{kind}") and not s.work.stage.startswith("round_01")]
+  return sum(s.hours for s in steps) * made.machine.topology.devices
 
 
 def test_a_plan_that_does_not_fit(tmp_path, capsys):

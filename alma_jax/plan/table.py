@@ -111,7 +111,8 @@ def lines(plan: Plan, price: float | None = None) -> Iterator[str]:
     yield "  ".join(cell.ljust(w) if name in left else cell.rjust(w) for name, cell, w in cells).rstrip()
   yield ""
   yield "step: remat/passes and rows x tokens of a training step; slots of a copy of the model in sampling."
-  yield "peak: GiB on each device. moved: GB from and to its memory in a step. sent: GB of collectives in a step."
+  yield "peak: GiB on each device, with the longest texts that the config lets in."
+  yield "moved: GB from and to its memory in a step. sent: GB of collectives in a step."
   yield ""
   least = "" if plan.fits else "without what does not fit, "
   total = f"in all, {least}{plan.hours:,.4g} hours, {plan.device_hours:,.4g} device-hours"
