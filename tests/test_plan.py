@@ -10,14 +10,17 @@ from alma_jax.engine.choose import Decoding
 from alma_jax.engine.optimizer import Optimizer
 from alma_jax.engine.slots import bytes_of, shapes_for, token_bytes
 from alma_jax.engine.train import Objective, kept_numbers, least_bytes
+from alma_jax.errors import RunError
 from alma_jax.llama.sharding import abstract_mesh
 from alma_jax.plan import estimate, memory, shapes, table, topology
-from alma_jax.plan.assumptions import Given, assumptions
+from alma_jax.plan.assumptions import Given, assumptions, cpu_share
 from alma_jax.plan.work import Clustering, Reading, Sampling, Training, steps
 from alma_jax.runtime import metrics, training
 from alma_jax.runtime.host import EngineOptions, ModelOptions
 from alma_jax.runtime.sampling import ManyOptions
 from alma_jax.runtime.session import MeshOptions
+from alma_jax.store import digests
+from alma_jax.store.records import FORMAT
 from alma_jax.tools import plan
 
 LLAMA = shapes.SHAPES["llama3_8b"]
@@ -98,6 +101,41 @@ def test_the_hours_of_sampling_and_clustering_by_hand():
   assert points.hours == pytest.approx(10 * 12 * 2**21 * 2**16 / 8 / (3.35e12 * 0.6) / 3600)  # memory decides
   read = estimate.estimate(m, Reading("embeddings", 1000, 2e5, 0.0, 2048))
   assert read.flops == 2e5 * (2 * weights + 2 * 32 * 4096 * 200)
+
+
+# From a run
+
+
+def made(run, name, speed=(), **manifest):
+  """A finished stage with this manifest and these lines of speed.jsonl."""
+  stage, fields = run / name, {"fingerprint": {"format": FORMAT, "config.batch": 2}, "parts": [], "counts": {}}
+  stage.mkdir(parents=True)
+  (stage / "fingerprint.json").write_text(json.dumps({"format": FORMAT}))
+  (stage / "manifest.json").write_text(json.dumps(digests.sealed(fields | manifest)))
+  (stage / "speed.jsonl").write_text("".join(json.dumps(line) + "\n" for line in speed))
+
+
+def test_lengths_and_rates_come_from_a_run(tmp_path):
+  (tmp_path / "config.json").write_text(json.dumps({"recipe": "alma", "trainset": {"method": "best_of_n"}}))
+  counts = {"sft": {"kept": 96}, "judge": {"kept": 251}}
+  made(tmp_path, "seeds", counts=counts)
+  lines = [{"tokens": 20, "seconds": 9.0, "mfu": 0.01}, {"tokens": 10, "seconds": 1.0, "mfu": 0.3}] * 2
+  made(tmp_path, "sft_1", lines, counts={"examples": 3})  # two epochs of two steps: 60 tokens in 6 examples
+  made(tmp_path, "pool/drafts", counts={"draws": 100})
+  made(tmp_path, "pool/prompts", rows=60)
+  made(tmp_path, "round_02/prompts", rows=7)
+  made(tmp_path, "round_02/responses", counts={"samples": 10, "tokens": 40}, parts=[{"size": 500}, {"size": 100}])
+  found = assumptions(Given(demonstrations=5), tmp_path)
+  assert (found.response, found.example, found.prompt, found.response_bytes) == (4, 10, 6, 60)
+  assert (found.demonstrations, found.annotations, found.usable, found.mfu) == (5, 251, 0.6, 0.3)
+  assert found.where["demonstrations"] == "given" and found.where["response"] == f"measured in {tmp_path}"
+  assert f"0.30 of the peak in training, useful arithmetic alone (measured in {tmp_path})" in found.lines()
+  step = estimate.estimate(dataclasses.replace(machine("h100:8"), assumptions=found), sft(remat="full"))
+  assert step.seconds == pytest.approx(128 * metrics.operations(LLAMA, [500]) / (8 * 989e12 * 0.3))
+  assert cpu_share(tmp_path, TINY, 1e6) == pytest.approx(metrics.operations(TINY, [1]) * 10 / 1e6)
+  (tmp_path / "round_02/responses/manifest.json").write_text("{}")
+  with pytest.raises(RunError, match="round_02/responses"):
+    assumptions(Given(), tmp_path)
 
 
 # What the compilers said (jax 0.10.2, libtpu 0.0.42.1, the CUDA plugin's compiler), in GiB on each device
@@ -261,3 +299,12 @@ def test_json_and_table_of_all_methods():
     options = plan.FLAGS.values([*PAPER, "--topology=v5p:4x4x4"])
     found = plan.made(options, [f"--config.trainset.method={method}", *more])
     assert len(table.as_json(found)["stages"]) == len(found.steps) and list(table.lines(found))
+    assert not found.missing
+  odd = [
+    "--config.judge.template=a2_reasoned",
+    "--config.judge.distil.prompts=0",
+    "--config.eval.judges=('rules:length',)",
+  ]
+  assert plan.made(options, odd).missing == [
+    "the reasonings of the judge's template 'a2_reasoned'", "config.eval.judges: rules:length",
+  ]  # fmt: skip

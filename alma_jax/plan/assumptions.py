@@ -50,7 +50,8 @@ class Assumptions:
   demonstrations: int
   annotations: int
   usable: float  # the share of drafts that enter the pool
-  training: float  # the share of the peak that training reaches
+  training: float  # the share of the peak that training reaches, with what it executes
+  mfu: float | None  # or, measured, with useful arithmetic alone
   response_bytes: float  # on disk, of each response's record
   where: dict[str, str]  # by field: what its value rests on
 
@@ -65,9 +66,12 @@ class Assumptions:
       "usable": "of the drafts enter the pool",
       "response_bytes": "bytes on disk of a response",
       "training": "of the peak in training",
+      "mfu": "of the peak in training, useful arithmetic alone",
     }
     for field, of in words.items():
       value = getattr(self, field)
+      if value is None or (field == "training" and self.mfu is not None):
+        continue
       yield f"{value:,.2f} {of} ({self.where[field]})" if value <= 1 else f"{value:,.0f} {of} ({self.where[field]})"
     for share, of in (PRODUCTS, DECODING, SLOTS, LINKS, PACKING, PADDING):
       yield f"{share:.2f} {of}"
@@ -96,6 +100,7 @@ def assumptions(given: Given, run: pathlib.Path | None = None) -> Assumptions:
     annotations=int(value("annotations", given.annotations, ANNOTATIONS)),
     usable=value("usable", None, 1.0, "assumed: every draft is usable"),
     training=value("training", None, TRAINING[0], f"assumed: {TRAINING[1]}"),
+    mfu=value("mfu", None, 0.0) or None,
     response_bytes=value("response_bytes", None, 64 + 6 * response, "assumed: 6 bytes a token and 64 more"),
     where=where,
   )
@@ -138,7 +143,7 @@ def measured(run: pathlib.Path) -> dict[str, float]:
   if "response" in found and found.get("example", 0) > found["response"]:
     found["prompt"] = found["example"] - found["response"]
   if shares:
-    found["training"] = statistics.median(shares)
+    found["mfu"] = statistics.median(shares)
   return found
 
 

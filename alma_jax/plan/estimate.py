@@ -45,7 +45,7 @@ COPIES = 3  # of the centroids on each device: themselves, their sums, and the s
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-  """What a stage needs. A field is None where the stage has no such thing; `steps` are those of one device."""
+  """What a stage needs. A field is None where the stage has no such thing."""
 
   work: Work
   fits: bool = True
@@ -241,8 +241,10 @@ def _training(machine: Machine, work: Training) -> Step:
   # Padding and the end of a row cost what tokens do.
   executed = metrics.operations(c, [round(work.length)]) * places / work.length * REMAT[remat]
   collective = _exchanged(machine, mesh, places, passes)
-  rate = machine.peak * machine.topology.devices * machine.assumptions.training
-  seconds = max(executed / rate, collective / (machine.topology.link * shares.LINKS[0]))
+  peak_rate, mfu = machine.peak * machine.topology.devices, machine.assumptions.mfu
+  rate = peak_rate * machine.assumptions.training
+  arithmetic = useful * min(o.batch, work.examples) / (peak_rate * mfu) if mfu else executed / rate
+  seconds = max(arithmetic, collective / (machine.topology.link * shares.LINKS[0]))
   total = n * seconds + work.forward * work.examples * useful / 3 / rate
   checkpoint = room.checkpoint_bytes(c, o.optimizer.moments)
   saved = room.model_bytes(c, machine.model.save_dtype)

@@ -24,6 +24,7 @@ GB = 1e9
 class Plan:
   machine: Machine
   steps: list[Step]
+  missing: list[str] = dataclasses.field(default_factory=list)  # work that is not in it
 
   @property
   def fits(self) -> bool:
@@ -122,6 +123,8 @@ def lines(plan: Plan, price: float | None = None) -> Iterator[str]:
     f" {plan.host / GIB:,.3g} of {plan.host_memory / GIB:,.4g} GiB of its memory"
   )
   yield "These are projections by roofline. Nothing was compiled or measured on such a device."
+  for what in plan.missing:
+    yield f"not counted: {what}"
   yield f"everything fits on {topology.name}" if plan.fits else ""
   yield from _failures(plan)
 

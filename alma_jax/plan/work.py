@@ -15,9 +15,10 @@ from alma_jax.runtime import sampling, training
 from alma_jax.stages import judge as judge_stage
 from alma_jax.store import layout
 
-ROUND_BYTES = 400  # on disk of each judgment, with eleven probabilities: assumed
+JUDGMENT_BYTES = 400  # on disk of each judgment, with eleven probabilities: assumed
 TEXT_BYTES = 4  # of a token's text: assumed
 LETTERS = 4  # of a token of a judge's template: assumed
+OWN = "finetuned", "few_shot", "regression"  # kinds of judges that are models of the run
 SEED_PASSES = 7  # what the seeds of k-means cost, in its iterations; see docs/speed.md
 
 
@@ -100,6 +101,20 @@ def of_alma(by_round: Mapping[int, Any], a: Assumptions) -> Iterator[Work]:
     yield from _evaluation(round, r, a)
 
 
+def not_counted(by_round: Mapping[int, Any]) -> Iterator[str]:
+  """Work of these Options that `of_alma` leaves out."""
+  o = by_round[0]
+  if o.judge.kind not in OWN:
+    yield f"the judge {o.judge.kind!r}, which is no model that the run trains or shows examples"
+  elif o.judge.reasons:
+    yield f"the reasonings of the judge's template {o.judge.template!r}"
+  for section in ("judges", "sets"):
+    if given := sorted({name for r in by_round.values() for name in getattr(r.eval, section)}):
+      yield f"config.eval.{section}: {', '.join(given)}"
+  if o.data.eval:
+    yield f"evaluation prompts of data.eval beyond {o.data.held_out}"
+
+
 def _pool(o: Any, round: int, draws: int, a: Assumptions) -> Iterator[Work]:
   name, drafts = layout.pool_name(round), o.prompts.writing
   shown = min(sum(drafts.shots) / 2 * a.prompt, drafts.max_prompt_tokens)
@@ -131,7 +146,7 @@ def _responses(stage: str, asked: float, options: sampling.ManyOptions, writers:
 
 def _judged(stage: str, o: Any, asked: float, n: int, a: Assumptions, sampled: sampling.Options) -> Iterator[Work]:
   """Of a judge that is the model's own: a judge of another kind runs elsewhere, or as its owner wrote it."""
-  if o.judge.kind not in ("finetuned", "few_shot", "regression"):
+  if o.judge.kind not in OWN:
     return
   rows, template = int(asked * n), 0 if o.judge.kind == "regression" else _template_tokens(o)
   before, longest = template + a.prompt, sampled.decoding.max_new_tokens
@@ -139,7 +154,7 @@ def _judged(stage: str, o: Any, asked: float, n: int, a: Assumptions, sampled: s
     stage,
     rows,
     rows * a.response,
-    rows * ROUND_BYTES,
+    rows * JUDGMENT_BYTES,
     longest,
     int(asked),
     before,

@@ -93,11 +93,12 @@ def made(options: Options, overrides: Sequence[str] = ()) -> table.Plan:
   start.check_lengths(by_round, c.max_positions)
   where = topology.parse(options.topology)
   if run and where.chip.platform == "cpu" and (share := assumed.cpu_share(run, c, where.chip.flops)):
-    found = dataclasses.replace(found, training=share, where=found.where | {"training": f"measured in {run}"})
+    found = dataclasses.replace(found, mfu=share, where=found.where | {"mfu": f"measured in {run}"})
   machine = Machine(where, c, o.mesh, o.engine, o.model, found)
   machine.training_mesh  # noqa: B018  # a MeshError where the config's mesh does not suit the topology
   works = list(work.of_alma(by_round, found))
-  return table.Plan(machine, [estimate(machine, task) for task in _chosen(works, options.stages)])
+  steps = [estimate(machine, task) for task in _chosen(works, options.stages)]
+  return table.Plan(machine, steps, list(work.not_counted(by_round)))
 
 
 def _chosen(works: list[work.Work], kinds: str | None) -> list[work.Work]:
