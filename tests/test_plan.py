@@ -6,6 +6,7 @@ import pathlib
 
 import pytest
 
+from alma_jax import start
 from alma_jax.engine.choose import Decoding
 from alma_jax.engine.optimizer import Optimizer
 from alma_jax.engine.slots import bytes_of, shapes_for, token_bytes
@@ -14,7 +15,8 @@ from alma_jax.errors import RunError
 from alma_jax.llama.sharding import abstract_mesh
 from alma_jax.plan import estimate, memory, shapes, table, topology
 from alma_jax.plan.assumptions import Given, assumptions, cpu_share
-from alma_jax.plan.work import Clustering, Reading, Sampling, Training, steps
+from alma_jax.plan.work import Clustering, Reading, Sampling, Training, of_alma, steps
+from alma_jax.recipes import alma
 from alma_jax.runtime import metrics, training
 from alma_jax.runtime.host import EngineOptions, ModelOptions
 from alma_jax.runtime.sampling import ManyOptions
@@ -214,6 +216,16 @@ def test_what_does_not_fit_says_what_would():
   assert not wide.fits and wide.helps.startswith("engine.tensor is 8 and a host of v5p:4x4x4 has 4 devices")
 
 
+def test_a_mesh_that_the_topology_has_not_is_what_does_not_fit():
+  m = dataclasses.replace(machine("h100:8"), mesh=MeshOptions(tensor=3))
+  step = estimate.estimate(m, sft())
+  assert not step.fits and "does not fit 8 devices" in step.helps
+  assert step.helps.endswith("; config.mesh.fsdp=-1, the others 1")
+  read = Reading("judgments", 10**6, 3e8, 0.0, 1024, 10**4, 500.0, 2400)
+  step = estimate.estimate(machine("v6e:2x4"), read)  # keys of 32 prefixes, and their copies for a call
+  assert not step.fits and step.helps == "config.engine.rows=8"
+
+
 def test_topologies():
   found = topology.parse("h100:8x2")
   assert (found.devices, found.hosts, found.local, found.link) == (16, 2, 8, 400e9)
@@ -221,7 +233,11 @@ def test_topologies():
     (8, 1), (64, 16), (64, 16),
   ]  # fmt: skip
   assert next(topology.larger(found)).name == "h100:8x4"
-  assert topology.parse("cpu").devices == 1
+  cpu = topology.parse("cpu")
+  assert cpu.devices == 1 and not list(topology.larger(cpu))
+  small = dataclasses.replace(cpu, chip=dataclasses.replace(cpu.chip, memory=2**30))
+  step = estimate.estimate(dataclasses.replace(machine("cpu"), topology=small), answers())
+  assert step.slots == 64 and not step.fits and step.helps.startswith("--topology=v")
   for wrong in ("v7:2x2", "h100", "h100:16", "v5p:4x4", "v6e:2x2x2", "v6e:0x2"):
     with pytest.raises(topology.TopologyError, match=f"--topology={wrong}"):
       topology.parse(wrong)
@@ -285,7 +301,6 @@ def test_a_plan_that_does_not_fit(tmp_path, capsys):
     ([*PAPER, "--stages=polcy"], "did you mean 'policy'?"),
     ([*PAPER, "--config.responses.nn=2"], "did you mean 'responses.n'?"),
     ([*PAPER, "--run=/nowhere"], "is no run directory"),
-    ([*PAPER, "--config.mesh.tensor=3"], "does not fit 8 devices"),
   ],
 )
 def test_mistakes_are_one_line(flags, says, capsys):
@@ -294,9 +309,24 @@ def test_mistakes_are_one_line(flags, says, capsys):
   assert said.startswith("error: ") and says in said and said.count("\n") == 1
 
 
+def test_planned_stages_are_stages_of_the_recipe():
+  config = plan._config("configs/alma.py:mini", ["--config.rounds={4: {'prompts': {'draws': 4096}}}"])
+  by_round = start.checked_options(config)
+  found = list(of_alma(by_round, assumptions(Given())))
+  sizes, made = alma.stages(by_round), {task.stage for task in found}
+  assert made <= sizes.keys()
+  # What is left out takes no device: the checks of data and judge, draws, evaluators of other kinds
+  left = {name.rpartition("/")[2] for name in sizes.keys() - made}
+  assert left == {"seeds", "judge_quality", "prompts", "clusters", "eval.truth"}
+  assert sum(task.rows for task in found if task.stage.endswith("/drafts")) == 4096
+  rows = {task.stage: task.rows for task in found}
+  assert rows["round_02/responses"] == rows["round_02/judgments"] == 24 * 32
+  assert rows["round_02/policy"] == 5000 + 24 and rows["round_05/policy"] == 5000 + 4 * 24
+
+
 def test_json_and_table_of_all_methods():
+  options = plan.FLAGS.values([*PAPER, "--topology=v5p:4x4x4"])
   for method, more in {"dpo": [], "grpo": ["--config.responses.checkpoints=('latest',)"], "random": []}.items():
-    options = plan.FLAGS.values([*PAPER, "--topology=v5p:4x4x4"])
     found = plan.made(options, [f"--config.trainset.method={method}", *more])
     assert len(table.as_json(found)["stages"]) == len(found.steps) and list(table.lines(found))
     assert not found.missing

@@ -7,6 +7,7 @@ A step of training is one update, of sampling one token of every slot, of readin
 Time is the longest of arithmetic, memory traffic and collectives, each at its share of the peak (plan/assumptions.py).
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -142,21 +143,18 @@ def estimate(machine: Machine, work: Work) -> Step:
   step = _estimated(machine, work)
   if step.fits:
     return step
-  found = next((what for what, other, task in _changes(machine, work) if _fits(other, task)), "")
+  found = next((what for what, other, task in _changes(machine, work) if _estimated(other, task).fits), "")
   said = [step.helps] if step.helps else []
   return dataclasses.replace(step, seconds=0.0, hours=0.0, helps="; ".join([*said, found] if found else said))
 
 
-def _fits(machine: Machine, work: Work) -> bool:
-  try:
-    return _estimated(machine, work).fits
-  except sharding.MeshError:
-    return False
-
-
 def _estimated(machine: Machine, work: Work) -> Step:
   if isinstance(work, Training):
-    return _training(machine, work)
+    try:
+      return _training(machine, work)
+    except sharding.MeshError as error:
+      disk = room.model_bytes(machine.c, machine.model.save_dtype)
+      return Step(work, fits=False, usable=machine.topology.chip.memory, disk=disk, helps=str(error))
   if isinstance(work, Clustering):
     return _clustering(machine, work)
   if isinstance(work, Sampling | Reading):
@@ -172,33 +170,40 @@ def _estimated(machine: Machine, work: Work) -> Step:
 def _changes(machine: Machine, work: Work) -> Iterator[tuple[str, Machine, Work]]:
   """Changes that may make a stage fit, the cheapest first: knobs, then topologies."""
   if isinstance(work, Training):
-    ways, rows = sharding.replicas(machine.training_mesh), _rows(machine, work)
-    section, o = f"config.{work.section}", work.options
-    if o.remat not in ("auto", "full"):
-      yield f"{section}.remat='auto'", machine, _with(work, remat="auto")
-    lean = {"remat": "auto"} if o.remat != "full" else {}
-    passes = o.passes * 2
-    while passes <= max(1, rows // ways) and passes <= o.batch:
-      yield f"{section}.passes={passes}", machine, _with(work, passes=passes, **lean)
-      passes *= 2
-    half = dataclasses.replace(o.optimizer, moments="bfloat16")
-    yield f"{section}.moments='bfloat16'", machine, _with(work, optimizer=half, **lean)
+    yield from _knobs(machine, work)
     if machine.mesh != (whole := dataclasses.replace(machine.mesh, data=1, fsdp=-1)):
       yield "config.mesh.fsdp=-1, config.mesh.data=1", dataclasses.replace(machine, mesh=whole), work
+    if machine.mesh != (plain := MeshOptions()):
+      yield "config.mesh.fsdp=-1, the others 1", dataclasses.replace(machine, mesh=plain), work
+  if isinstance(work, Reading) and machine.engine.rows > 1:
+    engine = dataclasses.replace(machine.engine, rows=max(1, machine.engine.rows // 4))
+    yield f"config.engine.rows={engine.rows}", dataclasses.replace(machine, engine=engine), work
   if isinstance(work, Sampling | Reading):
     for tensor in (1, 2, 4, 8):
       fits = tensor != machine.engine.tensor and machine.topology.local % tensor == 0
       if fits and tensor <= machine.c.kv_heads:
         engine = dataclasses.replace(machine.engine, tensor=tensor)
         yield f"config.engine.tensor={tensor}", dataclasses.replace(machine, engine=engine), work
-  if isinstance(work, Reading) and machine.engine.rows > 1:
-    engine = dataclasses.replace(machine.engine, rows=max(1, machine.engine.rows // 4))
-    yield f"config.engine.rows={engine.rows}", dataclasses.replace(machine, engine=engine), work
   if isinstance(work, Sampling) and machine.engine.slots:
     engine = dataclasses.replace(machine.engine, slots=0)
     yield "config.engine.slots=0 (what fits)", dataclasses.replace(machine, engine=engine), work
   for other in (*topologies.larger(machine.topology), *_other_kinds(machine.topology)):
     yield f"--topology={other.name}", dataclasses.replace(machine, topology=other), work
+
+
+def _knobs(machine: Machine, work: Training) -> Iterator[tuple[str, Machine, Work]]:
+  """Changes of a training that take less memory."""
+  section, o = f"config.{work.section}", work.options
+  if o.remat not in ("auto", "full"):
+    yield f"{section}.remat='auto'", machine, _with(work, remat="auto")
+  lean = {"remat": "auto"} if o.remat != "full" else {}
+  with contextlib.suppress(sharding.MeshError):
+    most, passes = _rows(machine, work) // sharding.replicas(machine.training_mesh), 2 * o.passes
+    while passes <= min(most, o.batch):
+      yield f"{section}.passes={passes}", machine, _with(work, passes=passes, **lean)
+      passes *= 2
+  half = dataclasses.replace(o.optimizer, moments="bfloat16")
+  yield f"{section}.moments='bfloat16'", machine, _with(work, optimizer=half, **lean)
 
 
 def _other_kinds(topology: Topology) -> Iterator[Topology]:
@@ -306,7 +311,7 @@ def _sampling(machine: Machine, work: Sampling) -> Step:
   rate = machine.peak * machine.topology.devices * shares.PRODUCTS[0]
   return Step(
     work,
-    fits=slots > 0,
+    fits=peak <= sampling_bytes(chip.memory),
     peak=peak,
     usable=sampling_bytes(chip.memory),
     slots=slots,

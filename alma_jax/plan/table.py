@@ -137,10 +137,8 @@ def _failures(plan: Plan) -> Iterator[str]:
       by_help.setdefault(step.helps or "no knob and no known topology does", []).append(step)
   for helps, steps in by_help.items():
     worst = max(steps, key=lambda step: step.peak)
-    yield (
-      f"does not fit: {', '.join(_grouped(steps))} (up to {worst.peak / GIB:,.1f} of {worst.usable / GIB:.1f} usable"
-      f" GiB). What helps: {helps}"
-    )
+    much = f" (up to {worst.peak / GIB:,.1f} of {worst.usable / GIB:.1f} usable GiB)" if worst.peak else ""
+    yield f"does not fit: {', '.join(_grouped(steps))}{much}. What helps: {helps}"
   if plan.host > plan.host_memory:
     yield (
       f"does not fit: {plan.host / GIB:,.0f} GiB in a host's memory of {plan.host_memory / GIB:,.0f} GiB. What helps:"

@@ -95,7 +95,6 @@ def made(options: Options, overrides: Sequence[str] = ()) -> table.Plan:
   if run and where.chip.platform == "cpu" and (share := assumed.cpu_share(run, c, where.chip.flops)):
     found = dataclasses.replace(found, mfu=share, where=found.where | {"mfu": f"measured in {run}"})
   machine = Machine(where, c, o.mesh, o.engine, o.model, found)
-  machine.training_mesh  # noqa: B018  # a MeshError where the config's mesh does not suit the topology
   works = list(work.of_alma(by_round, found))
   steps = [estimate(machine, task) for task in _chosen(works, options.stages)]
   return table.Plan(machine, steps, list(work.not_counted(by_round)))
