@@ -312,13 +312,14 @@ def test_mistakes_are_one_line(flags, says, capsys):
 def test_planned_stages_are_stages_of_the_recipe():
   config = plan._config("configs/alma.py:mini", ["--config.rounds={4: {'prompts': {'draws': 4096}}}"])
   by_round = start.checked_options(config)
-  found = list(of_alma(by_round, assumptions(Given())))
+  found = list(of_alma(by_round, assumptions(Given()), 96))
   sizes, made = alma.stages(by_round), {task.stage for task in found}
   assert made <= sizes.keys()
   # What is left out takes no device: the checks of data and judge, draws, evaluators of other kinds
   left = {name.rpartition("/")[2] for name in sizes.keys() - made}
   assert left == {"seeds", "judge_quality", "prompts", "clusters", "eval.truth"}
   assert sum(task.rows for task in found if task.stage.endswith("/drafts")) == 4096
+  assert next(task.dims for task in found if isinstance(task, Clustering)) == 96  # no more than the model's width
   rows = {task.stage: task.rows for task in found}
   assert rows["round_02/responses"] == rows["round_02/judgments"] == 24 * 32
   assert rows["round_02/policy"] == 5000 + 24 and rows["round_05/policy"] == 5000 + 4 * 24

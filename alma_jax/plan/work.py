@@ -1,6 +1,6 @@
 """What the stages of ALMA do, as counts: how many texts, how many tokens, which training.
 
-  for work in of_alma(by_round, assumptions): ...      # in the order of the run, under the names of store/layout.py
+  for work in of_alma(by_round, assumptions, width=4096): ...     # in the run's order, by the names of store/layout.py
 
 Numbers that only a run can tell (lengths, the size of the human data) come from the assumptions.
 """
@@ -15,7 +15,7 @@ from alma_jax.runtime import sampling, training
 from alma_jax.stages import judge as judge_stage
 from alma_jax.store import layout
 
-JUDGMENT_BYTES = 400  # on disk of each judgment, with eleven probabilities: assumed
+JUDGMENT_BYTES = 130  # of each judgment: thirteen numbers and its two ids, not compressed
 TEXT_BYTES = 4  # of a token's text: assumed
 LETTERS = 4  # of a token of a judge's template: assumed
 OWN = "finetuned", "few_shot", "regression"  # kinds of judges that are models of the run
@@ -66,12 +66,12 @@ class Training(Work):
   forward: int = 0  # more forward passes over the data: log-probs under a reference
 
 
-def of_alma(by_round: Mapping[int, Any], a: Assumptions) -> Iterator[Work]:
-  """The Work of a run of recipes/alma.py with these Options."""
+def of_alma(by_round: Mapping[int, Any], a: Assumptions, width: int) -> Iterator[Work]:
+  """The Work of a run of recipes/alma.py with these Options; `width` is the model's."""
   o = by_round[0]
   for i, _ in enumerate(o.sft_seeds, start=1):
     yield _training(layout.sft_name(i), o.sft, "sft", a.demonstrations, a.example)
-  yield from _pool(o, 0, o.draws, a)
+  yield from _pool(o, 0, o.draws, a, width)
   pool = o.draws * a.usable
   if o.judge.kind in ("finetuned", "regression"):
     length = a.example + (_template_tokens(o) if o.judge.kind == "finetuned" else 0)
@@ -90,7 +90,7 @@ def of_alma(by_round: Mapping[int, Any], a: Assumptions) -> Iterator[Work]:
   for round in sorted(by_round.keys() - {0}):
     r = by_round[round]
     if r.draws > draws:
-      yield from _pool(r, round, r.draws - draws, a)
+      yield from _pool(r, round, r.draws - draws, a, width)
       draws = r.draws
     name, asked, n = layout.stage_name, r.draw.prompts, r.responses.sampling.n
     yield _responses(name(round, layout.RESPONSES), asked, r.responses.sampling, _writers(r, round), a)
@@ -115,7 +115,7 @@ def not_counted(by_round: Mapping[int, Any]) -> Iterator[str]:
     yield f"evaluation prompts of data.eval beyond {o.data.held_out}"
 
 
-def _pool(o: Any, round: int, draws: int, a: Assumptions) -> Iterator[Work]:
+def _pool(o: Any, round: int, draws: int, a: Assumptions, width: int) -> Iterator[Work]:
   name, drafts = layout.pool_name(round), o.prompts.writing
   shown = min(sum(drafts.shots) / 2 * a.prompt, drafts.max_prompt_tokens)
   new = min(a.prompt, drafts.decoding.max_new_tokens)
@@ -124,7 +124,7 @@ def _pool(o: Any, round: int, draws: int, a: Assumptions) -> Iterator[Work]:
   )
   prompts = int(draws * a.usable)
   yield Work(f"{name}/{layout.PROMPTS}", prompts, 0.0, prompts * (new * TEXT_BYTES + 64))
-  dims, limit = o.embeddings.dims, drafts.max_prompt_tokens
+  dims, limit = min(o.embeddings.dims, width), drafts.max_prompt_tokens
   if round == 0:
     sample = min(prompts, o.embeddings.sample)
     yield Reading(f"{name}/{layout.PROJECTION}", sample, sample * new, 0.0, limit, layers=o.embeddings.layers)

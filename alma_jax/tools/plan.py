@@ -95,7 +95,7 @@ def made(options: Options, overrides: Sequence[str] = ()) -> table.Plan:
   if run and where.chip.platform == "cpu" and (share := assumed.cpu_share(run, c, where.chip.flops)):
     found = dataclasses.replace(found, mfu=share, where=found.where | {"mfu": f"measured in {run}"})
   machine = Machine(where, c, o.mesh, o.engine, o.model, found)
-  works = list(work.of_alma(by_round, found))
+  works = list(work.of_alma(by_round, found, c.width))
   steps = [estimate(machine, task) for task in _chosen(works, options.stages)]
   return table.Plan(machine, steps, list(work.not_counted(by_round)))
 
