@@ -38,7 +38,7 @@ def coverage(found: Found) -> Block | None:
   """The mechanism of Table 4."""
   lines = _lines(found, _facts)
   title = "Facts that the prompts of the rounds so far ask for, of 192"
-  return lines and Block(title, [charts.lines(lines, "round", "facts", low=0.0)])
+  return Block(title, [charts.lines(lines, "round", "facts", low=0.0)]) if lines else None
 
 
 def samples(found: Found) -> Block | None:
@@ -68,12 +68,12 @@ def judges(found: Found) -> Block | None:
   return Block("Pairs of answers in the right order; a tie counts half", [charts.bars(bars)])
 
 
-def _lines(found: Found, values: Callable[[Mapping[str, Any]], Mapping[str, float]]) -> list[Line] | None:
+def _lines(found: Found, values: Callable[[Mapping[str, Any]], Mapping[str, float]]) -> list[Line]:
   """A line over the rounds for each arm, of the seeds that have both."""
   both = [arms for arms in found.values() if set(ARMS) <= arms.keys()]
   if not both:
-    return None
-  lines = []
+    return []
+  lines: list[Line] = []
   for colour, (arm, name) in enumerate(ARMS.items()):
     told = [values(arms[arm]) for arms in both]
     lines.append(Line(name, [_point(int(r), [t[r] for t in told]) for r in told[0]], colour))
