@@ -29,9 +29,8 @@ def save(results: pathlib.Path, folder: pathlib.Path) -> list[pathlib.Path]:
 def rounds(found: Found) -> Block | None:
   """Figure 2, and Table 4 over the rounds."""
   lines = _lines(found, _progress)
-  return lines and Block(
-    "Ground truth by round, mean over seeds", [charts.lines(lines, "round", "ground truth, 0 to 10")]
-  )
+  title = "Ground truth by round, mean over seeds"
+  return Block(title, [charts.lines(lines, "round", "ground truth, 0 to 10")]) if lines else None
 
 
 def coverage(found: Found) -> Block | None:
