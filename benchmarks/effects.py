@@ -1,7 +1,7 @@
 """Does the paper show on the miniature world? Every effect over pipeline seeds and base models, in pairs.
 
-  python -m alma_jax.mini.pretrain --seed=1 --out=runs/base_1          the second base, 12 minutes
-  python -m benchmarks.effects run --workdir=runs/effects [--seeds=100-109] [--bases=shipped,runs/base_1] [--parts=...]
+  python -m alma_jax.mini.pretrain --seed=2 --out=runs/base_2          another base; use it if it is fit to ship
+  python -m benchmarks.effects run --workdir=runs/effects [--seeds=100-109] [--bases=shipped,runs/base_2] [--parts=...]
   python -m benchmarks.effects table                                   from the committed results alone
   python -m benchmarks.effects figures                                 likewise: docs/effects_*.svg
 
@@ -61,7 +61,7 @@ def main() -> None:
   parser.add_argument("what", choices=("run", "plan", "table", "figures"))
   parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/effects"))
   parser.add_argument("--seeds", default="100-109", help="such as 100-109 or 3,5")
-  parser.add_argument("--bases", default="shipped,runs/base_1", help="'shipped', or directories that pretrain wrote")
+  parser.add_argument("--bases", default="shipped", help="'shipped', or directories that pretrain wrote")
   parser.add_argument("--parts", default=",".join(MAIN), help=", ".join(PARTS))
   parser.add_argument("--size", default="mini_paper")
   parser.add_argument("--workers", type=int, default=1, help="processes, each on a core of its own")
@@ -87,6 +87,11 @@ def main() -> None:
 def bases(names: str) -> list[Base]:
   """The bases that --bases names. A directory's name is the base's."""
   from alma_jax.mini import CHECKPOINT
+  from alma_jax.mini.seeds import ANNOTATIONS
+
+  for name in names.split(","):
+    if name != "shipped" and not (pathlib.Path(name) / ANNOTATIONS).is_file():
+      sys.exit(f"error: {name} holds no base model with its samples; python -m alma_jax.mini.pretrain --out={name}")
 
   return [
     Base(n, CHECKPOINT) if n == "shipped" else Base(pathlib.Path(n).name, pathlib.Path(n)) for n in names.split(",")

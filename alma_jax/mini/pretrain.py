@@ -1,6 +1,6 @@
 """Pretrain the miniature base model on the miniature web and write it as a Hugging Face directory.
 
-  python -m alma_jax.mini.pretrain    # the shipped checkpoint: 9M tokens, 8 to 14 minutes
+  python -m alma_jax.mini.pretrain    # the shipped checkpoint: 12M tokens, 13 CPU minutes
   python -m alma_jax.mini.pretrain --out=base --steps=500
 
 It is one run from scratch, on one core, so that the same command gives the same bytes (several cores would change the
