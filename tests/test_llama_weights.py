@@ -243,6 +243,19 @@ def test_every_byte_is_checked_before_it_is_read(mesh, copy):
     load(directory, mesh and make_mesh(*mesh), check=refuse)
 
 
+def test_an_unrolled_model_is_read_layer_by_layer_to_the_same_weights_and_places():
+  mesh, directory, asked = make_mesh(tensor=2), FIXTURES / "llama3", []
+  stacked = load(directory, mesh, DECODE, jnp.bfloat16)
+  straight = load(directory, mesh, DECODE, jnp.bfloat16, unrolled=True)
+  assert_same_models(straight, llama.unrolled(stacked))
+  for name in ("q", "o", "down"):
+    whole, layer = (getattr(block, name)[...].sharding.spec for block in (stacked.blocks, straight.blocks[1]))
+    assert tuple(layer) == tuple(whole)[1:]
+  assert_same_models(resize(straight, 56, mesh, DECODE), llama.unrolled(resize(stacked, 56, mesh, DECODE)))
+  load(directory, unrolled=True, check=lambda path, begin, end: asked.append(end - begin))
+  assert sum(asked) >= sum(x.nbytes for x in tensors(directory).values())  # every byte is checked
+
+
 @pytest.mark.parametrize("kind", ["llama3", "llama32"])
 def test_resize_adds_mean_rows_and_keeps_the_others(kind, tmp_path):
   model, original = load(FIXTURES / kind), tensors(FIXTURES / kind)

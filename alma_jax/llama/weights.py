@@ -4,8 +4,8 @@
   model = load("Llama-3.1-8B", make_mesh(fsdp=8), dtype=jnp.bfloat16)  # every device reads its own slices
   save("out", model, TextSide(tokenizer=tok, chat_template=jinja, stop_ids=[128001, 128009], bos_id=128000))
 
-Files are memory-mapped and copied slice by slice, so a host holds at most one stacked weight at a time, whatever the
-size of the model. `load(..., check=f)` calls f(path, begin, end) before it reads these bytes of a file. `save` writes
+Files are memory-mapped and copied slice by slice, so a host holds at most one stacked weight at a time (or a few
+unrolled ones), whatever the size of the model. `load(..., check=f)` calls f(path, begin, end) before it reads these bytes of a file. `save` writes
 tensor by tensor, in files that transformers and vLLM load without changes. With several hosts, all of them call `load`
 and `save`, and all of them must see the directory.
 
@@ -124,8 +124,10 @@ def load(
   dtype: DTypeLike | None = None,
   head: Collection[str] | None = None,
   check: Check | None = None,
+  unrolled: bool = False,
 ) -> llama.Llama:
-  """The Llama of a Hugging Face directory, stacked; `dtype` None keeps the files' dtype (the widest if mixed).
+  """The Llama of a Hugging Face directory, stacked or `unrolled`; `dtype` None keeps the files' dtype (the widest if
+  mixed).
 
   With a mesh the weights are placed by `rules`; without one the model lies on the default device. `head` as in `files`:
   such a model gives hidden states, and its logits mean nothing.
@@ -133,19 +135,36 @@ def load(
   abstract, found, wanted, tree = files(directory, head, check)
   if dtype is None:
     dtype = functools.reduce(jnp.promote_types, {found[name].x.dtype for leaf in wanted for name in leaf.names})
+  if unrolled:
+    abstract = jax.eval_shape(llama.unrolled, abstract)
+    leaves, tree = _flatten(abstract)
+    wanted = [_of_one_layer(path, param) for path, param in leaves]
 
-  # One leaf after another, each straight to its place.
+  # Each weight goes straight to its place, so no device holds it in both layouts: the layers of a stacked weight are
+  # read at once, or several of the smaller unrolled ones.
   places = [None] * len(wanted)
   if mesh is not None:
     places = [place.get_value() for _, place in _flatten(shardings(abstract, mesh, rules))[0]]
-  weights = []
   with ThreadPoolExecutor() as pool:
-    for (path, param, names), place in zip(wanted, places, strict=True):
+
+    def weight(leaf: _Leaf, place: NamedSharding | None) -> Any:
+      path, param, names = leaf
       shape, inputs = param.get_value().shape, NAMES[path][1]
-      ours = shape[1:] if _stacked(path) else shape
+      ours = shape[1:] if _stacked(path) and not unrolled else shape
       views = [dataclasses.replace(found[name], x=to_ours(found[name].x, inputs, ours)) for name in names]
-      weights.append(param.replace(_read(views, shape, place, dtype, pool)))
+      return param.replace(_read(views, shape, place, dtype, pool))
+
+    weights = list((pool.map if unrolled else map)(weight, wanted, places))
   return jax.tree.unflatten(tree, weights)
+
+
+def _of_one_layer(path: str, param: nnx.Variable) -> _Leaf:
+  """The leaf "blocks.3.q" of an unrolled model, by the path that a stacked one has."""
+  if not _stacked(path):
+    return _Leaf(path, param, [NAMES[path][0]])
+  blocks, layer, name = path.split(".")
+  ours = f"{blocks}.{name}"
+  return _Leaf(ours, param, [NAMES[ours][0].format(layer)])
 
 
 class Files(NamedTuple):
@@ -204,7 +223,7 @@ def _read(
       def fill(i: int) -> None:
         out[i] = layers[i].read(rest)
 
-      list(pool.map(fill, range(len(layers))))
+      list(pool.map(fill, range(len(layers))) if stacked else map(fill, range(len(layers))))
       seen[key] = out if stacked else out[0]
     return seen[key]
 
@@ -478,21 +497,22 @@ def resize(model: llama.Llama, vocab: int, mesh: Mesh | None = None, rules: Mapp
   if vocab < model.c.vocab:
     raise ModelError(f"a vocabulary of {model.c.vocab} tokens cannot shrink to {vocab}")
 
-  def grown(param: nnx.Variable, axis: int) -> Any:
+  def larger(param: nnx.Variable, axis: int) -> Any:
     x = param[...]
     mean = jnp.mean(x.astype(jnp.float32), axis, keepdims=True).astype(x.dtype)
     return param.replace(jnp.concatenate([x, jnp.repeat(mean, vocab - x.shape[axis], axis)], axis))
 
-  def change(model: llama.Llama) -> llama.Llama:
-    new = nnx.clone(model)
-    new.c = dataclasses.replace(model.c, vocab=vocab)
-    new.embed = grown(model.embed, 0)
-    if model.head is not None:
-      new.head = grown(model.head, 1)
-    return new
+  def grown(param: nnx.Variable, axis: int) -> Any:
+    change = functools.partial(larger, axis=axis)
+    place = None if mesh is None else shardings(jax.eval_shape(change, param), mesh, rules)
+    return jax.jit(change, out_shardings=place)(param)
 
-  places = None if mesh is None else shardings(jax.eval_shape(change, model), mesh, rules)
-  return jax.jit(change, out_shardings=places)(model)
+  new = nnx.clone(model)  # which shares all other weights
+  new.c = dataclasses.replace(model.c, vocab=vocab)
+  new.embed = grown(model.embed, 0)
+  if model.head is not None:
+    new.head = grown(model.head, 1)
+  return new
 
 
 def with_scores(

@@ -177,8 +177,7 @@ class Host:
     """
 
     def made() -> llama.Llama:
-      model = self.load(checkpoint, self.local_mesh, sharding.DECODE, self.dtype)
-      return jax.jit(llama.unrolled)(model) if layout == "unrolled" else model
+      return self.load(checkpoint, self.local_mesh, sharding.DECODE, self.dtype, layout == "unrolled")
 
     return self.held((checkpoint.content, layout), made)
 
@@ -192,9 +191,16 @@ class Host:
     self._held[key] = load()
     return self._held[key]
 
-  def load(self, checkpoint: Checkpoint, mesh: jax.sharding.Mesh, rules: Mapping[str, str], dtype: str) -> llama.Llama:
+  def load(
+    self,
+    checkpoint: Checkpoint,
+    mesh: jax.sharding.Mesh,
+    rules: Mapping[str, str],
+    dtype: str,
+    unrolled: bool = False,
+  ) -> llama.Llama:
     """The weights from disk, with rows for the tokens that the chat format added to the tokenizer."""
-    model = weights.load(checkpoint.directory, mesh, rules, dtype, check=verify.check)
+    model = weights.load(checkpoint.directory, mesh, rules, dtype, check=verify.check, unrolled=unrolled)
     if self.tokenizer.size > model.c.vocab:
       model = weights.resize(model, self.vocab, mesh, rules)
     return model

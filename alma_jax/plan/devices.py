@@ -1,0 +1,143 @@
+"""Devices that are not here, for which the real compilers compile all the same.
+
+  with described(topology) as devices:      # as many as the topology has; nothing can run on them
+    mesh = sharding.make_mesh(fsdp=-1, data=1, devices=devices)
+    ...lower(...).compile()
+
+The TPU compiler comes with libtpu, which needs no TPU; the one for NVIDIA GPUs with JAX's CUDA plugin and a description
+of the GPU, without a GPU or a driver. Compilation is at low effort (`Effort`), which costs TPUs a few percent of memory
+and saves most of the time.
+"""
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from alma_jax.errors import UserError
+from alma_jax.llama import sharding
+from alma_jax.plan.topology import Topology
+
+LOW, DEFAULT = -1.0, 0.0  # efforts of the compilers, in JAX's numbers
+EFFORTS = "jax_exec_time_optimization_effort", "jax_memory_fitting_effort"
+
+# What XLA asks of an H100 SXM, as it prints it for a live one (openxla/xla, xla/backends/gpu/target_config).
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024  threads_per_warp: 32
+  shared_memory_per_block: 49152  shared_memory_per_core: 233472  shared_memory_per_block_optin: 232448
+  threads_per_core_limit: 2048  core_count: 132  fpus_per_core: 128
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024  thread_dim_limit_y: 1024  thread_dim_limit_z: 64
+  memory_bandwidth: 3352320000000  l2_cache_size: 52428800  clock_rate_ghz: 1.98  device_memory_size: 84942979072
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+  registers_per_core_limit: 65536  registers_per_block_limit: 65536
+  device_vendor: "NVIDIA Corporation"  platform_version: "Compute Capability 9.0a"
+  device_address_bits: 64  pcie_bandwidth: 34359738368  ecc_enabled: true
+  name: "NVIDIA H100 80GB HBM3"
+  driver_version: "13.0.0"  runtime_version: "12.8.0"  compile_time_toolkit_version: "12.8.0"  dnn_version: "9.10.0"
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+CUDNN = 91000  # its version in that description
+
+
+class CompilerError(UserError):
+  """The compiler for a topology is not installed, or does not know it; the message says what helps."""
+
+
+@contextlib.contextmanager
+def described(topology: Topology, effort: float = LOW) -> Iterator[Sequence[Any]]:
+  """Yields the devices of the topology, for which programs can be lowered and compiled inside the block."""
+  with contextlib.ExitStack() as stack:
+    before = {name: getattr(jax.config, name) for name in EFFORTS}
+    for name in EFFORTS:
+      stack.callback(jax.config.update, name, before[name])
+      jax.config.update(name, effort)
+    if topology.chip.platform == "gpu":
+      stack.enter_context(_hopper())
+    yield _devices(topology)
+
+
+def compilers(topology: Topology) -> str:
+  """The versions of what compiles for the topology."""
+  names = {"tpu": ("libtpu",), "gpu": ("jax-cuda12-plugin", "jax-cuda13-plugin")}.get(topology.chip.platform, ("jaxlib",))
+  found = [f"{name} {version}" for name in names if (version := _version(name))]
+  return ", ".join([f"jax {jax.__version__}", *found])
+
+
+def local_mesh(topology: Topology, devices: Sequence[Any], tensor: int) -> Mesh:
+  """The mesh of one host, which sampling and reading run on."""
+  return sharding.make_mesh(data=-1, tensor=tensor, devices=devices[: topology.local])
+
+
+def _version(package: str) -> str | None:
+  with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+    return importlib.metadata.version(package)
+  return None
+
+
+def _devices(topology: Topology) -> Sequence[Any]:
+  platform, (kind, _, shape) = topology.chip.platform, topology.name.partition(":")
+  if platform == "cpu":
+    return jax.devices("cpu")[:1]
+  if platform == "gpu":
+    needs, extra, how = "jax_cuda12_plugin", "gpu", {}
+    hosts, local = topology.hosts, topology.local
+    how = dict(platform="cuda", topology_name="", topology=f"1x{hosts}x{local}", target_config=H100)
+  else:
+    needs, extra = "libtpu", "plan"
+    if topology.devices < 4:  # libtpu describes whole hosts
+      shape = "2x2x1" if kind == "v5p" else "2x2"
+    how = dict(platform="tpu", topology_name=f"{kind}:{shape}")
+    # Nothing is to be asked of a cloud's metadata, and no TPU is taken: several may compile at a time.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  if not any(map(importlib.util.find_spec, (needs, needs.replace("12", "13")))):
+    raise CompilerError(
+      f"the compiler for {topology.name} comes with {needs}, which is not installed: pip install 'alma_jax[{extra}]';"
+      " --quick plans without compiling"
+    )
+  try:
+    return topologies.get_topology_desc(**how).devices[: topology.devices]
+  except Exception as error:  # plugins fail in their own ways
+    said = str(error).strip().splitlines() or [type(error).__name__]
+    raise CompilerError(
+      f"the compiler does not describe {topology.name}: {said[0][:300]} ({compilers(topology)}); --quick plans without"
+      " compiling"
+    ) from None
+
+
+@contextlib.contextmanager
+def _hopper() -> Iterator[None]:
+  """cuDNN's attention asks the GPU at hand what it can: inside the block an H100 answers."""
+  from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+  def capable(capability: Any) -> bool:
+    return float(capability) <= 9.0
+
+  def equal(capability: Any) -> bool:
+    return str(capability) == "9.0"
+
+  def version(*_: Any) -> int:
+    return CUDNN
+
+  answers = {
+    "check_compute_capability": capable, "is_cuda_compute_capability_equal": equal, "check_cudnn_version": version,
+  }  # fmt: skip
+  before = {name: getattr(cudnn, name) for name in answers if hasattr(cudnn, name)}
+  for name in before:
+    setattr(cudnn, name, answers[name])
+  try:
+    yield
+  finally:
+    for name, answer in before.items():
+      setattr(cudnn, name, answer)
