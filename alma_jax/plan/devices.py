@@ -69,7 +69,9 @@ def described(topology: Topology, effort: float = LOW) -> Iterator[Sequence[Any]
 
 def compilers(topology: Topology) -> str:
   """The versions of what compiles for the topology."""
-  names = {"tpu": ("libtpu",), "gpu": ("jax-cuda12-plugin", "jax-cuda13-plugin")}.get(topology.chip.platform, ("jaxlib",))
+  names = {"tpu": ("libtpu",), "gpu": ("jax-cuda12-plugin", "jax-cuda13-plugin")}.get(
+    topology.chip.platform, ("jaxlib",)
+  )
   found = [f"{name} {version}" for name in names if (version := _version(name))]
   return ", ".join([f"jax {jax.__version__}", *found])
 

@@ -72,7 +72,8 @@ def summary(found: Iterable[Collective]) -> str:
 
 def sizes(shape: str) -> int:
   """The bytes of all arrays in a piece of HLO."""
-  return sum(_SIZES[dtype] * math.prod(map(int, filter(None, dims.split(",")))) for dtype, dims in _SHAPE.findall(shape))
+  found = _SHAPE.findall(shape)
+  return sum(_SIZES[dtype] * math.prod(map(int, filter(None, dims.split(",")))) for dtype, dims in found)
 
 
 def loops(text: str) -> dict[str, int]:
@@ -142,16 +143,42 @@ def _times(computations: dict[str, list[str]]) -> dict[str, float]:
 
 
 def _trips(line: str, computations: dict[str, list[str]]) -> int:
+  """How often a loop runs that counts from 0: its limit over its step, which is 2 where the compiler has unrolled it
+  once. 1 where the program does not say.
+
+    condition   c = get-tuple-element(p), index=4     k = constant(8)     ROOT compare(c, k), direction=LT
+    body        c = get-tuple-element(p), index=4     n = add(c, constant(2))     ROOT tuple(.., .., .., .., n, ..)
+  """
   if known := _TRIPS.search(line):
     return int(known[1])
-  condition = re.search(r"condition=%?([\w.\-]+)", line)
-  lines = computations.get(condition[1], []) if condition else []
-  root = next((x for x in lines if "ROOT" in x and "direction=LT" in x), "")
-  for other in re.findall(r"%([\w.\-]+)", root.partition("compare(")[2].partition(")")[0]):
-    for x in lines:
-      if (m := re.search(rf"%{re.escape(other)} = [su]32\[\]\S* constant\((\d+)\)", x)) is not None:
-        return int(m[1])
-  return 1
+  condition, body = (computations.get(name, []) for name in re.findall(r"(?:condition|body)=%?([\w.\-]+)", line)[:2])
+  found, rest = _defined(condition), _defined(body)
+  root = next((x for x in condition if "ROOT" in x and "direction=LT" in x), "")
+  limit, place = None, None
+  for operand in _operands(root, "compare"):
+    limit = _constant(found.get(operand, "")) if limit is None else limit
+    if at := re.search(r"get-tuple-element\(.*index=(\d+)", found.get(operand, "")):
+      place = int(at[1])
+  if limit is None:
+    return 1
+  next_ = _operands(next((x for x in body if "ROOT" in x), ""), "tuple")
+  added = rest.get(next_[place], "") if place is not None and place < len(next_) else ""
+  steps = [step for x in _operands(added, "add") if (step := _constant(rest.get(x, "")))]
+  return -(-limit // (steps[0] if steps else 1))
+
+
+def _defined(lines: list[str]) -> dict[str, str]:
+  """The line of each name."""
+  return {m[1]: line for line in lines if (m := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = ", line))}
+
+
+def _operands(line: str, op: str) -> list[str]:
+  return re.findall(r"%([\w.\-]+)", line.partition(f" {op}(")[2].partition(")")[0])
+
+
+def _constant(line: str) -> int | None:
+  found = re.search(r" constant\((\d+)\)", line)
+  return int(found[1]) if found else None
 
 
 def _kind(line: str) -> str | None:
