@@ -5,9 +5,9 @@
   save("out", model, TextSide(tokenizer=tok, chat_template=jinja, stop_ids=[128001, 128009], bos_id=128000))
 
 Files are memory-mapped and copied slice by slice, so a host holds at most one stacked weight at a time (or a few
-unrolled ones), whatever the size of the model. `load(..., check=f)` calls f(path, begin, end) before it reads these bytes of a file. `save` writes
-tensor by tensor, in files that transformers and vLLM load without changes. With several hosts, all of them call `load`
-and `save`, and all of them must see the directory.
+unrolled ones), whatever the size of the model. `load(..., check=f)` calls f(path, begin, end) before it reads these
+bytes of a file. `save` writes tensor by tensor, in files that transformers and vLLM load without changes. With several
+hosts, all of them call `load` and `save`, and all of them must see the directory.
 
 Their matrices are (outputs, inputs), one per layer; ours are (inputs..., outputs...) in natural shapes, stacked:
 
