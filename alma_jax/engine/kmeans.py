@@ -11,6 +11,9 @@ precision is kept until it reaches a tile; everything is summed in fp32. What to
 
 - The points-by-centroids matrix never exists: a tile of centroids meets one tile of points after the other, and every
   point keeps the best score so far. Of equally near centroids the lowest counts.
+- On a GPU or TPU points of half precision meet centroids that are rounded to it, and their scores stay on the chip
+  (engine/nearest.py). On TPUs all halves are bfloat16, in which points closer than 0.004 of their size count as equal.
+  Points of 32 bits are multiplied in full, which takes many times as long.
 - Seeds are those of greedy k-means++, in eight rounds over pools of points (engine/seeding.py); the noise follows from
   (key, round, row) alone. The same points and key give the same clusters, whatever the chunks; on other devices or
   meshes sums may differ in their last bits. So may they from run to run on a GPU, unless XLA_FLAGS has
@@ -25,7 +28,8 @@ precision is kept until it reaches a tile; everything is summed in fp32. What to
   Centroids are the caller's in any case. Points closer than 0.002 of their size count as equal.
 - spherical: centroids have length 1, and points should; longer ones weigh more. Nothing is subtracted from them.
 
-The programs of an iteration are in engine/lloyd.py; engine/points.py brings points and centroids to the devices.
+The programs of an iteration are in engine/lloyd.py, the search in engine/nearest.py; engine/points.py brings points and
+centroids to the devices.
 """
 
 import dataclasses
@@ -240,14 +244,7 @@ def _lloyd(data: Points, state: _State, settings: Settings, hooks: FitHooks) -> 
   c, programs = data.placed(state.centroids)
   while not state.settled and len(state.inertia) < settings.iterations:
     # Every point joins the sum of its nearest centroid, which then moves to the mean.
-    sums = data.zeros(c)
-
-    def accumulate(x: Array, squares: Array, rows: int) -> Array:
-      nonlocal sums
-      *sums, objective = programs.accumulate(*sums, x, squares, c, rows, k)
-      return objective
-
-    inertia = float(sum(part.sum(dtype=np.float64) for part in data.each(accumulate)))
+    sums, inertia = data.joined(c, programs, k)
     c, counts, spread = programs.move(*sums, c)
     c, repaired = _repaired(c, np.asarray(counts)[:k], np.asarray(spread)[:k], programs)
     gain = state.inertia[-1] - inertia if state.inertia else math.inf

@@ -24,15 +24,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-FOLD = 8  # rows of a tile of scores that are compared in one go
+from alma_jax.engine import nearest as searching
+from alma_jax.engine.nearest import Tile
+
 FAR = 3e38  # the score of centroids that only fill a tile
 NOISE = 2.0**-18  # squared distances up to this share of |x|^2 + |c|^2 may be 0 but for fp32's rounding
 NONE = np.iinfo(np.int32).max
-
-Tile = tuple[int, int]  # points, centroids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,50 +44,10 @@ class Programs:
   block: Callable[..., Any]  # (c, at, size): these centroids on every device
 
 
-def on_cpu(mesh: Mesh) -> bool:
-  return mesh.devices.flat[0].platform == "cpu"
-
-
-def _nearest(x: Array, c: Array, half: Array, rows: Array, k: Array, tile: Tile) -> tuple[Array, Array]:
-  """The least score, half - xc, and its index [L] for the first `rows` points against the first k centroids.
-
-  x [L, d], c [K, d], half [K]; the tile divides L and K. The loops go as far as rows and k do, so that padding costs
-  next to nothing. Points are the columns of a tile of scores, so that comparing needs whole vectors only:
-
-    scores [centroids, points]   fold by FOLD -> [centroids / FOLD, points]    least of the rows -> [points]
-    tile s, t                    the best of rows i, i + part, i + 2 part, ... the best so far keeps score and index
-  """
-  points, centroids = tile
-  fold = min(FOLD, centroids // 64)
-  part = centroids // fold
-
-  def against(s: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
-    ct = lax.dynamic_slice_in_dim(c, s * centroids, centroids)
-    ht = lax.dynamic_slice_in_dim(half, s * centroids, centroids)[:, None]
-
-    def one(t: Array, better: tuple[Array, Array]) -> tuple[Array, ...]:
-      xt = lax.dynamic_slice_in_dim(x, t * points, points).astype(c.dtype)
-      dot = lax.dot_general(ct, xt, (((1,), (1,)), ((), ())), precision="highest", preferred_element_type=jnp.float32)
-      # Folding keeps XLA from going over the tile twice, for the least score and for where it is.
-      score, which = (ht - dot)[:part], jnp.zeros((part, points), jnp.int32)
-      for r in range(1, fold):
-        other = (ht - dot)[r * part : (r + 1) * part]
-        which = jnp.where(other < score, r, which)
-        score = jnp.where(other < score, other, score)
-      score, which = lax.optimization_barrier((score, which))
-      # Of equal scores the lowest index, here and (because of the strict comparison) between tiles.
-      least = score.min(axis=0)
-      index = which * part + lax.broadcasted_iota(jnp.int32, which.shape, 0)
-      index = jnp.where(score == least, index, len(half)).min(axis=0) + s * centroids
-      held = [lax.dynamic_slice_in_dim(b, t * points, points) for b in best]
-      held = jnp.where(least < held[0], least, held[0]), jnp.where(least < held[0], index, held[1])
-      return tuple(lax.dynamic_update_slice_in_dim(b, h, t * points, 0) for b, h in zip(better, held, strict=True))
-
-    # What a step reads is not what it writes, or XLA would copy all scores in every step.
-    return lax.fori_loop(0, -(-rows // points), one, best)
-
-  start = jnp.full(len(x), jnp.inf, jnp.float32), jnp.zeros(len(x), jnp.int32)
-  return lax.fori_loop(0, -(-k // centroids), against, start)
+def platform_of(mesh: Mesh | AbstractMesh) -> str:
+  """The platform of its devices, in JAX's words; they may be elsewhere."""
+  device = mesh.abstract_mesh.abstract_device
+  return jax.default_backend() if device is None else device.platform
 
 
 def unit(c: Array) -> Array:
@@ -99,7 +59,9 @@ def _share(count: Array, axis: str, mine: int) -> Array:
   return jnp.clip(count - lax.axis_index(axis) * mine, 0, mine)
 
 
-def _wrapped(mesh: Mesh, f: Callable[..., Any], inputs: Any, outputs: Any, **more: Any) -> Callable[..., Any]:
+def _wrapped(
+  mesh: Mesh | AbstractMesh, f: Callable[..., Any], inputs: Any, outputs: Any, **more: Any
+) -> Callable[..., Any]:
   return jax.jit(jax.shard_map(f, mesh=mesh, in_specs=inputs, out_specs=outputs, check_vma=False), **more)
 
 
@@ -117,13 +79,17 @@ def look_for(mesh: Mesh) -> Callable[..., Any]:
 
 
 @functools.cache
-def programs_for(mesh: Mesh, tile: Tile, spherical: bool) -> Programs:
+def programs_for(mesh: Mesh | AbstractMesh, tile: Tile, spherical: bool, kernels: bool = True) -> Programs:
+  """kernels: whether accelerators use their kernels; False: plain XLA."""
+  platform = platform_of(mesh)
+
   def nearest(x: Array, squares: Array, c: Array, rows: Array, k: Array) -> tuple[Array, Array]:
     """The index among all centroids, and the squared distance, of this device's points."""
-    c = c.astype(jnp.float32 if on_cpu(mesh) else x.dtype)  # a CPU has no fast product of halves
+    c = c.astype(jnp.float32 if platform == "cpu" else x.dtype)  # a CPU has no fast product of halves
     half = 0.5 if spherical else (c.astype(jnp.float32) ** 2).sum(axis=1) / 2
     half = jnp.where(jnp.arange(len(c)) < _share(k, "k", len(c)), half, FAR)
-    score, index = _nearest(x, c, half, _share(rows, "data", len(x)), _share(k, "k", len(c)), tile)
+    search = searching.chosen(platform if kernels else "cpu", x, len(c), tile)
+    score, index = search(x, c, half, _share(rows, "data", len(x)), _share(k, "k", len(c)))
     if mesh.shape["k"] > 1:
       index += lax.axis_index("k") * len(c)
       least = lax.pmin(score, "k")

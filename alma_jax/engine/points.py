@@ -3,6 +3,7 @@
   points = Points(source, mesh_for(k, d), chunk, k, spherical)
   labels, distances = points.assigned(centroids)        # [n] each, on every host
   c, programs = points.placed(centroids)                # centroids on the devices, and what runs with so many of them
+  sums, inertia = points.joined(c, programs, k)         # for programs.move: a pass over all points
 
 `source` stays where it is (memory, disk): each process reads the rows of its own devices, a chunk at a time. Points far
 from zero are read as Centred(source, origin_of(source, mesh)).
@@ -20,8 +21,10 @@ from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
-from alma_jax.engine.lloyd import Programs, look_for, on_cpu, programs_for
+from alma_jax.engine.lloyd import Programs, look_for, platform_of, programs_for
+from alma_jax.engine.nearest import BLOCK
 from alma_jax.errors import UserError
 
 NEAR = 8  # rows no further apart are read as one slice
@@ -142,6 +145,14 @@ def _memory(device: Any) -> int:
   return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // max(1, jax.local_device_count())
 
 
+def dtype_on(platform: str, dtype: DTypeLike) -> np.dtype:
+  """The type of points on the devices: half precision is kept, on TPUs as bfloat16, because they multiply no other."""
+  dtype = np.dtype(dtype)
+  if dtype.itemsize != 2 or dtype.kind in "iu":
+    return np.dtype(np.float32)
+  return np.dtype(jnp.bfloat16) if platform == "tpu" else dtype
+
+
 def _up(n: int, step: int) -> int:
   return -(-n // step) * step
 
@@ -157,24 +168,30 @@ class Loaded(NamedTuple):
 class Points:
   """Points that pass over the devices chunk by chunk, or stay there if they are one chunk."""
 
-  def __init__(self, source: Source, mesh: Mesh, chunk: int | None, k: int, spherical: bool) -> None:
-    """k: the most centroids there will be."""
-    self.source, self.mesh, self.spherical = source, mesh, spherical
+  def __init__(
+    self, source: Source, mesh: Mesh, chunk: int | None, k: int, spherical: bool, kernels: bool = True
+  ) -> None:
+    """k: the most centroids there will be. kernels: see `programs_for`."""
+    self.source, self.mesh, self.spherical, self.kernels = source, mesh, spherical, kernels
     self.n, self.d = source.shape
     self.processes = _processes(mesh)
-    self.dtype = np.dtype(source.dtype)
-    if self.dtype.itemsize != 2 or self.dtype.kind in "iu":
-      self.dtype = np.dtype(np.float32)
+    self.platform = platform_of(mesh)
+    self.dtype = dtype_on(self.platform, source.dtype)
     self.held: Loaded | None = None  # the only chunk, once it is read
     # L, the rows of a device, are a whole number of tiles; a chunk has L rows for each device along "data".
     each = -(-min(self.n, chunk or self._fitting(k), 1 << 30) // mesh.shape["data"])
-    self._tiles = CPU_TILE if on_cpu(mesh) else TILE
-    self.tile = min(_up(each, 16), self._tiles[0])
+    if self.platform == "cpu":
+      self._tiles, self._step = CPU_TILE, 64
+      self.tile = min(_up(each, 16), CPU_TILE[0])
+    else:
+      self._tiles, self._step = TILE, BLOCK[1]
+      even = -(-each // -(-each // TILE[0]))
+      self.tile = _up(even, BLOCK[0] if even < 2048 else 2048)
     self.rows = _up(each, self.tile) * mesh.shape["data"]
 
   def _fitting(self, k: int) -> int:
     """Rows that the devices hold at a time."""
-    room = _room(list(self.mesh.devices.flat)) * (0.4 if on_cpu(self.mesh) else 0.8)
+    room = _room(list(self.mesh.devices.flat)) * (0.4 if self.platform == "cpu" else 0.8)
     room -= 4 * 4 * self.d * -(-k // self.mesh.shape["k"])  # centroids old and new, sums and a spare
     rows = int(max(room, 0) // (self.d * self.dtype.itemsize + 32)) * self.mesh.shape["data"]
     return self.n if rows >= self.n else max(rows // 2, 1)  # the next chunk is read while one is used
@@ -223,13 +240,26 @@ class Points:
     k, ways = len(centroids), self.mesh.shape["k"]
     each = -(-k // ways)
     tiles = -(-each // self._tiles[1])
-    tile = _up(-(-each // tiles), 64)
+    tile = _up(-(-each // tiles), self._step)
     padded = np.zeros((tile * tiles * ways, self.d), np.float32)
     padded[:k] = centroids
     c = jax.make_array_from_callback(padded.shape, NamedSharding(self.mesh, P("k")), lambda index: padded[index])
-    return c, programs_for(self.mesh, (self.tile, tile), self.spherical)
+    return c, programs_for(self.mesh, (self.tile, tile), self.spherical, self.kernels)
 
-  def zeros(self, c: Array) -> tuple[Array, Array, Array]:
+  def joined(self, c: Array, programs: Programs, k: int) -> tuple[tuple[Array, ...], float]:
+    """What `programs.move` takes, after every point has joined the sum of the nearest of the first k centroids, and the
+    inertia."""
+    sums = self._zeros(c)
+
+    def accumulate(x: Array, squares: Array, rows: int) -> Array:
+      nonlocal sums
+      *sums, objective = programs.accumulate(*sums, x, squares, c, rows, k)
+      return objective
+
+    objectives = self.each(accumulate)
+    return tuple(sums), float(sum(part.sum(dtype=np.float64) for part in objectives))
+
+  def _zeros(self, c: Array) -> tuple[Array, ...]:
     """Sums, counts and spreads of each device's own points for the centroids c."""
     place, ways = NamedSharding(self.mesh, P("data", "k")), self.mesh.shape["data"]
     sums = jnp.zeros((ways, *c.shape), jnp.float32, device=place)

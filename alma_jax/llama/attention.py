@@ -15,7 +15,6 @@ traced; there is nothing to configure. A back end needs whole arrays on its devi
 device computes its own rows and heads; where arrays may be spread in an unknown way, the reference is used.
 """
 
-import concurrent.futures
 import functools
 import importlib
 import math
@@ -31,6 +30,7 @@ from jax.typing import DTypeLike
 
 from alma_jax.llama.attention_reference import Attend, Attended, reference_causal, reference_over, striped_causal
 from alma_jax.llama.sharding import BATCH, platform
+from alma_jax.llama.trial import flaw_on
 
 CACHE = 4 * 2**20  # bytes of scores (of keys and values when decoding) that plain XLA handles well on a CPU, measured
 
@@ -134,22 +134,9 @@ def _on_each_device(attend: Attend, axes: tuple[str, ...]) -> Attend:
 
 @functools.cache
 def _flaw(name: str, target: str, call: Call, dtype: DTypeLike, G: int, H: int) -> str | None:
-  """Why a back end cannot be used on the devices of the platform `target`. None if it agrees with the reference, or if
-  no such device is here, because the program is then compiled for another machine."""
-  try:
-    device = jax.local_devices(backend=target)[0]
-  except RuntimeError:
-    return None
-
-  def checked() -> str | None:
-    with jax.default_device(device):
-      return disagreement(getattr(_back_end(name), call), call, dtype, G, H)
-
-  with concurrent.futures.ThreadPoolExecutor(1) as elsewhere:  # the caller may be tracing; in a thread this runs now
-    try:
-      return elsewhere.submit(checked).result()
-    except Exception as e:  # private APIs and drivers fail in their own ways; attention must go on
-      return f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else 'no message'}"
+  """Why a back end cannot be used on the devices of the platform `target`; None if it agrees with the reference, or if
+  no such device is here."""
+  return flaw_on(target, lambda: disagreement(getattr(_back_end(name), call), call, dtype, G, H))
 
 
 def disagreement(attend: Attend, call: Call, dtype: DTypeLike, G: int, H: int) -> str | None:
