@@ -100,7 +100,7 @@ def test_the_hours_of_sampling_and_clustering_by_hand():
   prefill = 50 * 200 * (2 * weights + 2 * 32 * 4096 * 200) / (8 * 989e12 * 0.56)
   assert step.hours == pytest.approx((decode + prefill) / 3600)
   points = estimate.estimate(m, Clustering("clusters", 2**21, 0.0, 0.0, 2**16, 1024, 10))
-  assert points.hours == pytest.approx(10 * 12 * 2**21 * 2**16 / 8 / (3.35e12 * 0.6) / 3600)  # memory decides
+  assert points.hours == pytest.approx(10 * 2 * 1024 * 2**21 * 2**16 / (8 * 989e12 * 0.56) / 3600)
   read = estimate.estimate(m, Reading("embeddings", 1000, 2e5, 0.0, 2048))
   assert read.flops == 2e5 * (2 * weights + 2 * 32 * 4096 * 200)
 

@@ -20,10 +20,13 @@ from alma_jax.store import layout
 PROMPT, RESPONSE, EXAMPLE = 200, 350, 500
 DEMONSTRATIONS, ANNOTATIONS = 5000, 4000
 TRAINING = 0.50, "of what a step executes; MaxText, Llama-2-7B on 8 H100, reports 49.7 % MFU"
-PRODUCTS = 0.56, "of the peak in prefill, judging and embedding: 70 % of the 80 % of it that large products reach"
+PRODUCTS = (
+  0.56,
+  "of the peak in prefill, judging, embedding and k-means: 70 % of the 80 % of it that large products reach",
+)
 DECODING = (
   0.60,
-  "of the memory's peak in decoding and k-means; TensorRT-LLM reaches 59 to 80 % of such a roofline on H200",
+  "of the memory's peak in decoding; TensorRT-LLM reaches 59 to 80 % of such a roofline on H200",
 )
 SLOTS = 0.90, "of the slots are at work: simulated with refills every 16 to 32 tokens, lognormal lengths"
 LINKS = 0.70, "of the links' peak in collectives, which overlap with arithmetic in training"

@@ -38,9 +38,10 @@ NEAR = 0.9  # of a slot's mean length is what its token at work has behind it: l
 GATHERS = {"gpu": 3, "cpu": 3, "tpu": 6}  # times the gathered prefixes go from or to memory in a step
 SCORES = {"gpu": 0, "cpu": 4, "tpu": 4}  # times fp32 attention scores do
 CHOOSING = {"greedy": 7, "temperature": 8, "filtered": 54}  # times fp32 logits do
-K_MEANS_BYTES = 12  # of memory traffic for each score of a point and a centroid
+K_MEANS_BLOCK = {"gpu": 16384, "tpu": 2048}  # points that a centroid meets each time it is read; see engine/nearest.py
+K_MEANS_SCORE = 12  # bytes of memory traffic for each score where they go through memory
 REMAT = {"none": 1.0, "products": 1.0, "full": 4 / 3}  # times a step's arithmetic
-CHUNK, SCORE_TILE = 2**17, 2**28  # points of a chunk on each device; bytes of a tile of scores
+CHUNK = 2**17  # points of a chunk on each device
 COPIES = 3  # of the centroids on each device: themselves, their sums, and the sums of all devices
 
 
@@ -384,14 +385,15 @@ def _reading(machine: Machine, work: Reading) -> Step:
 
 
 def _clustering(machine: Machine, work: Clustering) -> Step:
-  """Scores of all points and centroids, whose traffic decides on fast devices."""
+  """Scores of all points in half precision and all centroids."""
   devices, chip = machine.topology.devices, machine.topology.chip
   pairs = work.rows * work.k / devices
-  traffic, flops = K_MEANS_BYTES * pairs, 2 * pairs * work.dims
+  block = K_MEANS_BLOCK.get(machine.platform)
+  traffic, flops = pairs * (2 * work.dims / block if block else K_MEANS_SCORE), 2 * pairs * work.dims
   seconds = max(traffic / (chip.bandwidth * shares.DECODING[0]), flops / (chip.flops * shares.PRODUCTS[0]))
   along = points.ways_of_centroids(work.k, work.dims, devices, chip.memory)
   peak = COPIES * 4 * work.k * work.dims / (along or devices)
-  peak += 2 * min(work.rows / devices, CHUNK) * work.dims + SCORE_TILE
+  peak += 2 * min(work.rows / devices, CHUNK) * work.dims
   return Step(
     work,
     fits=along is not None,
