@@ -28,10 +28,11 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
-from ml_collections import ConfigDict
-
 from alma_jax import names as known_names
 from alma_jax.errors import UserError
+
+if typing.TYPE_CHECKING:  # the engine's Options need no config files
+  from ml_collections import ConfigDict
 
 T = TypeVar("T")
 
@@ -170,9 +171,9 @@ def labelled(field: str, entries: Sequence[str]) -> dict[str, str]:
 # From a config's section to Options, and from Options to what decides a result
 
 
-def build(kind: type[T], values: Mapping[str, Any] | ConfigDict, where: str) -> T:
+def build(kind: type[T], values: "Mapping[str, Any] | ConfigDict", where: str) -> T:
   """The Options of a section; `where` is the section's name, for errors."""
-  values = values.to_dict() if isinstance(values, ConfigDict) else values
+  values = _plain(values)
   unknown = sorted(values.keys() - set(fields_of(kind)))
   if unknown:
     near = difflib.get_close_matches(unknown[0], list(fields_of(kind)), n=1, cutoff=0.5)
@@ -226,7 +227,7 @@ def fingerprint(options: Any, without: Sequence[str] = ()) -> dict[str, Any]:
 # Rounds
 
 
-def of_rounds(config: ConfigDict, kind: type[T], rounds: Iterable[int]) -> dict[int, T]:
+def of_rounds(config: "ConfigDict", kind: type[T], rounds: Iterable[int]) -> dict[int, T]:
   """The Options of the whole run, under 0, and of each of the feedback rounds."""
   rounds, where = list(rounds), "config"
   overridden: Any = config.get("rounds", {})
@@ -237,7 +238,7 @@ def of_rounds(config: ConfigDict, kind: type[T], rounds: Iterable[int]) -> dict[
       span = f"the feedback rounds are {rounds[0]} .. {rounds[-1]}" if rounds else "this run has no feedback rounds"
       wrong = f"config.rounds has an entry for round {key!r}; {span}"
       try:  # the names in it are checked all the same
-        _apply(ConfigDict(copy.deepcopy(config.to_dict())), _plain(changes), f"rounds[{key}]")
+        _apply(type(config)(copy.deepcopy(config.to_dict())), _plain(changes), f"rounds[{key}]")
       except ConfigError as error:
         wrong = f"{wrong}. Also: {error}"
       raise ConfigError(wrong)
@@ -251,9 +252,9 @@ def of_rounds(config: ConfigDict, kind: type[T], rounds: Iterable[int]) -> dict[
   return found
 
 
-def for_round(config: ConfigDict, round: int) -> ConfigDict:
+def for_round(config: "ConfigDict", round: int) -> "ConfigDict":
   """The config with the round's overrides, without `rounds` itself."""
-  resolved = ConfigDict(copy.deepcopy(config.to_dict()))
+  resolved = type(config)(copy.deepcopy(config.to_dict()))
   overrides: Any = config.get("rounds", {})
   for key, changes in overrides.items():
     if str(key) == str(round):
@@ -263,7 +264,7 @@ def for_round(config: ConfigDict, round: int) -> ConfigDict:
   return resolved
 
 
-def nearest(config: ConfigDict, path: str) -> str:
+def nearest(config: "ConfigDict", path: str) -> str:
   """What to say about a dotted path that the config does not have."""
   known = list(leaves(config.to_dict()))
   sections = sorted({name.rpartition(".")[0] for name in known} - {""})
@@ -282,7 +283,7 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
       yield f"{prefix}{key}"
 
 
-def _apply(config: ConfigDict, changes: Mapping[str, Any], where: str, prefix: str = "") -> None:
+def _apply(config: "ConfigDict", changes: Mapping[str, Any], where: str, prefix: str = "") -> None:
   for key, value in changes.items():
     node: Any = config
     for part in filter(None, prefix.split(".")):
@@ -290,10 +291,10 @@ def _apply(config: ConfigDict, changes: Mapping[str, Any], where: str, prefix: s
     if key not in node:
       raise ConfigError(f"config.{where}: {nearest(config, f'{prefix}{key}')}")
     if isinstance(value, dict):
-      if not isinstance(node[key], ConfigDict):
+      if not isinstance(node[key], type(config)):
         raise ConfigError(f"config.{where}: {prefix}{key} is a value, not a section")
       _apply(config, value, where, f"{prefix}{key}.")
-    elif isinstance(node[key], ConfigDict):
+    elif isinstance(node[key], type(config)):
       raise ConfigError(f"config.{where}: {prefix}{key} is a section; give it a dict, not {value!r}")
     else:
       try:
@@ -305,4 +306,5 @@ def _apply(config: ConfigDict, changes: Mapping[str, Any], where: str, prefix: s
 
 
 def _plain(x: Any) -> Any:
-  return x.to_dict() if isinstance(x, ConfigDict) else x
+  """A section of a config as a dict; anything else as it is."""
+  return x.to_dict() if hasattr(x, "to_dict") else x
