@@ -148,7 +148,7 @@ def mini() -> Config:
   c.data.update(dict(sft="mini", judge="mini", eval="mini"))
   c.engine.update(dict(slots=128, rows=128))
 
-  tiny: dict[str, Any] = dict(batch=32, row_length=64, warmup=0.1, weight_decay=0.0, beta2=0.98)
+  tiny: dict[str, Any] = dict(fit_rows=False, batch=32, row_length=64, warmup=0.1, weight_decay=0.0, beta2=0.98)
   c.sft = training(1e-3, 0.0, epochs=6, **tiny)
   c.policy = policy(1e-3, 0.0, epochs=3, **tiny)
   c.dpo = preferences(3e-4, 0.0, epochs=8, **tiny)

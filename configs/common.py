@@ -37,6 +37,7 @@ def training(
     clip=1.0,  # the largest global gradient norm
     moments="float32",  # of AdamW; "bfloat16" saves 4 bytes per weight
     # The rest changes the result only by rounding. A run that has begun accepts new values.
+    fit_rows=True,  # rows as many and as long as the data needs; False: of row_length each, in multiples of 4
     remat="auto",  # "none", "products", "full": less and less memory, more and more time; auto: the first that fits
     passes=1,  # parts that a step's batch is taken in; more parts need less memory
     checkpoint_every=200,  # steps between checkpoints inside a stage; the last two are kept

@@ -119,7 +119,7 @@ def mini() -> Config:
   c.responses.template = "mini"
   c.pairs.update(dict(tokens=(3, 16), similarity=0.0))
   c.alpha = 0.05  # most questions are of one kind, and few answers to them are new
-  tiny: dict[str, Any] = dict(batch=32, row_length=64, warmup=0.1, weight_decay=0.0, beta2=0.98)
+  tiny: dict[str, Any] = dict(fit_rows=False, batch=32, row_length=64, warmup=0.1, weight_decay=0.0, beta2=0.98)
   c.sft = training(1e-3, 0.0, epochs=6, **tiny)
   mixed = dict(init_from=c.policy.init_from, gamma=c.policy.gamma)
   c.policy = training(1e-3, 0.0, epochs=4, **tiny)

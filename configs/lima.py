@@ -98,7 +98,7 @@ def mini() -> Config:
   c.model, c.engine, c.mesh = like.model, like.engine, like.mesh
   c.model.vocab_multiple = 1
   c.data.update(dict(sft="mini", judge="mini", eval="mini", validation_held_out=16))
-  tiny: dict[str, Any] = dict(batch=16, row_length=96, weight_decay=0.0, beta2=0.98)
+  tiny: dict[str, Any] = dict(fit_rows=False, batch=16, row_length=96, weight_decay=0.0, beta2=0.98)
   c.sft = training(1e-3, 1e-4, epochs=15, schedule="linear", dropout=0.1, keep_epochs=5, **tiny)
   c.judge = like.judge
   c.judge.distil.prompts = 0

@@ -121,7 +121,7 @@ def mini() -> Config:
   c.model.update(dict(path="mini", chat="mini", save_dtype="float32"))
   c.data.update(dict(preferences="mini", prompts="mini", sft="mini", eval="mini"))
   c.engine.update(dict(slots=128, rows=128))
-  tiny: dict[str, Any] = dict(batch=32, row_length=64, warmup=0.1, weight_decay=0.0, beta2=0.98)
+  tiny: dict[str, Any] = dict(fit_rows=False, batch=32, row_length=64, warmup=0.1, weight_decay=0.0, beta2=0.98)
   c.sft = training(1e-3, 0.0, epochs=6, **tiny)
   c.dpo = preferences(3e-4, 0.0, epochs=6, **tiny)
   c.policy = refined(1e-4, 0.0, **tiny | dict(batch=8), window=4)  # with 3e-4 and the next line left out, answers

@@ -1,11 +1,13 @@
 """Embeddings against means taken by hand and against transformers; projections against NumPy's SVD."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
 from engine_models import CONFIG, hidden_states, on_mesh, stacked
 
-from alma_jax.engine import embed
+from alma_jax.engine import buckets, embed
 from alma_jax.engine.embed import Embedding, embeddings
 from alma_jax.errors import NotFinite
 from alma_jax.llama import sharding, weights
@@ -186,3 +188,40 @@ def test_rows_are_centred_and_scaled_in_single_precision():
   found, exact = rows[:], (half.astype(np.float64) - whitening[0]) / whitening[1]
   assert found.dtype == rows.dtype == np.float32
   np.testing.assert_allclose(found, exact / np.linalg.norm(exact, axis=1, keepdims=True), atol=1e-6)
+
+
+@pytest.mark.parametrize(("longest", "count", "batch"), [(40, 36, 32), (20, 36, 32), (60, 48, 32), (120, 24, 32)])
+def test_a_few_short_rows_fill_their_batches(longest, count, batch):
+  rng = np.random.default_rng(0)
+  short = [tuple(range(1, n + 1)) for n in rng.integers(5, longest + 1, count)]
+  made = list(buckets.batches(short, batch, unit=2))
+  assert sum(map(len, short)) >= 0.7 * sum(found.tokens.size for found in made)
+  assert len({found.tokens.shape for found in made}) <= 3
+  assert sorted(i for found in made for i in found.indices) == list(range(count))
+  for indices, tokens, lengths in made:
+    assert len(tokens) <= batch and len(tokens) % 2 == 0
+    for i, row, length in zip(indices, tokens, lengths, strict=False):
+      assert tuple(row[:length]) == short[i] and not row[length:].any()
+    assert (lengths[len(indices) :] == 1).all()
+
+
+def test_many_rows_have_batches_of_one_size():
+  rows = [tuple(range(n)) for n in range(1, 34)]
+  assert {found.tokens.shape for found in buckets.batches(rows, 8)} == {(8, 16), (8, 32), (8, 48)}
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_levels_are_the_best_of_all(most):
+  for seed in range(5):
+    sizes = np.random.default_rng(seed).integers(1, 12, 20)
+
+    def cost(levels, sizes=sizes):
+      levels = sorted(levels)
+      return sum(next(x for x in levels if x >= size) for size in sizes) * (1 + 0.02 * (len(levels) - 1))
+
+    found = buckets.levels(sizes, most, 0.02)
+    subsets = (of for n in range(1, most + 1) for of in itertools.combinations(set(sizes.tolist()), n))
+    assert cost(found.tolist()) == pytest.approx(min(cost(of) for of in subsets if max(of) == sizes.max()))
+  spread = np.arange(1, 200)  # with many different numbers no size is above its level
+  levels = buckets.levels(spread, 4, 0.0)
+  assert levels[-1] == 199 and 1 < len(levels) <= 4

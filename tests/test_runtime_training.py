@@ -107,7 +107,8 @@ def test_options_are_what_the_config_says_and_have_its_defaults(kind, section):
   assert set(options_lib.fields_of(kind)) == set(config.keys())
   found = options_lib.build(kind, config, "config.sft")
   assert found == options_lib.build(kind, SETTINGS, "config.sft")
-  left_out = {"remat", "passes", "checkpoint_every", "checkpoint_keep", "keep_epochs"}  # practical, or 0 and later
+  practical = {"fit_rows", "remat", "passes", "checkpoint_every", "checkpoint_keep"}
+  left_out = practical | {"keep_epochs"}  # that is 0 and later
   assert options_lib.fingerprint(found) == {k: v for k, v in config.to_dict().items() if k not in left_out}
 
 
@@ -450,9 +451,65 @@ def test_steps_follow_from_epochs_and_every_example_is_seen_once_an_epoch(count,
 
 
 @pytest.mark.parametrize(("unit", "rows"), [(1, 4), (4, 4), (6, 12)])
-def test_every_batch_has_one_shape_that_mesh_and_passes_divide(unit, rows, session):
-  made, batches = all_batches(make_examples(session), options(), unit=unit)
-  assert {x.shape for batch in made for x in batch.values()} == {(rows, 48)} and batches.counts == [rows]
+def test_without_fitting_every_batch_has_one_shape_that_mesh_and_passes_divide(unit, rows, session):
+  made, batches = all_batches(make_examples(session), options(fit_rows=False), unit=unit)
+  assert {x.shape for batch in made for x in batch.values()} == {(rows, 48)} and set(batches.shapes) == {((rows, 48),)}
+
+
+def ragged(count):
+  """Examples of 20 to 399 tokens."""
+  lengths = np.random.default_rng(count).integers(20, 400, count)
+  return data([(np.full(n, 7, np.int32), np.arange(n) >= n // 2) for n in lengths])
+
+
+@pytest.mark.parametrize("count", [60, 1000, 5000])
+def test_few_shapes_fit_ragged_data(count):
+  settings = options(batch=32, epochs=3.0, row_length=2048)
+  batches = Batches(ragged(count), settings, 5, unit=1)
+  assert batches.useful >= 0.85 and len(set(batches.shapes)) <= 4
+  before = Batches(ragged(count), dataclasses.replace(settings, fit_rows=False), 5, unit=1)
+  assert batches.useful > 1.05 * before.useful
+  for step in (0, batches.steps - 1):
+    batch, plain = batches(step), before(step)
+    assert batch["tokens"].shape == batches.shapes[step][0] and contents(batch) == contents(plain)
+    assert batch["weights"].sum() == plain["weights"].sum()
+  # Each shape is that of the steps it was made for, and no smaller one would hold them.
+  at = batches.largest()
+  assert len(at) == len(set(batches.shapes)) and batches.shapes[at[0]] == max(batches.shapes)
+
+
+def test_a_mesh_with_more_ways_than_rows_gets_larger_tensor_groups():
+  mesh = sharding.make_mesh(1, 8, 1)
+  config = dataclasses.replace(CONFIG, heads=16, kv_heads=8, ffn=64)
+  s = types.SimpleNamespace(mesh=mesh, host=types.SimpleNamespace(trained_config=config))
+  settings = options(batch=32, row_length=2048)  # about 6,700 tokens a step
+  batches, found = training._spread(s, ragged(1000), settings, 5)
+  assert dict(found.shape) == {"data": 1, "fsdp": 2, "tensor": 4} and batches.useful >= training.USEFUL
+  assert found.devices.ravel().tolist() == mesh.devices.ravel().tolist()
+  assert Batches(ragged(1000), settings, 5, unit=8).useful < 0.8
+  assert training._spread(s, ragged(1000), dataclasses.replace(settings, fit_rows=False), 5)[1] is mesh
+  assert training._spread(s, ragged(1000), options(batch=512, row_length=2048), 5)[1] is mesh
+  config = dataclasses.replace(CONFIG, heads=6, kv_heads=3)  # no more than one device shares three heads
+  assert not list(sharding.with_fewer_replicas(mesh, config))
+  wide = sharding.with_fewer_replicas(sharding.make_mesh(4, 1, 2), dataclasses.replace(CONFIG, kv_heads=8, ffn=64))
+  assert [tuple(of.shape.values()) for of in wide] == [(2, 1, 4), (1, 1, 8)]
+
+
+@pytest.mark.parametrize("unit", [2, 6])
+def test_mesh_and_passes_divide_fitted_rows(unit):
+  for rows, length in (shape for (shape,) in Batches(ragged(60), options(row_length=512), 5, unit).shapes):
+    assert rows % unit == 0 and 400 <= length <= 512
+
+
+def test_pairs_and_third_sequences_have_shapes_of_their_own():
+  of = ragged(90).sequences
+  sides = list(zip(of[::3], of[1::3], strict=True))
+  batches = Batches(Pairs(sides, range(30), None, of[2::3]), options(row_length=512), 5, unit=2)
+  assert len({others for _, others in batches.shapes}) == 1  # programs for both would multiply
+  for step in range(batches.steps):
+    made, (pairs, others) = batches(step), batches.shapes[step]
+    assert made["tokens"].shape == pairs and made["other"]["tokens"].shape == others
+    assert max(made["positions"].max(), made["other"]["positions"].max()) < 400 and pairs.length <= 1024
 
 
 def test_the_order_follows_from_seed_and_epoch(session):

@@ -9,6 +9,8 @@ All of this happens on the host and follows from the rows' lengths and order alo
 
 import dataclasses
 import itertools
+import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -19,6 +21,8 @@ TILE = 4  # rows that read one copy of their prefix's keys and values; more woul
 LONG = 64  # tokens of a prefix from which a copy for every row is worth saving
 SPARE = 1.125  # and only where tiles leave at most an eighth of all places empty
 ROOM = 1024  # tokens of prefixes that are held for every row of a call
+FEW = 4  # up to so many full batches of rows are few
+FINE, LEVELS, SAVING = 8, 3, 0.1  # few rows: what widths are multiples of, how many, what a further one must save
 
 
 def rounded(length: int) -> int:
@@ -46,8 +50,33 @@ class Bucket(NamedTuple):
   lengths: np.ndarray  # [batch]
 
 
-def batches(rows: Sequence[Sequence[int]], batch: int, least: int = 1) -> Iterator[Bucket]:
-  """Yields the Buckets of `batch` places that hold every row once, shortest first. Empty places have length `least`."""
+def levels(sizes: np.ndarray, most: int, saving: float) -> np.ndarray:
+  """At most `most` of these numbers, ascending, to which all of them are rounded up so that their sum is least.
+
+  One more level must save a share `saving` of it: 3 3 4 9 have the levels [3 4 9] with 0.05, and [9] with 0.9.
+  """
+  values, counts = np.unique(sizes, return_counts=True)
+  if len(values) > 32:  # numbers that are nearly equal share a level
+    values = values[np.unique(np.linspace(0, len(values) - 1, 32).round().astype(int))]
+    counts = np.bincount(np.searchsorted(values, sizes))
+  best = math.inf, np.arange(0)
+  for count in range(1, min(most, len(values)) + 1):
+    for lower in itertools.combinations(values[:-1], count - 1):
+      found = np.array([*lower, values[-1]])
+      total = (found[np.searchsorted(found, values)] * counts).sum() * (1 + saving * (count - 1))
+      best = min(best, (float(total), found), key=operator.itemgetter(0))
+  return best[1]
+
+
+def batches(rows: Sequence[Sequence[int]], batch: int, unit: int = 1, least: int = 1) -> Iterator[Bucket]:
+  """Yields Buckets that hold every row once, shortest first. Empty places have length `least`.
+
+  Many rows come in Buckets of `batch` places and rounded lengths, which every call for many rows has in common. FEW
+  times that or less come in up to LEVELS sizes that fit them, of at most `batch` places, in multiples of `unit`.
+  """
+  if 0 < len(rows) <= FEW * batch:
+    yield from _fitted(rows, batch, unit, least)
+    return
   order = sorted(range(len(rows)), key=lambda i: (rounded(len(rows[i])), i))
   for width, members in itertools.groupby(order, key=lambda i: rounded(len(rows[i]))):
     members = list(members)
@@ -55,6 +84,19 @@ def batches(rows: Sequence[Sequence[int]], batch: int, least: int = 1) -> Iterat
       take = members[start : start + batch]
       filled = [*(rows[i] for i in take), *[None] * (batch - len(take))]
       yield Bucket(take, *padded(filled, width, least))
+
+
+def _fitted(rows: Sequence[Sequence[int]], batch: int, unit: int, least: int) -> Iterator[Bucket]:
+  lengths = np.array([max(1, -(-len(row) // FINE)) * FINE for row in rows])
+  widths = levels(lengths, LEVELS, SAVING)
+  for at, width in enumerate(widths):
+    members = np.flatnonzero(np.searchsorted(widths, lengths) == at).tolist()
+    size = -(-len(members) // -(-len(members) // batch))  # of as many equal parts as are needed
+    size = -(-size // unit) * unit
+    for start in range(0, len(members), size):
+      take = members[start : start + size]
+      filled = [*(rows[i] for i in take), *[None] * (size - len(take))]
+      yield Bucket(take, *padded(filled, int(width), least))
 
 
 @dataclasses.dataclass(frozen=True)

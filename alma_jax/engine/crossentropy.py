@@ -24,10 +24,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import PartitionSpec as P
 
 from alma_jax.llama import model as llama
-from alma_jax.llama.sharding import BATCH, platform
+from alma_jax.llama.sharding import holds_all_rows, on_own_rows, platform, replicas
 
 Axes = Literal["vd", "dv"]  # of the head's weight: [V, D] where it is the embedding table, else [D, V]
 
@@ -49,7 +48,7 @@ def token_logprobs(model: llama.Llama, hidden: Array, targets: Array, where: Arr
     out: Any = _tiled(_axes(model), tile, weight, *map(_flat, rows))
     return out.reshape(rows[1].shape)
 
-  return _on_own_rows(logprobs, targets)(_weight(model), hidden, targets, where)
+  return _on_own_rows(model, logprobs, targets)(_weight(model), hidden, targets, where)
 
 
 def weighted_logprobs(model: llama.Llama, hidden: Array, targets: Array, weights: Array) -> Array:
@@ -62,7 +61,7 @@ def weighted_logprobs(model: llama.Llama, hidden: Array, targets: Array, weights
     out: Any = _tiled_sum(_axes(model), tile, weight.dtype, weight, *map(_flat, rows))
     return out[None]  # one for each device
 
-  return _on_own_rows(total, targets)(_weight(model), hidden, targets, weights).sum()
+  return _on_own_rows(model, total, targets)(_weight(model), hidden, targets, weights).sum()
 
 
 def mixed_logprobs(
@@ -90,7 +89,7 @@ def mixed_logprobs(
     return jax.lax.fori_loop(0, count, step, jnp.zeros(y.shape, jnp.float32)).reshape(rows[2].shape)
 
   heads = jax.lax.stop_gradient((_weight(ours), _weight(theirs)))
-  return _on_own_rows(logprobs, targets, rows=4)(heads, *hidden, targets, where)
+  return _on_own_rows(ours, logprobs, targets, rows=4)(heads, *hidden, targets, where)
 
 
 def _weight(model: llama.Llama) -> Array:
@@ -126,7 +125,7 @@ def _tile(model: llama.Llama, targets: Array) -> int:
   8 rows of 512 places and a vocabulary of 32,000 on one CPU device, max(128, 4096 / 8) = 512.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  ways = 1 if _whole(targets, mesh) else mesh.shape["data"] * mesh.shape["fsdp"]
+  ways = 1 if holds_all_rows(targets.shape[0]) else replicas(mesh)
   shared = 1 if mesh.empty or model.c.vocab % mesh.shape["tensor"] else mesh.shape["tensor"]
   places, each = targets.size // ways, 4 * model.c.vocab // shared
   if places * each <= DENSE_BYTES:
@@ -134,21 +133,12 @@ def _tile(model: llama.Llama, targets: Array) -> int:
   return max(1, min(TILE_BYTES[platform()] // each, places, max(LEAST_PLACES[platform()], places // TILES)))
 
 
-def _whole(targets: Array, mesh: jax.sharding.AbstractMesh) -> bool:
-  """True if each device holds every row: there is no mesh, the batch axes do not divide the rows, or we are already
-  inside a shard_map over those axes."""
-  if mesh.empty or "data" in mesh.manual_axes:
-    return True
-  return targets.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) != 0
-
-
-def _on_own_rows(f: Callable[..., Array], targets: Array, rows: int = 3) -> Callable[..., Array]:
+def _on_own_rows(model: llama.Llama, f: Callable[..., Array], targets: Array, rows: int = 3) -> Callable[..., Array]:
   """f(weight, arrays by rows) on every device's own rows: then no tile takes from two devices, and the devices' shares
   of the weight's gradient meet once, at the end. `rows` is the number of these arrays."""
-  if _whole(targets, jax.sharding.get_abstract_mesh()):
+  if holds_all_rows(targets.shape[0]):
     return f
-  specs = P(), *[P(BATCH)] * rows
-  return jax.shard_map(f, in_specs=specs, out_specs=P(BATCH), axis_names=set(BATCH), check_vma=False)
+  return on_own_rows(f, _axes(model).index("d"), model.c.width, rows)
 
 
 # The parts of a tile; N = B * T places are numbered through

@@ -58,7 +58,8 @@ def _pooled(
   def pooled(model: Llama, projection: Projection | None, tokens: Array, lengths: Array) -> Array:
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     inside = positions < lengths[:, None]
-    hidden = llama.hidden_states(llama.first_layers(model, layers), tokens, positions, inside.astype(jnp.int32))
+    model, segments = llama.first_layers(model, layers), inside.astype(jnp.int32)
+    hidden = llama.hidden_states(model, tokens, positions, segments, training=llama.TrainingPass(few=True))
     hidden = hidden.astype(jnp.float32)
     counted = inside & (positions > 0 if pooling == "mean" else positions == lengths[:, None] - 1)
     x = jnp.where(counted[..., None], hidden, 0.0).sum(axis=1) / jnp.maximum(counted.sum(axis=1, keepdims=True), 1)
@@ -77,7 +78,7 @@ def embeddings(
 ) -> np.ndarray:  # fmt: skip
   """fp32 [rows, D], or [rows, dims] with a projection, of rows of token ids that begin with BOS, in their order.
 
-  They run in length buckets of `batch` rows for each replica of the model; `progress(rows)` hears of what is done.
+  They run in length buckets of up to `batch` rows for each replica of the model; `progress(rows)` hears what is done.
   NotFinite, with the row's index, if a number of an embedding is not finite.
   """
   width = model.c.width if kind.projection is None else kind.projection.matrix.shape[1]
@@ -92,7 +93,7 @@ def embeddings(
       progress(len(indices))
 
   waiting = None
-  for take, tokens, lengths in buckets.batches(rows, batch * replicas(mesh)):
+  for take, tokens, lengths in buckets.batches(rows, batch * replicas(mesh), replicas(mesh)):
     how = dict(mesh=mesh, layers=kind.layers, pooling=kind.pooling)
     found = _pooled(model, kind.projection, tokens, lengths, **how)
     if waiting:  # the device works on the next batch meanwhile

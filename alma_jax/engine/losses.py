@@ -29,11 +29,12 @@ Metrics = dict[str, Array]
 
 @dataclasses.dataclass(frozen=True)
 class How:
-  """How the model is run: what is kept for the backward pass (a word of `llama.model.REMAT`), and the dropout of the
-  last layer."""
+  """How the model is run: what is kept for the backward pass (a word of `llama.model.REMAT`), the dropout of the last
+  layer, and whether every row holds few examples (see `llama.attention.causal`; None: not known)."""
 
   remat: str = "none"
   dropout: float = 0.0
+  few: bool | None = None
 
 
 def totals(batch: Batch) -> Totals:
@@ -55,7 +56,7 @@ def _hidden(model: llama.Llama, batch: Batch, how: How) -> Array:
   forks = llama.Forks(batch["second"], batch["order"], batch["order_segments"]) if "second" in batch else None
   dropout = llama.Dropout(how.dropout, jax.random.wrap_key_data(batch["key"])) if how.dropout else None
   text = batch["tokens"], batch["positions"], batch["segments"]
-  return llama.hidden_states(model, *text, forks, llama.TrainingPass(how.remat, dropout))
+  return llama.hidden_states(model, *text, forks, llama.TrainingPass(how.remat, dropout, how.few))
 
 
 def sequence_logprobs(logprobs: Array, batch: Batch, sequences: int) -> Array:
@@ -255,7 +256,7 @@ def preference(
   if isinstance(p, SelfRefinement):
     surer = logprobs
     if compared is not None:
-      states = hidden, _hidden(compared, batch, How())
+      states = hidden, _hidden(compared, batch, How(few=how.few))
       where = batch["weights"] > 0
       surer = by_pair(mixed_logprobs((model, compared), states, p.mix, batch["targets"], where))
     ratios = surer - batch["reference"][:, :2]

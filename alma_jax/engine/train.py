@@ -32,6 +32,7 @@ from alma_jax.engine.optimizer import Optimizer, learning_rate, transformation
 from alma_jax.errors import UserError
 from alma_jax.llama import model as llama
 from alma_jax.llama import sharding
+from alma_jax.llama.attention_reference import few_runs
 from alma_jax.llama.config import LlamaConfig
 from alma_jax.llama.sharding import BATCH
 from alma_jax.options import Checked, option, refuse
@@ -67,6 +68,7 @@ class Objective(Checked):
   dropout: float = option(0.0, least=0)  # residual dropout of the last layer; it rises evenly from 0 in the first
   compute_dtype: str = "float32"
   remembers: int = option(0, least=0)  # margins that self-refinement finds its threshold in
+  few: bool | None = None  # whether rows hold few examples, see `llama.attention.causal`; `planned` says it
 
   def __post_init__(self) -> None:
     super().__post_init__()
@@ -86,7 +88,7 @@ class Objective(Checked):
     self, model: llama.Llama, batch: Batch, whole: losses.Totals, reference: llama.Llama | None = None
   ) -> tuple[Array, Metrics]:
     """The loss and metrics of a batch, which is part of one with the totals `whole`."""
-    how = losses.How(self.remat, self.dropout)
+    how = losses.How(self.remat, self.dropout, self.few)
     if isinstance(self.kind, losses.Preference):
       return losses.preference(model, batch, self.kind, how, whole, reference)
     if isinstance(self.kind, losses.Grpo):
@@ -111,7 +113,9 @@ class TrainingTask:
 class Hooks:
   """What the caller does during `fit`, which touches no files."""
 
-  restore: Callable[[State], tuple[State, int] | None] | None = None  # fresh state -> a saved one and its step
+  # Shapes and shardings of the state -> a saved one and its step. Called before the given model is used, so that it may
+  # drop that one, and two states are never there at once.
+  restore: Callable[[State], tuple[State, int] | None] | None = None
   save: Callable[[int, State], None] | None = None  # called after `every` so many steps
   every: int = 1
   keep: Callable[[int, llama.Llama], None] | None = None  # called with the model after each of the steps in `kept`
@@ -159,6 +163,8 @@ def _programs(c: LlamaConfig, mesh: Mesh | AbstractMesh, o: Optimizer, objective
     if objective.refinement:
       memory = losses.remembered(memory, metrics.pop("margins"), batch["real"])
       metrics = metrics | {"threshold": batch["threshold"]}
+    if mesh.size > 1:  # each device needs its own part: gradients are reduce-scattered
+      gradient = jax.lax.with_sharding_constraint(gradient, shardings.model)
     norm = optax.tree.norm(jax.tree.map(lambda x: x.astype(jnp.float32), gradient))
     # A gradient that is not finite changes no weight: the loop ends there, and looks at what the weights make of it.
     finite = jnp.isfinite(metrics["loss"] + norm)
@@ -196,7 +202,8 @@ def _gradient(
     pairs = batch["real"].shape[0]
 
     def sums(part: Batch) -> Array:
-      return losses.sequence_logprobs(losses.batch_logprobs(model, part), part, pairs)
+      logprobs = losses.batch_logprobs(model, part, losses.How(few=objective.few))
+      return losses.sequence_logprobs(logprobs, part, pairs)
 
     summed = jax.lax.map(sums, other).sum(axis=0)  # a sequence is in one pass and counts 0 in the others
     constants["kl"] = losses.divergence(summed, batch["reference"][:, 2], batch["real"])
@@ -229,6 +236,25 @@ def _by_rows(batch: dict[str, Any]) -> dict[str, Any]:
 
 # Plans
 
+_Shapes = tuple[tuple[str, tuple[int, ...], str], ...]  # (name, shape, dtype) of each array of a batch
+
+
+class Kind(NamedTuple):
+  """What batches have in common that go through one compiled step."""
+
+  shapes: _Shapes
+  few: bool | None  # whether all rows hold few examples; None where no kernel of the devices wants to know
+
+
+def kind_of(batch: Batch, mesh: Mesh) -> Kind:
+  """The Kind of a host batch."""
+  arrays = dict(_flat(batch))
+  few = None
+  if mesh.devices.flat[0].platform == "gpu":
+    segments = [x for name, x in arrays.items() if name.rpartition("/")[2] in ("segments", "order_segments")]
+    few = all(((x[:, 1:] != x[:, :-1]).sum(axis=1) < few_runs(x.shape[1])).all() for x in segments)
+  return Kind(tuple(sorted((name, x.shape, x.dtype.str) for name, x in arrays.items())), few)
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -239,6 +265,7 @@ class Plan:
   passes: int
   state: int  # weights, moments and batch
   working: int  # gradients, activations, the copy that computes
+  kind: "Kind"  # of the batches that it takes
 
   @property
   def bytes(self) -> int:
@@ -260,15 +287,14 @@ def planned(c: LlamaConfig, task: TrainingTask, batch: Batch, passes: int = 1, m
   With remat "auto" it is the quickest that fits into `memory` bytes a device (None: the quickest that the compiler
   takes). What cannot fit is not compiled, except for the leanest. If none fits, the TrainingError says what would help.
   """
-  shapes = tuple(sorted((name, x.shape, x.dtype.str) for name, x in _flat(batch)))
   ways = tuple(llama.REMAT) if task.objective.remat == "auto" else (task.objective.remat,)
-  tried = []
+  kind, tried = kind_of(batch, task.mesh), []
   for remat in ways:
-    objective = dataclasses.replace(task.objective, remat=remat)
+    objective = dataclasses.replace(task.objective, remat=remat, few=kind.few)
     how = c, task.mesh, _unscheduled(task.optimizer), objective
     if memory is not None and remat != ways[-1] and least_bytes(*how, batch["tokens"].size // passes) > memory:
       continue
-    plan = _plan(*how, shapes, passes)
+    plan = _plan(*how, kind, passes)
     if isinstance(plan, Plan) and (memory is None or plan.bytes <= memory):
       return plan
     tried.append(plan)
@@ -341,16 +367,11 @@ def _unscheduled(o: Optimizer) -> Optimizer:
   return dataclasses.replace(o, learning_rate=1.0, final_learning_rate=0.0, warmup=0.0, schedule="constant")
 
 
-_Shapes = tuple[tuple[str, tuple[int, ...], str], ...]  # (name, shape, dtype) of each array of a batch
-
-
 @functools.cache
-def _plan(
-  c: LlamaConfig, mesh: Mesh, o: Optimizer, objective: Objective, shapes: _Shapes, passes: int
-) -> Plan | _Refused:
+def _plan(c: LlamaConfig, mesh: Mesh, o: Optimizer, objective: Objective, kind: Kind, passes: int) -> Plan | _Refused:
   programs = _programs(c, mesh, o, objective)
   batch: dict[str, Any] = {}
-  for name, shape, dtype in shapes:
+  for name, shape, dtype in kind.shapes:
     *groups, leaf = name.split("/")
     node = functools.reduce(lambda node, group: node.setdefault(group, {}), groups, batch)
     node[leaf] = np.broadcast_to(np.zeros((), dtype), shape)
@@ -376,7 +397,7 @@ def _plan(
         raise
       return _Refused(objective.remat, passes, str(e).strip().splitlines()[0][:300])
   state, working = _state_and_working(compiled.memory_analysis(), mesh.devices.flat[0].platform)
-  return Plan(compiled, objective.remat, passes, state, working)
+  return Plan(compiled, objective.remat, passes, state, working, kind)
 
 
 def _state_and_working(found: Any, platform: str) -> tuple[int, int]:
@@ -415,15 +436,17 @@ def fit(
 ) -> llama.Llama:
   """The trained fp32 model; the given one is used up.
 
-  `batches(step)` is the whole global batch on every host; the mesh's batch ways times the passes divide its rows.
+  `batches(step)` is the whole global batch on every host; the mesh's batch ways times the passes divide its rows. A
+  batch of another kind than the plan's is planned for when it comes, with the plan's remat and passes.
   `reference`, in the dtype of forward passes, is there if the objective compares.
   """
   c, mesh, late = model.c, task.mesh, None
+  plans = {plan.kind: plan} if plan else {}
   frozen = [reference] if task.objective.compares else []
 
   def settle(step: int, rate: float, found: Metrics) -> None:
     """Look at the metrics of a step that has been made."""
-    metrics = {name: float(x) for name, x in found.items()}
+    metrics = {name: float(x) for name, x in jax.device_get(found).items()}  # one transfer
     metrics["learning_rate"] = rate
     wrong = [name for name, x in metrics.items() if not math.isfinite(x)]
     if wrong:
@@ -437,12 +460,16 @@ def fit(
       hooks.report(step, metrics)
 
   with jax.set_mesh(mesh):
-    state, first = _programs(c, mesh, _unscheduled(task.optimizer), task.objective).start(model), 0
-    if hooks.restore and (saved := hooks.restore(state)):
-      state, first = saved
+    programs = _programs(c, mesh, _unscheduled(task.optimizer), task.objective)
+    restored = hooks.restore(programs.state) if hooks.restore else None
+    state, first = restored or (programs.start(model), 0)
+    del model
     for step in range(first, task.steps):
       batch = batches(step)
-      plan = plan or planned(c, task, batch)
+      kind = kind_of(batch, mesh)
+      if kind not in plans:
+        plans[kind] = planned(c, task if plan is None else _as_planned(task, plan), batch, plan.passes if plan else 1)
+      plan = plans[kind]
       batch = jax.tree.map(lambda x: global_array(x, mesh), _in_passes(batch, plan.passes))
       if task.objective.dropout:
         batch["key"] = global_array(np.array([task.seed, step], np.uint32), mesh)
@@ -471,6 +498,10 @@ def fit(
   return state.model
 
 
+def _as_planned(task: TrainingTask, plan: Plan) -> TrainingTask:
+  return dataclasses.replace(task, objective=dataclasses.replace(task.objective, remat=plan.remat))
+
+
 def _agreed(flag: bool, step: int, metrics: Metrics) -> bool:
   """True if any host says so. Several hosts ask each other at every eighth step, when it has been made: on CPUs two
   programs whose collectives run at once may wait for each other for ever."""
@@ -486,12 +517,14 @@ def _agreed(flag: bool, step: int, metrics: Metrics) -> bool:
 
 
 @functools.cache
-def _scorer(sequences: int | None, compute_dtype: str, mesh: Mesh) -> Callable[[llama.Llama, Batch], Array]:
+def _scorer(
+  sequences: int | None, compute_dtype: str, mesh: Mesh, few: bool | None
+) -> Callable[[llama.Llama, Batch], Array]:
   whole = NamedSharding(mesh, P())  # every host reads the result
 
   @functools.partial(jax.jit, out_shardings=whole)
   def score(model: llama.Llama, batch: Batch) -> Array:
-    logprobs = losses.batch_logprobs(llama.cast(model, compute_dtype), batch)
+    logprobs = losses.batch_logprobs(llama.cast(model, compute_dtype), batch, losses.How(few=few))
     return losses.sequence_logprobs(logprobs, batch, sequences) if sequences else logprobs
 
   return score
@@ -517,7 +550,7 @@ def _scored(
   for batch in batches:
     with jax.set_mesh(mesh):  # left before the yield, or the mesh would stay in force for the caller
       placed = {name: global_array(x, mesh) for name, x in batch.items()}
-      scored = np.asarray(_scorer(sequences, compute_dtype, mesh)(model, placed))
+      scored = np.asarray(_scorer(sequences, compute_dtype, mesh, kind_of(batch, mesh).few)(model, placed))
     yield scored
 
 

@@ -38,9 +38,13 @@ Call = Literal["causal", "over"]
 Shape = tuple[int, ...]
 
 
-def causal(q: Array, k: Array, v: Array, segments: Array) -> Attended:
-  """Attention within packed rows. Segments [B, T] number the packed examples; padding is a segment of its own."""
-  return _computed("causal", q, k, v, segments)
+def causal(q: Array, k: Array, v: Array, segments: Array, few: bool | None = None) -> Attended:
+  """Attention within packed rows. Segments [B, T] number the packed examples; padding is a segment of its own.
+
+  `few`: whether every row has at most `attention_reference.few_runs(T)` runs of one segment; None: not known here, so
+  that back ends which depend on it must find out on the device.
+  """
+  return _computed("causal", q, k, v, segments, few)
 
 
 def over(q: Array, k: Array, v: Array, lengths: Array, rows: Array | None = None) -> Attended:
@@ -80,7 +84,7 @@ def chosen(call: Call, platform: str, dtype: DTypeLike, q: Shape, k: Shape) -> s
   return None
 
 
-def _computed(call: Call, q: Array, k: Array, v: Array, seen: Array) -> Attended:
+def _computed(call: Call, q: Array, k: Array, v: Array, seen: Array, few: bool | None = None) -> Attended:
   """The call through the chosen back end if it can be used here, else in plain XLA; `seen`: segments or lengths."""
   target = platform()
   name = chosen(call, target, q.dtype, q.shape, k.shape)
@@ -91,7 +95,10 @@ def _computed(call: Call, q: Array, k: Array, v: Array, seen: Array) -> Attended
       flaw = flaw or _flaw(name, target, call, jnp.dtype(q.dtype), q.shape[2] // k.shape[2], q.shape[3])
       _warn(name, call, flaw)
     if axes is not None and flaw is None:
-      return _on_each_device(getattr(_back_end(name), call), axes)(q, k, v, seen)
+      attend = getattr(_back_end(name), call)
+      if name == "nvidia" and call == "causal":
+        attend = functools.partial(attend, few=few)
+      return _on_each_device(attend, axes)(q, k, v, seen)
   if call == "over":
     return reference_over(q, k, v, seen)
   return (striped_causal if q.shape[1] > 1024 else reference_causal)(q, k, v, seen)

@@ -5,7 +5,9 @@ the log-sum-exp to the inputs' dtype and packs no rows, so this file alone uses 
 has changed, or disagrees with the reference on this device, `llama.attention` warns and uses plain XLA instead.
 
   causal   each run of one segment is a sequence of cuDNN's packed layout, padding too (needs compute capability 9.0).
-           That layout takes a fixed number of runs per row; a batch with more of them in any row goes in stripes.
+           That layout takes a fixed number of runs per row; a batch with more of them in any row goes in stripes. The
+           caller says which it is; for a caller that does not know, the device decides in every layer, which makes it
+           wait for the host and compiles both ways.
   over     the G heads that share keys become queries of one head, so that keys are read once for all of them.
 """
 
@@ -18,11 +20,21 @@ import jax.numpy as jnp
 from jax import Array
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-from alma_jax.llama.attention_reference import NEVER, Attend, Attended, reference_over, striped_causal, with_gradient_of
+from alma_jax.llama.attention_reference import (
+  NEVER,
+  Attend,
+  Attended,
+  few_runs,
+  reference_over,
+  striped_causal,
+  with_gradient_of,
+)
 
 
-def causal(q: Array, k: Array, v: Array, segments: Array) -> Attended:
-  runs = _most_runs(segments.shape[1])
+def causal(q: Array, k: Array, v: Array, segments: Array, few: bool | None = None) -> Attended:
+  runs = few_runs(segments.shape[1])
+  if few is not None:
+    return _packed(runs, q, k, v, segments) if few else striped_causal(q, k, v, segments)
   fits = (_begins(segments).sum(axis=1) <= runs).all()
   return jax.lax.cond(fits, functools.partial(_packed, runs), striped_causal, q, k, v, segments)
 
@@ -47,11 +59,6 @@ def over(q: Array, k: Array, v: Array, lengths: Array) -> Attended:
   sees = (lengths > 0)[:, None, None]
   out, lse = jnp.where(sees[..., None], out, 0), jnp.where(sees, lse, NEVER)
   return out, with_gradient_of(_lse_of(reference_over), lse, q, k, v, lengths)
-
-
-def _most_runs(T: int) -> int:
-  """How many runs of one segment a row may have: each costs statistics [N, T]."""
-  return max(2, min(T // 32, 64))
 
 
 def _begins(segments: Array) -> Array:

@@ -22,6 +22,11 @@ Attended = tuple[Array, Array]  # out [B, T, N, H] in v's dtype; log-sum-exp [B,
 Attend = Callable[[Array, Array, Array, Array], Attended]  # q, k, v, and segments [B, T] or lengths [B]
 
 
+def few_runs(T: int) -> int:
+  """How many runs of one segment a row may have for the fused kernels of GPUs: each costs statistics [N, T]."""
+  return max(2, min(T // 32, 64))
+
+
 def reference_causal(q: Array, k: Array, v: Array, segments: Array) -> Attended:
   """Each place looks at itself and at the earlier places of its segment.
 

@@ -32,7 +32,7 @@ from jax import Array
 from alma_jax.llama import attention
 from alma_jax.llama.attention_reference import Attended
 from alma_jax.llama.config import LlamaConfig
-from alma_jax.llama.sharding import constrain_batch, constrain_vocab, platform
+from alma_jax.llama.sharding import constrain_batch, constrain_vocab, holds_all_rows, on_own_rows, platform
 
 CosSin = tuple[Array, Array]  # fp32 [B, T, 1, H/2] each
 KeysValues = tuple[Array, Array]  # [B, S, K, H] each
@@ -185,7 +185,14 @@ def _on_one_device() -> bool:
 
 def embedded(model: Llama, tokens: Array) -> Array:
   """[..., D] rows of the embedding table."""
-  return constrain_vocab(model.embed[...])[tokens]
+  table = model.embed[...]
+
+  def rows(table: Array, tokens: Array) -> Array:
+    return constrain_vocab(table)[tokens]
+
+  if _on_one_device() or holds_all_rows(tokens.shape[0]):
+    return rows(table, tokens)
+  return on_own_rows(rows, 1, model.c.width, 1)(table, tokens)
 
 
 def logits(model: Llama, hidden: Array) -> Array:
@@ -248,6 +255,7 @@ class TrainingPass:
 
   remat: str = "none"  # a word of REMAT
   dropout: Dropout | None = None
+  few: bool | None = None  # what `attention.causal` may be told of the rows
 
 
 def hidden_states(
@@ -265,7 +273,9 @@ def hidden_states(
   c, cos_sin = model.c, rope_angles(model.c, positions)
 
   def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
-    return attention.causal(q, k, v, segments)[0] if forks is None else _forked(q, k, v, segments, forks), None
+    if forks is not None:
+      return _forked(q, k, v, segments, forks, training.few), None
+    return attention.causal(q, k, v, segments, training.few)[0], None
 
   def layer(x: Array, block: Block, i: Array) -> tuple[Array, None]:
     def drop(x: Array, site: int) -> Array:
@@ -287,16 +297,16 @@ def _unroll(depth: int, size: int) -> bool:
   return platform() == "cpu" and _on_one_device() and depth <= 8 and size >= 2**18
 
 
-def _forked(q: Array, k: Array, v: Array, segments: Array, forks: Forks) -> Array:
+def _forked(q: Array, k: Array, v: Array, segments: Array, forks: Forks, few: bool | None) -> Array:
   """Attention over rows with forks: once as they stand, right for text and first continuations, and once in the order
   where second continuations follow their texts."""
 
   def moved(x: Array, to: Array) -> Array:  # place t of the result holds place to[t]
     return jnp.take_along_axis(x, to[..., None, None], axis=1)
 
-  first = attention.causal(q, k, v, segments)[0]
+  first = attention.causal(q, k, v, segments, few)[0]
   q, k, v = (moved(x, forks.order) for x in (q, k, v))
-  second = attention.causal(q, k, v, forks.segments)[0]
+  second = attention.causal(q, k, v, forks.segments, few)[0]
   back = moved(second, jnp.argsort(forks.order, axis=1))  # a permutation's argsort is its inverse
   return jnp.where(forks.second[..., None, None], back, first)
 
@@ -371,7 +381,7 @@ def _layer(c: LlamaConfig, cos_sin: CosSin, lengths: Array, prefix: Prefix | Non
 
   def layer(x: Array, block: Block, past: KeysValues | None) -> tuple[Array, KeysValues]:
     def attend(q: Array, k: Array, v: Array) -> tuple[Array, KeysValues]:
-      return _with_prefix(attention.causal(q, k, v, segments), q, past, prefix), (k, v)
+      return _with_prefix(attention.causal(q, k, v, segments, few=True), q, past, prefix), (k, v)
 
     return run_block(block, c, x, cos_sin, attend)
 

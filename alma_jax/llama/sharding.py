@@ -14,7 +14,7 @@ each device (or each tensor group), so sampling gathers nothing. The weight q wi
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -24,6 +24,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from alma_jax.errors import UserError
+from alma_jax.llama.config import LlamaConfig
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # a batch's rows are spread over both
@@ -61,6 +62,25 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
 def abstract_mesh(devices: int, data: int = -1, fsdp: int = 1, tensor: int = 1) -> AbstractMesh:
   """The mesh that `make_mesh` makes of so many devices, without any."""
   return AbstractMesh(_sizes(devices, data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def with_fewer_replicas(mesh: Mesh, c: LlamaConfig) -> Iterator[Mesh]:
+  """Yields meshes of the same devices with 2, 4, ... times as many in each tensor group, as far as the heads, and the
+  devices of a host of GPUs, allow: then a batch is spread over fewer ways, and no device is left without a row."""
+  data, fsdp, tensor = mesh.devices.shape
+  first = mesh.devices.flat[0]
+  of_host = sum(device.process_index == first.process_index for device in mesh.devices.flat)
+  most = min(c.kv_heads, of_host) if first.platform == "gpu" else c.kv_heads
+  while data * fsdp % 2 == 0 and 2 * tensor <= most and c.kv_heads % (2 * tensor) == 0 == c.ffn % (2 * tensor):
+    if fsdp % 2 == 0:
+      fsdp //= 2
+    elif fsdp == 1:
+      data //= 2
+    else:
+      return
+    tensor *= 2
+    # The devices keep their order: those of a group are neighbours.
+    yield Mesh(mesh.devices.reshape(data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def _sizes(devices: int, data: int, fsdp: int, tensor: int) -> tuple[int, int, int]:
@@ -114,6 +134,33 @@ def per_replica(f: Callable[..., Result], mesh: Mesh | None, inputs: Any, output
   if mesh is None or mesh.size == 1:
     return f
   return jax.shard_map(f, mesh=mesh, in_specs=inputs, out_specs=outputs, axis_names=set(BATCH), check_vma=False)
+
+
+def holds_all_rows(rows: int) -> bool:
+  """True if each device holds all of so many rows: there is no mesh, the batch axes do not divide the rows, or we are
+  already inside a shard_map over those axes."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return mesh.empty or "data" in mesh.manual_axes or rows % replicas(mesh) != 0
+
+
+def on_own_rows(f: Callable[..., Array], width_axis: int, width: int, rows: int) -> Callable[..., Array]:
+  """f(tables, arrays by rows) on every device's own rows, for `rows` such arrays, where `holds_all_rows` is False.
+
+  `tables` is a weight, or a tree of them, that TRAIN spreads over fsdp along its axis `width_axis` of size `width`. It
+  is gathered inside, because then it travels in its own dtype and its gradient is reduce-scattered, on each platform;
+  what XLA is left to choose on GPUs is an all-reduce of the whole gradient.
+  """
+  sizes = jax.sharding.get_abstract_mesh().shape
+  spread = sizes["fsdp"] > 1 and width % sizes["fsdp"] == 0
+
+  def gathered(tables: Any, *arrays: Array) -> Array:
+    return f(jax.tree.map(lambda x: jax.lax.all_gather(x, "fsdp", axis=width_axis, tiled=True), tables), *arrays)
+
+  # The spec names `data` where that has one device: gradients are summed over each axis that no spec names.
+  over = BATCH if sizes["data"] == 1 else "fsdp"
+  specs = P(*[None] * width_axis, over) if spread else P(), *[P(BATCH)] * rows
+  to = gathered if spread else f
+  return jax.shard_map(to, in_specs=specs, out_specs=P(BATCH), axis_names=set(BATCH), check_vma=False)
 
 
 def constrain_batch(x: Array) -> Array:

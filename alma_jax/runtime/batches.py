@@ -1,10 +1,11 @@
 """What is trained on, as the steps' packed batches: examples, pairs, graded responses, or rated conversations.
 
   data = Examples([compact(*example) for example in encoded], names)    names: what errors call them
-  batches = Batches(data, options, seed, unit=8)        batches(step) -> dict of arrays, of one shape for all steps
+  batches = Batches(data, options, seed, unit=8)        batches(step) -> dict of arrays, of few shapes for all steps
 
 A step takes `batch` items from a permutation that follows from (seed, epoch), packs them best-fit into rows, and fills
-up to the same number of rows at every step, so that the step compiles once:
+up to one of a few shapes (runtime/shapes.py), for each of which the step compiles once. With `fit_rows=False` there is
+one shape, of rows as long as may be, in a multiple of ROWS:
 
   5 examples of 9, 4, 3, 2, 2 tokens, batch 3, row_length 12, unit 2
 
@@ -13,20 +14,29 @@ up to the same number of rows at every step, so that the step compiles once:
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from alma_jax.options import Checked, option
+from alma_jax.runtime import shapes
+from alma_jax.runtime.shapes import Shape
 from alma_jax.text import packing
 from alma_jax.text.packing import Encoded
 
-ROWS = 4  # the number of rows is rounded up to this, so that rounds of like size share a compilation
+ROWS = 4  # without `fit_rows` the number of rows is rounded up to this
 
 Arrays = dict[str, Any]  # arrays by name, and for KTO a dict of more of them under "other"
-Packing = list[list[int]]  # for each row the items in it, as places in the step's members
+
+
+class Part(NamedTuple):
+  """What is packed into rows of its own: the places that each item takes there, and the length of a whole row."""
+
+  lengths: np.ndarray  # [items]
+  row_length: int
 
 
 def compact(ids: Sequence[int], mask: Sequence[float] | np.ndarray) -> Encoded:
@@ -43,11 +53,20 @@ class _Sequences:
   def lengths(self, i: int) -> list[int]:
     return [len(self.sequences[i][0])]
 
-  def packings(self, members: np.ndarray, row_length: int) -> tuple[Packing, ...]:
-    return (packing.pack([len(self.sequences[i][0]) for i in members], row_length),)
+  def parts(self, row_length: int) -> tuple[Part, ...]:
+    return (Part(_lengths(self.sequences), row_length),)
 
-  def packed(self, members: np.ndarray, packings: Sequence[Packing], row_length: int, counts: Sequence[int]) -> Arrays:
-    return packing.rows([self.sequences[i] for i in members], packings[0], row_length, counts[0], pad_id=0)
+  def packed(self, members: np.ndarray, to: Sequence[Shape]) -> Arrays:
+    return _packed([self.sequences[i] for i in members], to[0])
+
+
+def _lengths(sequences: Sequence[Encoded]) -> np.ndarray:
+  return np.array([len(ids) for ids, _ in sequences])
+
+
+def _packed(sequences: Sequence[Encoded], to: Shape) -> Arrays:
+  packed = packing.pack([len(ids) for ids, _ in sequences], to.length)
+  return packing.rows(sequences, packed, to.length, to.rows, pad_id=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +79,8 @@ class Examples(_Sequences):
   average: str = "tokens"
   shares: np.ndarray | None = None  # [sequences]
 
-  def rows(
-    self, members: np.ndarray, packings: Sequence[Packing], row_length: int, counts: Sequence[int], batch: int
-  ) -> Arrays:
-    made = self.packed(members, packings, row_length, counts)
+  def rows(self, members: np.ndarray, to: Sequence[Shape], batch: int) -> Arrays:
+    made = self.packed(members, to)
     if self.average == "examples":
       whole = np.array([np.sum(self.sequences[i][1][1:]) for i in members] + [1.0])  # the last one is padding's
       made["weights"] /= whole[made["example"]].astype(np.float32)
@@ -84,23 +101,21 @@ class Pairs:
   def lengths(self, i: int) -> list[int]:
     return [len(ids) for ids, _ in self.sides[i]]
 
-  def packings(self, members: np.ndarray, row_length: int) -> tuple[Packing, ...]:
-    pairs = packing.pack([packing.forked_length(*self.sides[i]) for i in members], 2 * row_length)
-    others = packing.pack([len(self.others[i][0]) for i in members], row_length) if self.others else []
-    return pairs, others
+  def parts(self, row_length: int) -> tuple[Part, ...]:
+    pairs = Part(np.array([packing.forked_length(*sides) for sides in self.sides]), 2 * row_length)
+    return (pairs, Part(_lengths(self.others), row_length)) if self.others else (pairs,)
 
-  def rows(
-    self, members: np.ndarray, packings: Sequence[Packing], row_length: int, counts: Sequence[int], batch: int
-  ) -> Arrays:
+  def rows(self, members: np.ndarray, to: Sequence[Shape], batch: int) -> Arrays:
     sides = [self.sides[i] for i in members]
-    made: Arrays = dict(packing.forked_rows(sides, packings[0], 2 * row_length, counts[0], pad_id=0))
+    packed = packing.pack([packing.forked_length(*pair) for pair in sides], to[0].length)
+    made: Arrays = dict(packing.forked_rows(sides, packed, to[0].length, to[0].rows, pad_id=0))
     # The last step of an epoch may have fewer pairs: arrays by pairs are filled up with ones that are not real.
     made["real"] = (np.arange(batch) < len(members)).astype(np.float32)
     if self.reference is not None:
       made["reference"] = np.zeros((batch, self.reference.shape[1]), np.float32)
       made["reference"][: len(members)] = self.reference[members]
     if self.others:
-      made["other"] = packing.rows([self.others[i] for i in members], packings[1], row_length, counts[1], pad_id=0)
+      made["other"] = _packed([self.others[i] for i in members], to[1])
     return made
 
 
@@ -117,9 +132,7 @@ class GradedResponses(_Sequences):
   old: Sequence[np.ndarray]  # under the model that wrote the responses
   reference: Sequence[np.ndarray]  # under the reference
 
-  def rows(
-    self, members: np.ndarray, packings: Sequence[Packing], row_length: int, counts: Sequence[int], batch: int
-  ) -> Arrays:
+  def rows(self, members: np.ndarray, to: Sequence[Shape], batch: int) -> Arrays:
     """The packed rows, and the values of each place. Sequences a of 3 tokens and b of 2, packed as [b a]:
 
     flat       a1 a2  0 b1  0  0       every sequence's values and a 0 for its last token, then one 0 for padding
@@ -128,7 +141,7 @@ class GradedResponses(_Sequences):
     positions   0  1  0  1  2  0
     at          3  4  0  1  2  5       starts[example] + positions: the row is b1 0 a1 a2 0 0
     """
-    made = self.packed(members, packings, row_length, counts)
+    made = self.packed(members, to)
     starts = np.cumsum([0, *(len(self.sequences[i][0]) for i in members)])
     at = np.where(made["example"] < 0, starts[-1], starts[made["example"]] + made["positions"])
 
@@ -150,11 +163,9 @@ class Rated(_Sequences):
   scores: np.ndarray  # [sequences]
   head: np.ndarray  # fp32 [D, 1], what the head begins as
 
-  def rows(
-    self, members: np.ndarray, packings: Sequence[Packing], row_length: int, counts: Sequence[int], batch: int
-  ) -> Arrays:
+  def rows(self, members: np.ndarray, to: Sequence[Shape], batch: int) -> Arrays:
     """The packed rows; at each example's last place `weights` is 1 and `score` its score, elsewhere both are 0."""
-    made = self.packed(members, packings, row_length, counts)
+    made = self.packed(members, to)
     last = np.array([len(self.sequences[i][0]) - 1 for i in members] + [-1])  # the last one is padding's
     made["weights"] = (made["positions"] == last[made["example"]]).astype(np.float32)
     made["score"] = made["weights"] * np.append(self.scores[members], 0.0)[made["example"]].astype(np.float32)
@@ -171,23 +182,32 @@ class Sizes(Checked):
   batch: int = option(least=1)  # items of a step
   epochs: float = option(above=0)
   row_length: int = option(least=1)  # tokens; longer examples are cut and counted
+  # Rows as many and as long as the data need; False: of row_length each, in multiples of 4. It changes the result only
+  # by rounding, and what dropout drops.
+  fit_rows: bool = option(True, practical=True)
 
 
 class Batches:
   """step -> the step's packed batch, a function of (data, options, seed, step) alone; no seed: in order, once."""
 
   def __init__(self, data: TrainingData, options: Sizes, seed: int | None, unit: int) -> None:
-    self.data, self.seed = data, seed
-    self.batch, self.row_length = options.batch, options.row_length
+    self.data, self.seed, self.batch = data, seed, options.batch
     self.count = len(data.names)
     self.per_epoch = math.ceil(self.count / self.batch)
     # 2.2 * 25 is 55.00000000000001
     self.steps = self.per_epoch if seed is None else max(1, math.ceil(round(options.epochs * self.per_epoch, 6)))
     self._order: tuple[int, np.ndarray] = (-1, np.arange(0))  # (epoch, its permutation)
+    self._parts = data.parts(options.row_length)
+    unit = unit if options.fit_rows else math.lcm(ROWS, unit)
     epochs = math.ceil(self.steps / self.per_epoch)
-    needed = [self._packings(self.members(step)) for step in range(epochs * self.per_epoch)]
-    unit = math.lcm(ROWS, unit)
-    self.counts = [-(-max(map(len, packings)) // unit) * unit for packings in zip(*needed, strict=True)]
+    of_steps = [self.members(step) for step in range(self.steps if options.fit_rows else epochs * self.per_epoch)]
+    found = []
+    for i, part in enumerate(self._parts):
+      steps = [part.lengths[members].tolist() for members in of_steps]
+      programs = 1 if i else shapes.PROGRAMS  # shapes of the parts multiply
+      fit = functools.partial(shapes.fitted, programs=programs) if options.fit_rows else shapes.fixed
+      found.append(fit(steps, part.row_length, unit))
+    self.shapes: list[tuple[Shape, ...]] = list(zip(*found, strict=True))  # of each step, one for each part
 
   def members(self, step: int) -> np.ndarray:
     """Which items the step takes."""
@@ -201,9 +221,16 @@ class Batches:
     """The lengths of all sequences of the step."""
     return [length for i in self.members(step) for length in self.data.lengths(i)]
 
-  def _packings(self, members: np.ndarray) -> tuple[Packing, ...]:
-    return self.data.packings(members, self.row_length)
+  @property
+  def useful(self) -> float:
+    """The share of all steps' places that hold a token."""
+    filled = sum(int(part.lengths[self.members(step)].sum()) for step in range(self.steps) for part in self._parts)
+    return filled / sum(shape.places for step in range(self.steps) for shape in self.shapes[step])
+
+  def largest(self) -> list[int]:
+    """A step of each of the different shapes, that with the most places first."""
+    first = {shape: step for step, shape in reversed(list(enumerate(self.shapes[: self.steps])))}
+    return [first[shape] for shape in sorted(first, key=lambda found: -sum(part.places for part in found))]
 
   def __call__(self, step: int) -> Arrays:
-    members = self.members(step)
-    return self.data.rows(members, self._packings(members), self.row_length, self.counts, self.batch)
+    return self.data.rows(self.members(step), self.shapes[step], self.batch)

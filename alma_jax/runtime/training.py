@@ -44,6 +44,7 @@ from alma_jax.text import chat
 from alma_jax.text.packing import Encoded
 
 FAILURE = "failure.json"
+USEFUL = 0.85  # the least share of a step's places that hold tokens, where a mesh of the same devices can reach it
 
 
 # Options
@@ -149,12 +150,12 @@ def train(
   there if the objective compares with the model itself."""
   s.host.free()
   passes = min(options.passes, max(1, options.batch))
-  batches = Batches(data, options, seed, sharding.replicas(s.mesh) * passes)
+  batches, mesh = _spread(s, data, options, seed, passes)
   c, o, objective = s.host.trained_config, options, options.objective(s.host.dtype)
   if isinstance(data, Rated):
     c = dataclasses.replace(c, outputs=data.head.shape[1])
     objective = dataclasses.replace(objective, kind=losses.Regression())
-  task = TrainingTask(options.optimizer, objective, s.mesh, batches.steps, seed)
+  task = TrainingTask(options.optimizer, objective, mesh, batches.steps, seed)
   # All hosts must compile the same program, and stop together: the host with the least memory, or disk, decides.
   checkpoint, saved = room.checkpoint_bytes(c, o.optimizer.moments), room.model_bytes(c, s.host.save_dtype)
   kept = _kept_epochs(batches, options)
@@ -164,7 +165,8 @@ def train(
   if jax.process_count() > 1:
     memory, there = multihost_utils.process_allgather(np.array([memory, there])).min(0).tolist()
   room.check(stage.name, stage.dir, disk, int(there), s.display)
-  plan = planned(c, task, batches(0), passes, memory)
+  plan = planned(c, task, batches(batches.largest()[0]), passes, memory)
+  _say_shapes(s, stage.name, batches, mesh)
   s.run.log("memory", stage=stage.name, state=plan.state, working=plan.working, there=memory, remat=plan.remat)
   if plan.bytes > memory / 10:
     s.display.say(
@@ -179,6 +181,8 @@ def train(
     step = checkpoints.latest
     if step is None:
       return None
+    for x in jax.tree.leaves(start):  # the state takes the room of the model that it replaces
+      x.delete()
     found = checkpoints.load(step, state)
     log.keep(step)
     bar.update(step)
@@ -197,7 +201,7 @@ def train(
     bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {speed:,.0f} tokens/s", refresh=False)
 
   def failed(step: int, model: llama.Llama) -> str:
-    rows = _failure(s, model, data, batches.members(step), options)
+    rows = _failure(s, model, data, batches.members(step), options, mesh)
     bad = [row["id"] for row in rows if not np.isfinite(row["logprobs"]).all()]
     for row in rows:  # JSON has no NaN: the text "nan" stands for it
       row["logprobs"] = [x if np.isfinite(x) else str(x) for x in row["logprobs"]]
@@ -210,28 +214,62 @@ def train(
   with _asked_to_stop() as stop:
     try:
       with checkpoints, log, bar:
-        start, reset = s.host.load(init, s.mesh, sharding.TRAIN, "float32"), []
+        start, reset = s.host.load(init, mesh, sharding.TRAIN, "float32"), []
         if markers := chat.special_ids(s.host.tokenizer, s.host.chat):
           start, reset = weights.reinit_untrained(start, markers)
         if isinstance(data, Rated):
           several = jax.process_count() > 1  # all hosts begin with the bits of the first one
           head = multihost_utils.broadcast_one_to_all(data.head) if several else data.head
-          start = weights.with_scores(start, np.asarray(head), s.mesh)
+          start = weights.with_scores(start, np.asarray(head), mesh)
         hooks = Hooks(restore, save, options.checkpoint_every, keep, frozenset(kept), report, failed, stop)
         beside = None
         if objective.compares:
           if reference is None:
             raise RuntimeError(f"{stage.name}: the loss compares with a reference model, and none is given")
-          beside = s.host.load(reference, s.mesh, sharding.TRAIN, s.host.dtype)
+          beside = s.host.load(reference, mesh, sharding.TRAIN, s.host.dtype)
         model = fit(start, batches, task, plan, hooks, beside)
     except Stopped:
       s.display.say(f"{stage.name}: stopped and saved; the same command goes on from here")
       raise SystemExit(143) from None
-  facts = {"steps": batches.steps, "examples": batches.count, "rows": batches.counts[0]}
+  facts = {"steps": batches.steps, "examples": batches.count, "rows": batches.shapes[batches.largest()[0]][0].rows}
   facts |= {"untrained_tokens_reset": len(reset)}
   if options.keep_epochs:
     facts |= {"epochs": -(-batches.steps // batches.per_epoch)}
   return export(s.host, model, stage.dir / layout.MODEL), facts
+
+
+def _spread(
+  s: Session, data: TrainingData, options: Options, seed: int | None, passes: int = 1
+) -> tuple[Batches, Mesh]:
+  """The batches, and the mesh that takes them: the run's own, or, where that has so many ways that over a sixth of the
+  places would be padding, one of the same devices with fewer ways and larger tensor groups."""
+
+  def on(mesh: Mesh) -> tuple[Batches, Mesh]:
+    return Batches(data, options, seed, sharding.replicas(mesh) * passes), mesh
+
+  best = on(s.mesh)
+  if options.fit_rows:
+    for mesh in sharding.with_fewer_replicas(s.mesh, s.host.trained_config):
+      if best[0].useful >= USEFUL:
+        break
+      found = on(mesh)
+      if found[0].useful > 1.05 * best[0].useful:
+        best = found
+  return best
+
+
+def _say_shapes(s: Session, name: str, batches: Batches, mesh: Mesh) -> None:
+  """Log how many rows steps have and how full they are; say so where devices wait for rows."""
+  rows = sorted({found[0] for found in batches.shapes[: batches.steps]})
+  useful, ways = batches.useful, sharding.replicas(mesh)
+  s.run.log("shapes", stage=name, rows=[of.rows for of in rows], length=rows[0].length, useful=useful, ways=ways)
+  if mesh.size > 1:
+    numbers = " or ".join(str(of.rows) for of in rows)
+    moved = "" if mesh is s.mesh else f", in groups of {mesh.shape['tensor']} (tensor) to waste fewer places"
+    s.display.say(
+      f"{name}: {numbers} rows of {rows[0].length:,} tokens, {1 - useful:.0%} padding, over {ways} of {mesh.size}"
+      f" devices{moved}"
+    )
 
 
 def _kept_epochs(batches: Batches, options: Options) -> dict[int, int]:
@@ -258,14 +296,16 @@ def _asked_to_stop() -> Iterator[Callable[[], bool]]:
 
 
 def _failure(
-  s: Session, model: llama.Llama, data: TrainingData, members: np.ndarray, options: Options
+  s: Session, model: llama.Llama, data: TrainingData, members: np.ndarray, options: Options, mesh: Mesh
 ) -> list[dict[str, Any]]:
   """The examples of a step whose loss was not finite, the likeliest culprits first. A model that scores texts has no
   log-probs."""
   if isinstance(data, Rated):
     return [{"id": data.names[i], "logprobs": [], "tokens": data.lengths(i), "score": data.scores[i]} for i in members]
   sides = [data.sides[i] if isinstance(data, Pairs) else (data.sequences[i],) for i in members]
-  logprobs = _sequence_logprobs(s, model, [sequence for pair in sides for sequence in pair], options)
+  sequences = [sequence for pair in sides for sequence in pair]
+  batches = Batches(Examples(sequences, range(len(sequences))), options, None, sharding.replicas(mesh))
+  logprobs = _sequence_logprobs(s, model, batches, mesh)
   rows = [
     {"id": data.names[i], "logprobs": [float(x) for x in found], "tokens": [len(ids) for ids, _ in pair]}
     for i, found, pair in zip(members, logprobs.reshape(len(members), -1), sides, strict=True)
@@ -330,19 +370,20 @@ def checkpoint_model(host: Host, directory: pathlib.Path, step: int, mesh: Mesh)
 
 def sequence_logprobs(s: Session, checkpoint: Checkpoint, sequences: Sequence[Encoded], options: Options) -> np.ndarray:
   """fp32 [sequences]: summed log-probs of the supervised tokens. NotFinite, with the index, if one is not."""
-  model = s.host.load(checkpoint, s.mesh, sharding.TRAIN, "float32")
-  found = _sequence_logprobs(s, model, sequences, options)
+  batches, mesh = _spread(s, Examples(sequences, range(len(sequences))), options, None)
+  model = s.host.load(checkpoint, mesh, sharding.TRAIN, "float32")
+  found = _sequence_logprobs(s, model, batches, mesh)
   wrong = np.flatnonzero(~np.isfinite(found))
   if len(wrong):
     raise NotFinite(int(wrong[0]), f"its log-prob is {found[wrong[0]]}")
   return found
 
 
-def _sequence_logprobs(s: Session, model: llama.Llama, sequences: Sequence[Encoded], options: Options) -> np.ndarray:
-  batches = _in_order(s, sequences, options)
-  out = np.zeros(len(sequences), np.float32)
+def _sequence_logprobs(s: Session, model: llama.Llama, batches: Batches, mesh: Mesh) -> np.ndarray:
+  """fp32: the log-probs of the Examples in the batches."""
+  out = np.zeros(batches.count, np.float32)
   made = map(batches, range(batches.steps))
-  scored = engine_train.sequence_logprobs(model, made, options.batch, s.host.dtype, s.mesh)
+  scored = engine_train.sequence_logprobs(model, made, batches.batch, s.host.dtype, mesh)
   for step, logprobs in enumerate(scored):
     members = batches.members(step)
     out[members] = logprobs[: len(members)]
@@ -354,11 +395,11 @@ def token_logprobs(
 ) -> list[np.ndarray]:
   """fp32 log-probs of each sequence's supervised tokens, 0 for the others; that of token t + 1 stands at t. NotFinite,
   with the sequence's index, if one is not."""
-  model = s.host.load(checkpoint, s.mesh, sharding.TRAIN, "float32")
-  batches = _in_order(s, sequences, options)
+  batches, mesh = _spread(s, Examples(sequences, range(len(sequences))), options, None)
+  model = s.host.load(checkpoint, mesh, sharding.TRAIN, "float32")
   out = [np.zeros(len(ids) - 1, np.float32) for ids, _ in sequences]
   made = [batches(step) for step in range(batches.steps)]
-  for step, logprobs in enumerate(engine_train.token_logprobs(model, made, s.host.dtype, s.mesh)):
+  for step, logprobs in enumerate(engine_train.token_logprobs(model, made, s.host.dtype, mesh)):
     example, members = made[step]["example"], batches.members(step)
     # Places sorted by example, each example's in their order; padding (-1) comes first and is cut off.
     by_example = np.argsort(example, axis=None, kind="stable")[(example < 0).sum() :]
@@ -368,7 +409,3 @@ def token_logprobs(
       if not np.isfinite(out[i]).all():
         raise NotFinite(int(i), "the log-prob of a token is not finite")
   return out
-
-
-def _in_order(s: Session, sequences: Sequence[Encoded], options: Options) -> Batches:
-  return Batches(Examples(sequences, range(len(sequences))), options, seed=None, unit=sharding.replicas(s.mesh))
