@@ -32,7 +32,7 @@ from alma_jax.options import ConfigError
 from alma_jax.report import page
 from alma_jax.runtime import peers, room, tracking
 from alma_jax.runtime.display import Display, Whole
-from alma_jax.runtime.host import Host
+from alma_jax.runtime.host import Host, local_mesh
 from alma_jax.runtime.sampling import Options as SamplingOptions
 from alma_jax.runtime.session import Session
 from alma_jax.store.runs import Run
@@ -216,8 +216,9 @@ def open_session(config: ConfigDict, workdir: str | pathlib.Path) -> Iterator[Se
 
 def host_of(options: Any) -> Host:
   """This host's devices with the model that the Options of a run name."""
-  local = sharding.make_mesh(data=-1, tensor=options.engine.tensor, devices=jax.local_devices())
-  return Host(options.model, options.engine, local, Display(speaks=jax.process_index() == 0))
+  return Host(
+    options.model, options.engine, local_mesh(options.model, options.engine), Display(speaks=jax.process_index() == 0)
+  )
 
 
 def made_with() -> dict[str, Any]:

@@ -46,7 +46,8 @@ def llama_8b() -> Config:
 
   c.mesh = section(data=1, fsdp=-1, tensor=1)  # of training, over all hosts; -1: all devices that are left
   c.engine = section()
-  c.engine.tensor = 1  # devices that share one copy of the model in sampling and scoring
+  # devices that share one copy of the model in sampling and scoring; 0: as few as leave room for sequences beside it
+  c.engine.tensor = 0
   c.engine.slots = 0  # sequences that decode together, per copy; 0: as many as fit, at most 512
   c.engine.rows = 32  # rows per scoring or embedding call, per copy
 
@@ -128,9 +129,8 @@ def llama_8b() -> Config:
 
 
 def llama_70b() -> Config:
-  """The same with Llama-3-70B: tensor parallelism for sampling, one copy per 8 devices."""
+  """The same with Llama-3-70B, whose weights are spread over `tensor` in training, too."""
   c = llama_8b()
-  c.engine.tensor = 8
   c.mesh = section(data=1, fsdp=-1, tensor=8)
   for stage in (c.sft, c.policy):
     stage.learning_rate, stage.final_learning_rate = 2e-6, 4e-7

@@ -49,10 +49,10 @@ def get_config() -> Config:
   c.policy.learning_rate, c.policy.final_learning_rate = 5.5e-6, 1.1e-6
   c.policy.batch = 128  # examples per step
 
-  # The devices. fsdp=-1 spreads training over all of them; engine.tensor = 2, 4 or 8 spreads a model that is too
-  # large for one device in sampling.
+  # The devices. fsdp=-1 spreads training over all of them. A model that is too large for one device in sampling is
+  # spread over engine.tensor = 2, 4 or 8 of them; 0 chooses.
   c.mesh.update(dict(data=1, fsdp=-1, tensor=1))
-  c.engine.tensor = 1
+  c.engine.tensor = 0
 
   # A round can differ from the others: {3: dict(responses=dict(temperature=0.9))} makes round 3 bolder.
   c.rounds = {}

@@ -70,7 +70,7 @@ def test_the_70b_config_changes_every_rate_and_shards_the_model():
   for path in ("sft", "policy", "judge.train", "judge.distil.train"):
     assert get(large, path).learning_rate < get(small, path).learning_rate
     assert get(large, path).final_learning_rate < get(large, path).learning_rate
-  assert large.engine.tensor == large.mesh.tensor == 8
+  assert large.mesh.tensor == 8 and large.engine.tensor == 0  # of hosts with 4 chips or 8: what has room
 
 
 def test_pieces_are_not_shared_between_configs():

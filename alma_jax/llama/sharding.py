@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx
 from jax import Array
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -53,10 +54,18 @@ def platform() -> str:
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-  """A mesh over `devices` (default: those of all hosts). One size may be -1: what is left."""
+  """A mesh over `devices` (default: those of all hosts). One size may be -1: what is left.
+
+  An axis is made of whole axes of a TPU's torus where it can be; tensor=8 on a torus of 4 x 4 x 4 splits one.
+  """
   devices = jax.devices() if devices is None else devices
   sizes = _sizes(len(devices), data, fsdp, tensor)
-  return jax.make_mesh(sizes, AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)
+  types = (AxisType.Auto,) * 3
+  try:
+    return jax.make_mesh(sizes, AXES, devices=devices, axis_types=types)
+  except NotImplementedError:
+    split = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(split, AXES, axis_types=types)
 
 
 def abstract_mesh(devices: int, data: int = -1, fsdp: int = 1, tensor: int = 1) -> AbstractMesh:

@@ -26,12 +26,13 @@ from alma_jax.llama.model import Llama
 from alma_jax.plan import assumptions as shares
 from alma_jax.plan import topology as topologies
 from alma_jax.plan.assumptions import Assumptions
+from alma_jax.plan.hlo import Collective
 from alma_jax.plan.memory import reading_bytes, training_bytes
 from alma_jax.plan.topology import Topology
 from alma_jax.plan.work import Clustering, Reading, Sampling, Training, Work, steps
 from alma_jax.runtime import metrics, room
 from alma_jax.runtime.batches import ROWS
-from alma_jax.runtime.host import EngineOptions, ModelOptions, models_that_stay, sampling_bytes
+from alma_jax.runtime.host import EngineOptions, ModelOptions, models_that_stay, sampling_bytes, tensor_for
 from alma_jax.runtime.session import MeshOptions
 
 NEAR = 0.9  # of a slot's mean length is what its token at work has behind it: lognormal lengths
@@ -66,6 +67,9 @@ class Step:
   disk: float = 0.0  # bytes that stay
   beside: float = 0.0  # bytes that are on disk while it runs
   helps: str = ""
+  compiled: bool = False  # its memory and collectives are a compiler's figures
+  collectives: tuple[Collective, ...] = ()
+  refused: str = ""  # by the compiler, in its words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,15 +105,21 @@ class Machine:
   def training_mesh(self) -> AbstractMesh:
     return sharding.abstract_mesh(self.topology.devices, **dataclasses.asdict(self.mesh))
 
+  @functools.cached_property
+  def tensor(self) -> int:
+    """The devices that share a copy of the model in sampling and reading."""
+    size = self.c.parameters * self.itemsize
+    return self.engine.tensor or tensor_for(self.c, size, self.topology.local, self.topology.chip.memory)
+
   @property
   def replicas(self) -> int:
     """Copies of the model on all devices in sampling and reading."""
-    return self.topology.devices // self.engine.tensor
+    return self.topology.devices // self.tensor
 
   @property
   def model_bytes(self) -> int:
     """A model's weights on each device in sampling and reading."""
-    return self.c.parameters * self.itemsize // self.engine.tensor
+    return self.c.parameters * self.itemsize // self.tensor
 
   @property
   def held(self) -> int:
@@ -118,7 +128,7 @@ class Machine:
 
   @property
   def local_mesh(self) -> AbstractMesh:
-    return sharding.abstract_mesh(self.topology.local, tensor=self.engine.tensor)
+    return sharding.abstract_mesh(self.topology.local, tensor=self.tensor)
 
   @property
   def shape(self) -> Llama:
@@ -141,15 +151,16 @@ def _shape(c: LlamaConfig, dtype: str) -> Llama:
 
 def estimate(machine: Machine, work: Work) -> Step:
   """The Step of a stage; where it does not fit, `helps` names the first change that would make it."""
-  step = _estimated(machine, work)
+  step = estimated(machine, work)
   if step.fits:
     return step
-  found = next((what for what, other, task in _changes(machine, work) if _estimated(other, task).fits), "")
+  found = next((what for what, other, task in _changes(machine, work) if estimated(other, task).fits), "")
   said = [step.helps] if step.helps else []
   return dataclasses.replace(step, seconds=0.0, hours=0.0, helps="; ".join([*said, found] if found else said))
 
 
-def _estimated(machine: Machine, work: Work) -> Step:
+def estimated(machine: Machine, work: Work) -> Step:
+  """The Step of a stage, without what would help."""
   if isinstance(work, Training):
     try:
       return _training(machine, work)
@@ -159,12 +170,16 @@ def _estimated(machine: Machine, work: Work) -> Step:
   if isinstance(work, Clustering):
     return _clustering(machine, work)
   if isinstance(work, Sampling | Reading):
-    topology, tensor = machine.topology, machine.engine.tensor
+    topology, tensor = machine.topology, machine.tensor
     if topology.local % tensor:
       why = f"engine.tensor is {tensor} and a host of {topology.name} has {topology.local} devices"
       usable = sampling_bytes(topology.chip.memory)
       return Step(work, fits=False, peak=machine.model_bytes, usable=usable, disk=work.disk, helps=why)
-    return _sampling(machine, work) if isinstance(work, Sampling) else _reading(machine, work)
+    found = _sampling(machine, work) if isinstance(work, Sampling) else _reading(machine, work)
+    if topology.hosts > 1 and machine.c.parameters * machine.itemsize > topology.local * found.usable:
+      why = f"no host of {topology.name} ({topology.local} devices) has room for a copy of the model"
+      return dataclasses.replace(found, helps=why)
+    return found
   return Step(work, disk=work.disk)
 
 
@@ -181,7 +196,7 @@ def _changes(machine: Machine, work: Work) -> Iterator[tuple[str, Machine, Work]
     yield f"config.engine.rows={engine.rows}", dataclasses.replace(machine, engine=engine), work
   if isinstance(work, Sampling | Reading):
     for tensor in (1, 2, 4, 8):
-      fits = tensor != machine.engine.tensor and machine.topology.local % tensor == 0
+      fits = tensor != machine.tensor and machine.topology.local % tensor == 0
       if fits and tensor <= machine.c.kv_heads:
         engine = dataclasses.replace(machine.engine, tensor=tensor)
         yield f"config.engine.tensor={tensor}", dataclasses.replace(machine, engine=engine), work
@@ -196,15 +211,15 @@ def _knobs(machine: Machine, work: Training) -> Iterator[tuple[str, Machine, Wor
   """Changes of a training that take less memory."""
   section, o = f"config.{work.section}", work.options
   if o.remat not in ("auto", "full"):
-    yield f"{section}.remat='auto'", machine, _with(work, remat="auto")
+    yield f"{section}.remat='auto'", machine, with_options(work, remat="auto")
   lean = {"remat": "auto"} if o.remat != "full" else {}
   with contextlib.suppress(sharding.MeshError):
     most, passes = _rows(machine, work) // sharding.replicas(machine.training_mesh), 2 * o.passes
     while passes <= min(most, o.batch):
-      yield f"{section}.passes={passes}", machine, _with(work, passes=passes, **lean)
+      yield f"{section}.passes={passes}", machine, with_options(work, passes=passes, **lean)
       passes *= 2
   half = dataclasses.replace(o.optimizer, moments="bfloat16")
-  yield f"{section}.moments='bfloat16'", machine, _with(work, optimizer=half, **lean)
+  yield f"{section}.moments='bfloat16'", machine, with_options(work, optimizer=half, **lean)
 
 
 def _other_kinds(topology: Topology) -> Iterator[Topology]:
@@ -215,7 +230,7 @@ def _other_kinds(topology: Topology) -> Iterator[Topology]:
         yield topologies.parse(f"{kind}:{shape}")
 
 
-def _with(work: Training, **fields: object) -> Training:
+def with_options(work: Training, **fields: object) -> Training:
   return dataclasses.replace(work, options=dataclasses.replace(work.options, **fields))
 
 
@@ -305,7 +320,7 @@ def _sampling(machine: Machine, work: Sampling) -> Step:
     return Step(work, fits=False, peak=peak, usable=sampling_bytes(chip.memory), slots=0, disk=work.disk)
   new = work.tokens / max(1, work.rows)
   traffic = decoding_bytes(machine, work, shapes, new)
-  flops = 2 * (machine.layers + machine.head) * slots / machine.engine.tensor
+  flops = 2 * (machine.layers + machine.head) * slots / machine.tensor
   seconds = max(traffic / (chip.bandwidth * shares.DECODING[0]), flops / (machine.peak * shares.PRODUCTS[0]))
   decode = work.tokens / (slots * machine.replicas * shares.SLOTS[0]) * seconds
   prefill = _forward(machine, work.prompts * work.prompt_tokens, work.prompt_tokens)
@@ -328,7 +343,7 @@ def _sampling(machine: Machine, work: Sampling) -> Step:
 def decoding_bytes(machine: Machine, work: Sampling, shapes: Shapes, new: float) -> float:
   """The bytes that one token of all slots takes from and to a device's memory, as the programs are today: on TPUs and
   CPUs attention reads every place of a slot, cuDNN those that hold a token; prefixes are gathered for every tile."""
-  c, o, platform, tensor = machine.c, work.options, machine.platform, machine.engine.tensor
+  c, o, platform, tensor = machine.c, work.options, machine.platform, machine.tensor
   keys, longest = token_bytes(machine.shape, machine.local_mesh), o.decoding.max_new_tokens
   weights = (machine.layers + machine.head) * machine.itemsize / tensor
   own = shapes.slots * keys * (NEAR * new if platform == "gpu" else longest)
@@ -354,7 +369,7 @@ def _forward(machine: Machine, tokens: float, context: float, layers: int = 0) -
 
 
 def _reading(machine: Machine, work: Reading) -> Step:
-  c, chip, tensor = machine.c, machine.topology.chip, machine.engine.tensor
+  c, chip, tensor = machine.c, machine.topology.chip, machine.tensor
   rows, width, longest = machine.engine.rows, work.tokens / max(1, work.rows), buckets.rounded(work.longest)
   before = buckets.rounded(work.longest_prefix) if work.prefixes else 0
   working = reading_bytes(c, tensor, machine.itemsize, rows, longest, before)

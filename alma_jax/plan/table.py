@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from alma_jax.errors import writing
+from alma_jax.plan import hlo
 from alma_jax.plan.estimate import Machine, Step
 from alma_jax.plan.topology import GIB
 from alma_jax.store import layout
@@ -25,6 +26,7 @@ class Plan:
   machine: Machine
   steps: list[Step]
   missing: list[str] = dataclasses.field(default_factory=list)  # work that is not in it
+  compilers: str = ""  # what compiled its programs, and how long that took; "": a quick plan
 
   @property
   def fits(self) -> bool:
@@ -122,19 +124,38 @@ def lines(plan: Plan, price: float | None = None) -> Iterator[str]:
     f"disk: {plan.disk / GB:,.4g} GB at most, a training's checkpoints among them; each host needs"
     f" {plan.host / GIB:,.3g} of {plan.host_memory / GIB:,.4g} GiB of its memory"
   )
-  yield "These are projections by roofline. Nothing was compiled or measured on such a device."
+  if plan.compilers:
+    yield f"Memory and what is sent are the compilers' figures ({plan.compilers}); hours are projected by roofline."
+    yield from _sent(plan)
+  else:
+    yield "A quick plan: memory by analytic bounds, hours projected by roofline. Nothing was compiled or measured."
   for what in plan.missing:
     yield f"not counted: {what}"
   yield f"everything fits on {topology.name}" if plan.fits else ""
   yield from _failures(plan)
 
 
+def _sent(plan: Plan) -> Iterator[str]:
+  """The collectives of every kind of stage, in one step of each device."""
+  said: dict[str, list[Step]] = {}
+  for step in plan.steps:
+    if step.collectives:
+      said.setdefault(hlo.summary(step.collectives), []).append(step)
+  for summary, steps in said.items():
+    yield f"sent in a step of {', '.join(_grouped(steps))}: {summary}"
+
+
 def _failures(plan: Plan) -> Iterator[str]:
   """What does not fit and what would help, stages that the same thing helps together."""
   by_help: dict[str, list[Step]] = {}
+  by_words: dict[str, list[Step]] = {}
   for step in plan.steps:
-    if not step.fits:
+    if step.refused:
+      by_words.setdefault(step.refused, []).append(step)
+    elif not step.fits:
       by_help.setdefault(step.helps or "no knob and no known topology does", []).append(step)
+  for words, steps in by_words.items():
+    yield f"does not compile: {', '.join(_grouped(steps))}: {words}"
   for helps, steps in by_help.items():
     worst = max(steps, key=lambda step: step.peak)
     much = f" (up to {worst.peak / GIB:,.1f} of {worst.usable / GIB:.1f} usable GiB)" if worst.peak else ""
@@ -165,7 +186,7 @@ def _named(kind: str, steps: list[Step]) -> str:
 
 
 def _row(plan: Plan, name: str, steps: list[Step]) -> tuple[str, ...]:
-  worst, devices = max(steps, key=lambda step: step.peak), plan.machine.topology.devices
+  worst, devices = max(steps, key=lambda step: (not step.fits, step.peak)), plan.machine.topology.devices
   hours = sum(step.hours for step in steps)
   how = ""
   if worst.remat:
@@ -177,7 +198,7 @@ def _row(plan: Plan, name: str, steps: list[Step]) -> tuple[str, ...]:
     _short(sum(step.work.rows for step in steps)),
     _short(sum(step.work.tokens for step in steps)),
     f"{sum(step.flops for step in steps):.2g}" if worst.flops else "",
-    how if worst.fits else f"{how} DOES NOT FIT".strip(),
+    how if worst.fits else f"{how} {'REFUSED' if worst.refused else 'DOES NOT FIT'}".strip(),
     f"{worst.peak / GIB:.1f}" if worst.peak else "",
     f"{worst.traffic / GB:.3g}" if worst.traffic else "",
     f"{worst.collective / GB:.3g}" if worst.collective else "",

@@ -14,10 +14,11 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import jax
+from jax.sharding import Mesh
 
 from alma_jax import names
 from alma_jax.errors import NotFinite
@@ -30,6 +31,8 @@ from alma_jax.store import digests, verify
 from alma_jax.text import chat, tokenizer
 
 T = TypeVar("T")
+
+COPY = 0.6  # of what sampling may fill, the most that a copy of the model takes: the rest is for sequences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +47,8 @@ class ModelOptions(Checked):
 
 @dataclasses.dataclass(frozen=True)
 class EngineOptions(Checked):
-  tensor: int = option(1, least=1)  # devices that share one copy of the model in sampling and scoring
+  # devices that share one copy of the model in sampling and scoring; 0: as few as leave room for sequences beside it
+  tensor: int = option(0, least=0)
   slots: int = option(0, least=0)  # sequences that decode together, per copy; 0: as many as fit
   rows: int = option(32, least=1)  # rows per scoring or embedding call, per copy
 
@@ -141,9 +145,7 @@ class Host:
   @functools.cached_property
   def dtype(self) -> str:
     """Of forward passes on these devices."""
-    if self.options.dtype != "auto":
-      return self.options.dtype
-    return "float32" if self.local_mesh.devices.flat[0].platform == "cpu" else "bfloat16"
+    return dtype_on(self.local_mesh.devices.flat[0].platform, self.options)
 
   @functools.cached_property
   def pad_id(self) -> int | None:
@@ -217,8 +219,7 @@ class Host:
   @functools.cached_property
   def device_bytes(self) -> int | None:
     """The memory of the smallest of this host's devices; None where the device does not tell (CPUs)."""
-    stats = [device.memory_stats() for device in self.local_mesh.local_devices]
-    return min(s["bytes_limit"] for s in stats) if all(s and "bytes_limit" in s for s in stats) else None
+    return memory_of(self.local_mesh.local_devices)
 
   @property
   def models_kept(self) -> int:
@@ -241,6 +242,53 @@ class Host:
   def local_ways(self) -> int:
     """The number of groups of this host's devices that a batch is spread over."""
     return sharding.replicas(self.local_mesh)
+
+
+def local_mesh(options: ModelOptions, engine: EngineOptions, devices: Sequence[Any] | None = None) -> Mesh:
+  """The mesh of one host's devices (default: this one's), whose `tensor` axis has the devices of a copy of the model.
+
+  A ConfigError where the host cannot be divided so, or has no room for one copy.
+  """
+  devices = jax.local_devices() if devices is None else devices
+  tensor, memory = engine.tensor or 1, memory_of(devices)
+  if memory is not None and options.path:
+    c = llama_config.read_config(model_directory(options.path))
+    size = c.parameters * jax.numpy.dtype(dtype_on(devices[0].platform, options)).itemsize
+    tensor = engine.tensor or tensor_for(c, size, len(devices), memory)
+    usable, gib = sampling_bytes(memory), 2**30
+    if size // tensor > usable:
+      mend = "raise engine.tensor, or 0 chooses" if size <= len(devices) * usable else "no copy fits this host"
+      raise ConfigError(
+        f"a copy of {options.path} takes {size / tensor / gib:.1f} GiB on each of {tensor} devices (engine.tensor is"
+        f" {engine.tensor}), and {usable / gib:.1f} are usable: {mend}. Sampling and judging need a copy on every host;"
+        " `alma plan` names machines that have room"
+      )
+  if len(devices) % tensor:
+    raise ConfigError(
+      f"engine.tensor is {tensor} and this host has {len(devices)} devices, which it must divide: a copy of the model"
+      " lies on devices of one host; 0 chooses"
+    )
+  return sharding.make_mesh(data=-1, tensor=tensor, devices=devices)
+
+
+def tensor_for(c: llama_config.LlamaConfig, model_bytes: int, devices: int, memory: int) -> int:
+  """As few of a host's devices as share a copy of the model and leave room for sequences beside it; all of them where
+  none do. Heads of keys and values are divided evenly."""
+  ways = [n for n in range(1, devices + 1) if devices % n == 0 and c.kv_heads % n == 0]
+  return next((n for n in ways if model_bytes <= COPY * n * sampling_bytes(memory)), ways[-1])
+
+
+def dtype_on(platform: str, options: ModelOptions) -> str:
+  """The dtype of forward passes on devices of this platform."""
+  if options.dtype != "auto":
+    return options.dtype
+  return "float32" if platform == "cpu" else "bfloat16"
+
+
+def memory_of(devices: Sequence[Any]) -> int | None:
+  """The memory of the smallest of these devices; None where one does not tell (CPUs)."""
+  stats = [device.memory_stats() for device in devices]
+  return min(s["bytes_limit"] for s in stats) if all(s and "bytes_limit" in s for s in stats) else None
 
 
 def models_that_stay(model_bytes: int, memory: int) -> int:

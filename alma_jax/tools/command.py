@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, NoReturn, TypeVar
 
 import absl.logging
-import jax
 
 from alma_jax import names, start
 from alma_jax.engine.slots import SlotsError
@@ -30,7 +29,6 @@ from alma_jax.errors import RunError, UserError
 from alma_jax.judges import contract
 from alma_jax.judges.contract import Judge
 from alma_jax.judges.own import Mode, OwnJudge
-from alma_jax.llama import sharding
 from alma_jax.llama.config import ModelError, read_config
 from alma_jax.options import Checked, ConfigError, build, fields_of, option, refuse, spread
 from alma_jax.runtime.display import Display
@@ -41,6 +39,7 @@ from alma_jax.runtime.host import (
   ModelOptions,
   content_of,
   fitting_chats,
+  local_mesh,
   model_directory,
 )
 from alma_jax.store import data, digests, layout, shards
@@ -65,7 +64,7 @@ HELP = {  # of fields of the engine and of stages
   "penalize_prompt": "the penalty also counts the prompt's tokens",
   "max_new_tokens": "length limit of a response; without it at most half of the model's positions",
   "min_new_tokens": "no stop token before that many",
-  "tensor": "devices that share one copy of the model",
+  "tensor": "devices that share one copy of the model; 0: as few as leave room for sequences",
   "slots": "responses written together, per copy of the model; 0: what fits",
   "rows": "texts per call, per copy of the model",
   "k": "clusters",
@@ -208,7 +207,8 @@ def open_model(options: Shared, stage_of: Callable[[pathlib.Path], pathlib.Path]
   if not raw and fmt is None:
     raise TextError(_which_chat(model.directory))
   values = {"path": str(model.directory), "dtype": model.dtype} | ({} if fmt is None else {"chat": fmt})
-  host = Host(build(ModelOptions, values, "--model"), options.engine, local_mesh(options), raw=raw)
+  given = build(ModelOptions, values, "--model")
+  host = Host(given, options.engine, local_mesh(given, options.engine), raw=raw)
   if options.output:  # a command that writes no file has none
     for directory in (pathlib.Path(options.output), parts_of(pathlib.Path(options.output))):
       digests.recall(directory / layout.DIGESTS)  # before the model is read for its content
@@ -239,7 +239,12 @@ class WithoutModel(Host):
   """This host's devices, for a judge that needs no model; `flag` named it."""
 
   def __init__(self, options: Shared, flag: str) -> None:
-    self.engine, self.local_mesh, self.display, self.flag = options.engine, local_mesh(options), Display(), flag
+    self.engine, self.local_mesh, self.display, self.flag = (
+      options.engine,
+      local_mesh(ModelOptions(), options.engine),
+      Display(),
+      flag,
+    )
     self.options, self._held = ModelOptions(), {}
 
   @property
@@ -322,10 +327,6 @@ def write_grades(
     with shards.atomic(directory / "grades.jsonl") as file:
       file.write(shards.json_lines(lines))
   shards.write_json(directory / "summary.json", {**decides, **summary})
-
-
-def local_mesh(options: Shared) -> jax.sharding.Mesh:
-  return sharding.make_mesh(data=-1, tensor=options.engine.tensor, devices=jax.local_devices())
 
 
 def model_of(name: str, stage_of: Callable[[pathlib.Path], pathlib.Path]) -> Model:

@@ -3,14 +3,19 @@
   python -m alma_jax.tools.plan --config=configs/alma.py:8b --topology=h100:8 --model=llama3_8b
   python -m alma_jax.tools.plan --config=configs/alma.py:8b --topology=v5p:4x4x4 --model=llama3_8b --price=4.2
   python -m alma_jax.tools.plan --config=... --topology=v6e:2x4 --run=runs/alma_8b --json=plan.json
+  python -m alma_jax.tools.plan --config=... --topology=v6e:2x4 --stages=policy,responses     compiles these alone
+  python -m alma_jax.tools.plan --config=... --topology=h100:8 --quick                        compiles nothing
 
 Needs no accelerator and no weights. Topologies: v5e, v6e and v5p slices, h100:8, h100:8x2 (8 GPUs on each of 2 hosts),
 cpu. --model replaces config.model.path: a directory with config.json, or llama3_8b, llama3_70b, llama32_1b, llama2_7b.
 Config values are set as for a run, with --config.NAME=VALUE. With --run, lengths and counts come from that run, and so
 does the share of the peak that training reaches; flags such as --response_tokens come first.
 
-Every number is a projection by roofline and analytic bounds. The exit status is 0 if everything fits and 3 if not; the
-last lines then say what does not, and which knob or topology would help.
+Every stage's programs are compiled by the real compilers, which need no accelerator: libtpu for TPUs (pip install
+'alma_jax[plan]'), JAX's CUDA plugin for GPUs (pip install 'alma_jax[gpu]'). Their figures are the plan's memory and
+collectives; hours are projected by roofline. --quick compiles nothing and takes analytic bounds. --meshes compares the
+meshes that training could have on the topology. The exit status is 0 if everything fits and 3 if not; the last lines
+then say what does not, and which knob or topology would help.
 """
 
 import dataclasses
@@ -18,6 +23,7 @@ import difflib
 import os
 import pathlib
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,9 +33,10 @@ from ml_collections import config_flags
 from alma_jax import config_files, names, start
 from alma_jax.options import Checked, ConfigError, leaves, nearest, option
 from alma_jax.plan import assumptions as assumed
-from alma_jax.plan import shapes, table, topology, work
+from alma_jax.plan import compiled, devices, meshes, shapes, table, topology, work
 from alma_jax.plan.estimate import Machine, estimate
 from alma_jax.recipes import alma
+from alma_jax.runtime.display import Display
 from alma_jax.tools import command
 
 TOO_LARGE = 3  # the exit status where something does not fit
@@ -44,7 +51,8 @@ class Options(Checked):
   json: str | None = option(None, doc="write the plan as JSON, too")
   price: float | None = option(None, least=0, doc="USD for an hour of one device")
   stages: str | None = option(None, doc="only these kinds of stages, e.g. policy,responses")
-  quick: bool = option(False, doc="without compiling; so far every plan is made so")
+  quick: bool = option(False, doc="compile nothing: memory by analytic bounds")
+  meshes: bool = option(False, doc="compare the meshes that training could have on the topology")
   prompt_tokens: int | None = option(None, least=1, doc=f"mean tokens of a prompt ({assumed.PROMPT})")
   response_tokens: int | None = option(None, least=1, doc=f"of a response ({assumed.RESPONSE})")
   example_tokens: int | None = option(None, least=1, doc=f"of a training example ({assumed.EXAMPLE})")
@@ -63,11 +71,12 @@ def main(arguments: Sequence[str]) -> int:
 
   def planned() -> None:
     plan = made(options, overrides)
+    if not options.quick and not options.meshes:
+      plan = _compiled(plan)
     found.append(plan)
-    if not options.quick:
-      print("This version plans without compiling: the plan is that of --quick.")
-    for line in table.lines(plan, options.price):
-      print(line)
+    shown = meshes.lines(plan, options.quick) if options.meshes else table.lines(plan, options.price)
+    for line in shown:
+      print(line, flush=True)
     if options.json:
       table.write(pathlib.Path(options.json), plan)
 
@@ -98,6 +107,22 @@ def made(options: Options, overrides: Sequence[str] = ()) -> table.Plan:
   works = list(work.of_alma(by_round, found, c.width))
   steps = [estimate(machine, task) for task in _chosen(works, options.stages)]
   return table.Plan(machine, steps, list(work.not_counted(by_round)))
+
+
+def _compiled(plan: table.Plan) -> table.Plan:
+  """The plan with the compilers' figures; a bar shows how far they are."""
+  machine, began = plan.machine, time.monotonic()
+  with devices.described(machine.topology) as there:
+    total = compiled.count(machine, plan.steps, there)
+    with Display().bar(f"compiling for {machine.topology.name}", total, "programs") as bar:
+
+      def hear(name: str) -> None:
+        bar.set_postfix_str(name, refresh=False)
+        bar.update(1)
+
+      steps = compiled.compiled(machine, plan.steps, there, hear)
+  took = f"{devices.compilers(machine.topology)}, low effort; {total} programs in {time.monotonic() - began:.0f} s"
+  return dataclasses.replace(plan, steps=steps, compilers=took)
 
 
 def _chosen(works: list[work.Work], kinds: str | None) -> list[work.Work]:

@@ -1,0 +1,157 @@
+"""The quick plan's Steps with what the compilers say of their programs: memory, collectives, refusals.
+
+  with described(topology) as devices:
+    steps = compiled(machine, steps, devices, bar)      # bar: hears of every program
+
+Stages that run the same programs are compiled once. Hours stay the roofline's, with the remat that the compiler took
+and the bytes that it sends.
+"""
+
+import concurrent.futures
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from alma_jax.errors import UserError
+from alma_jax.plan import assumptions as shares
+from alma_jax.plan import hlo
+from alma_jax.plan.estimate import Machine, Step, estimate, estimated, with_options
+from alma_jax.plan.hlo import Collective
+from alma_jax.plan.programs import Program, key, planned_training, programs
+from alma_jax.plan.work import Training, Work, steps
+
+AT_ONCE = 2  # programs; a compiler uses more than one core only at times
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+  """What the compiler says of a program."""
+
+  name: str
+  peak: int = 0  # bytes on each device, what is there beside the program included
+  collectives: tuple[Collective, ...] = ()
+  remat: str | None = None
+  seconds: float = 0.0  # that it took
+  refused: str = ""  # why there is no such program
+  part: bool = True  # of the stage's step
+
+
+Hear = Callable[[str], object]  # the name of a program that is done
+
+
+def compiled(machine: Machine, found: Sequence[Step], devices: Sequence[Any], hear: Hear) -> list[Step]:
+  """The Steps with the compilers' figures. What the quick plan has no programs for stays as it is."""
+  by_key: dict[Any, list[Callable[[], Made]]] = {}
+  for step in found:
+    if (of := key(machine, step)) is not None and of not in by_key and _possible(step):
+      by_key[of] = _tasks(machine, step, devices)
+
+  def run(task: Callable[[], Made]) -> Made:
+    made = task()
+    hear(made.name)
+    return made
+
+  with concurrent.futures.ThreadPoolExecutor(min(AT_ONCE, os.cpu_count() or 1)) as pool:
+    running = {of: [pool.submit(run, task) for task in tasks] for of, tasks in by_key.items()}
+    try:
+      made = {of: [future.result() for future in futures] for of, futures in running.items()}
+    except BaseException:
+      pool.shutdown(wait=False, cancel_futures=True)
+      raise
+  return [_with(machine, step, made.get(key(machine, step), ())) for step in found]
+
+
+def count(machine: Machine, found: Sequence[Step], devices: Sequence[Any]) -> int:
+  """How many programs `compiled` will compile."""
+  first = {key(machine, step): step for step in reversed(found) if _possible(step)}
+  return sum(len(_tasks(machine, step, devices)) for of, step in first.items() if of is not None)
+
+
+def peak_of(found: Any, platform: str) -> int:
+  """Bytes of a compiled program at its peak: the compilers of accelerators give it; on CPUs it is a sum."""
+  memory = found.memory_analysis()
+  if platform != "cpu" and (peak := getattr(memory, "peak_memory_in_bytes", 0)):
+    return peak
+  new = memory.output_size_in_bytes - memory.alias_size_in_bytes
+  return memory.argument_size_in_bytes + new + memory.temp_size_in_bytes
+
+
+def made_of(program: Program, stage: str, platform: str) -> Made:
+  """The program, compiled. What its compiler, or its lowering, refuses is told."""
+  began, name = time.monotonic(), f"{stage} {program.name}"
+  try:
+    found = program.make()
+  except UserError as error:
+    return Made(name, refused=str(error), seconds=time.monotonic() - began)
+  except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError, TypeError) as error:
+    said = str(error).strip().splitlines() or [type(error).__name__]
+    return Made(name, refused=f"{program.name}: {said[0][:300]}", seconds=time.monotonic() - began)
+  collectives = tuple(hlo.collectives(found.as_text()))
+  peak, took = peak_of(found, platform) + program.beside, time.monotonic() - began
+  return Made(name, peak, collectives, seconds=took, part=program.part)
+
+
+def _possible(step: Step) -> bool:
+  """False where the quick plan has found that there is nothing to compile: no mesh, no host, no slot."""
+  return step.fits or (isinstance(step.work, Training) and step.places is not None)
+
+
+def _tasks(machine: Machine, step: Step, devices: Sequence[Any]) -> list[Callable[[], Made]]:
+  platform, stage, tasks = machine.platform, step.work.stage, []
+  if isinstance(step.work, Training):
+    tasks.append(lambda: _trained(machine, step, devices))
+
+  def task(program: Program) -> Callable[[], Made]:
+    return lambda: made_of(program, stage, platform)
+
+  return [*tasks, *(task(program) for program in programs(machine, step, devices))]
+
+
+def _trained(machine: Machine, step: Step, devices: Sequence[Any]) -> Made:
+  remat = ""
+
+  def make() -> Any:
+    nonlocal remat
+    plan = planned_training(machine, step, devices)
+    remat = plan.remat
+    return plan.step
+
+  made = made_of(Program("step", make), step.work.stage, machine.platform)
+  return dataclasses.replace(made, remat=remat or None)
+
+
+def _with(machine: Machine, step: Step, made: Sequence[Made]) -> Step:
+  """The Step with the figures of its programs: the most memory of any, the collectives of those of a step."""
+  if not made:
+    return step
+  refused = next((m.refused for m in made if m.refused), "")
+  if refused:
+    return dataclasses.replace(step, fits=False, seconds=0.0, hours=0.0, refused=refused, compiled=True)
+  worst, remat = max(made, key=lambda m: m.peak), made[0].remat
+  peak, base = worst.peak, step
+  collectives = tuple(collective for m in made if m.part for collective in m.collectives)
+  if isinstance(step.work, Training) and remat:
+    base = estimated(machine, with_options(step.work, remat=remat))
+    base = dataclasses.replace(base, work=step.work)
+    exchange = hlo.sent(collectives) / (machine.topology.link * shares.LINKS[0])
+    more = max(0.0, exchange - base.seconds) if base.seconds else 0.0
+    hours = base.hours + more * steps(step.work) / 3600
+    base = dataclasses.replace(base, seconds=base.seconds + more, hours=hours, collective=hlo.sent(collectives))
+  fits = peak <= step.usable
+  helps = "" if fits else f"the compiler's {peak / 2**30:.1f} GiB in {worst.name} are more than is usable; {step.helps}"
+  return dataclasses.replace(
+    base, fits=fits, peak=peak, collectives=collectives, helps=helps.rstrip("; "), compiled=True
+  )
+
+
+def programs_of(machine: Machine, work: Work, devices: Sequence[Any]) -> list[Program]:
+  """The programs of a stage by their names, a training's step among them."""
+  step = estimate(machine, work)
+  found = programs(machine, step, devices)
+  if isinstance(work, Training):
+    found = [Program("step", lambda: planned_training(machine, step, devices).step), *found]
+  return found

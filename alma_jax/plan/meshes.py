@@ -1,0 +1,115 @@
+"""Which mesh a topology's training should have: data x fsdp x tensor, by peak memory and by what a step sends.
+
+  for line in lines(plan, quick=False): print(line)
+
+All meshes are compared by analytic bounds. Without `quick` the few that seem best are compiled, at the compiler's
+default effort: at low effort a TPU's compiler gathers the embedding in fp32, and on 64 chips it sends whole gradients
+where the default reduces them to shares. A compiler may also choose otherwise than the bounds assume, whole weights
+all-reduced instead of gathered, which only its program shows.
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterator
+
+from alma_jax.errors import UserError
+from alma_jax.plan import compiled, devices, hlo
+from alma_jax.plan.estimate import Machine, Step, estimated
+from alma_jax.plan.programs import Program, planned_training
+from alma_jax.plan.table import GB, Plan
+from alma_jax.plan.topology import GIB
+from alma_jax.plan.work import Training
+from alma_jax.runtime.session import MeshOptions
+
+COMPILED = 3  # meshes that are compiled, the configured one beside them
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+  options: MeshOptions
+  step: Step  # of the largest training
+  made: compiled.Made | None = None
+
+  @property
+  def name(self) -> str:
+    return f"{self.options.data} x {self.options.fsdp} x {self.options.tensor}"
+
+  @property
+  def fits(self) -> bool:
+    return self.step.fits if self.made is None else not self.made.refused and self.made.peak <= self.step.usable
+
+  @property
+  def peak(self) -> float:
+    return self.made.peak if self.made else self.step.peak
+
+  @property
+  def sent(self) -> float:
+    return hlo.sent(self.made.collectives) if self.made else self.step.collective
+
+
+def lines(plan: Plan, quick: bool) -> Iterator[str]:
+  """The comparison as text, a mesh a line, and the best."""
+  machine = plan.machine
+  trainings = [step for step in plan.steps if isinstance(step.work, Training)]
+  if not trainings:
+    raise UserError("--meshes compares trainings, and --stages names none")
+  largest = max(trainings, key=lambda step: (step.places or 0, step.peak))
+  work, usable = largest.work, machine.topology.chip.memory / GIB
+  assert isinstance(work, Training)
+  found = candidates(machine, work)
+  yield f"{machine.topology.name}, {work.stage}: data x fsdp x tensor, {usable:.2f} GiB usable on each device"
+  yield "by analytic bounds:"
+  yield from map(_line, found)
+  if not quick:
+    effort = f"{devices.compilers(machine.topology)}, default effort"
+    yield f"compiled ({effort}):"
+    made = []
+    with devices.described(machine.topology, devices.DEFAULT) as there:
+      for mesh in _chosen(machine, found):
+        began = time.monotonic()
+        own, step = dataclasses.replace(machine, mesh=mesh.options), mesh.step
+        program = Program("step", lambda own=own, step=step: planned_training(own, step, there).step)
+        made.append(dataclasses.replace(mesh, made=compiled.made_of(program, work.stage, machine.platform)))
+        yield f"{_line(made[-1])}  ({time.monotonic() - began:.0f} s)"
+        if (of := made[-1].made) and not of.refused:
+          yield f"    {hlo.summary(of.collectives)}"
+    found = made
+  fitting = [mesh for mesh in found if mesh.fits]
+  if not fitting:
+    yield "no mesh fits; alma plan without --meshes says what would help"
+    return
+  best = min(fitting, key=lambda mesh: (mesh.sent, mesh.peak))
+  o = best.options
+  yield (
+    f"the best: {best.name} (--config.mesh.data={o.data} --config.mesh.fsdp={o.fsdp} --config.mesh.tensor={o.tensor}),"
+    f" {best.peak / GIB:.1f} GiB, {best.sent / GB:.3g} GB sent by each device in a step"
+  )
+
+
+def candidates(machine: Machine, work: Training) -> list[Mesh]:
+  """Every mesh of the topology's devices, those that fit and send least first; `tensor` stays inside a host's devices,
+  and no larger than the heads of keys."""
+  devices, found = machine.topology.devices, []
+  for tensor in (1, 2, 4, 8):
+    if devices % tensor or machine.c.kv_heads % tensor:
+      continue
+    for data in (n for n in range(1, devices // tensor + 1) if devices // tensor % n == 0):
+      options = MeshOptions(data, devices // tensor // data, tensor)
+      found.append(Mesh(options, estimated(dataclasses.replace(machine, mesh=options), work)))
+  return sorted(found, key=lambda mesh: (not mesh.fits, mesh.sent, mesh.peak))
+
+
+def _chosen(machine: Machine, found: list[Mesh]) -> list[Mesh]:
+  """Those that are compiled: the configured one, and the best by analytic bounds."""
+  mesh = machine.training_mesh
+  configured = MeshOptions(mesh.shape["data"], mesh.shape["fsdp"], mesh.shape["tensor"])
+  best = [each for each in found[:COMPILED] if each.options != configured]
+  return [*(each for each in found if each.options == configured), *best]
+
+
+def _line(mesh: Mesh) -> str:
+  if mesh.made and mesh.made.refused:
+    return f"  {mesh.name:<12}  does not compile: {mesh.made.refused}"
+  fits = "" if mesh.fits else "  DOES NOT FIT"
+  how = f"{mesh.step.remat}/{mesh.step.passes}" if mesh.made is None else ""
+  return f"  {mesh.name:<12}  {mesh.peak / GIB:7.1f} GiB  {mesh.sent / GB:8.3g} GB sent  {how}{fits}"

@@ -1,0 +1,287 @@
+"""The plan's programs: what their text says they send, and, where libtpu is, the real compiler's figures for v6e:2x4.
+
+Everything is compiled once, at low effort, for a model of two layers; the tests look at the same programs.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import re
+import types
+
+import jax
+import pytest
+
+from alma_jax.engine import losses
+from alma_jax.engine.choose import Decoding
+from alma_jax.engine.optimizer import Optimizer
+from alma_jax.llama import sharding
+from alma_jax.plan import compiled, devices, estimate, hlo, meshes, programs, shapes, table, topology
+from alma_jax.plan.assumptions import Given, assumptions
+from alma_jax.plan.work import Clustering, Reading, Sampling, Training
+from alma_jax.runtime import host, training
+from alma_jax.runtime.host import EngineOptions, ModelOptions
+from alma_jax.runtime.sampling import ManyOptions
+from alma_jax.runtime.session import MeshOptions
+
+needs_libtpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="pip install 'alma_jax[plan]'")
+
+SMALL = dataclasses.replace(
+  shapes.SHAPES["llama3_8b"], depth=2, width=1024, heads=8, kv_heads=8, ffn=2048, vocab=16_384
+)
+TRAINED = dict(batch=16, epochs=1, row_length=512, optimizer=Optimizer(1e-5, 0.0), remat="full")
+
+
+def trained(name, options, **more):
+  return Training(name, 16, 8000.0, 0.0, options, name, 16, 400.0, **more)
+
+
+DECODING = Decoding(temperature=0.8, top_p=0.95, max_new_tokens=128)
+WORKS = [
+  trained("sft", training.Options(**TRAINED)),
+  trained("dpo", training.PreferenceOptions(**TRAINED, preference=losses.Preference("dpo")), sides=2, forward=1),
+  trained("grpo", training.GrpoOptions(**TRAINED, grpo=losses.Grpo()), forward=2),
+  Sampling("responses", 3200, 3.2e5, 0.0, ManyOptions(decoding=DECODING, max_prompt_tokens=256, n=32), 100, 200.0, 32),
+  Reading("judgments", 3200, 3.2e5, 0.0, 128, 100, 300.0, 256),
+  Reading("embeddings", 3200, 3.2e5, 0.0, 256),
+  Clustering("clusters", 2**20, 0.0, 0.0, 2**13, 256, 10.0),
+]
+
+
+def machine(word, c=SMALL, **engine):
+  how = EngineOptions(**dict(slots=32, rows=16) | engine)
+  return estimate.Machine(topology.parse(word), c, MeshOptions(), how, ModelOptions(), assumptions(Given()))
+
+
+# What a text says
+
+
+LOOPS = """HloModule step
+
+%inner_cond (p: (f32[8], u32[])) -> pred[] {
+  %p = (f32[8]{0}, u32[]) parameter(0)
+  %count = u32[]{:T(128)} get-tuple-element(%p), index=1
+  %limit = u32[]{:T(128)} constant(8)
+  ROOT %less = pred[] compare(%count, %limit), direction=LT
+}
+
+%inner_body (p.1: (f32[8], u32[])) -> (f32[8], u32[]) {
+  %p.1 = (f32[8]{0}, u32[]) parameter(0)
+  %x = f32[8]{0} get-tuple-element(%p.1), index=0
+  %count.1 = u32[] get-tuple-element(%p.1), index=1
+  %two = u32[] constant(2)
+  %next = u32[] add(%count.1, %two)
+  %start = (f32[8]{0}, f32[8]{0}, u32[], u32[]) collective-permute-start(%x), source_target_pairs={{0,1},{1,0}}
+  %done = f32[8]{0} collective-permute-done(%start)
+  %kernel = f32[8]{0} custom-call(%done), backend_config={"body":"
+}
+"}
+  ROOT %out = (f32[8]{0}, u32[]) tuple(%done, %next)
+}
+
+%all-reduce-scatter (input: bf16[16,4]) -> bf16[4,4] {
+  %input = bf16[16,4]{1,0} parameter(0)
+  ROOT %sum = bf16[16,4]{1,0} all-reduce(%input), replica_groups={{0,1,2,3}}, to_apply=%add
+}
+
+%outer_body (q: (f32[8], u32[])) -> (f32[8], u32[]) {
+  %q = (f32[8]{0}, u32[]) parameter(0)
+  %whole = bf16[64,4]{1,0} all-gather(%q), replica_groups=mesh['x'=1,'y'=4] {'y'}, dimensions={0}
+  ROOT %w = (f32[8]{0}, u32[]) while(%q), condition=%inner_cond, body=%inner_body
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  %layers = (f32[8]{0}, u32[]) while(%a), condition=%c, body=%outer_body, backend_config={"known_trip_count":{"n":"3"}}
+  %shares = bf16[4,4]{1,0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter
+  ROOT %all = (f32[8]{0}, f32[]) all-reduce(%a, %b), replica_groups=[2,2]<=[4], to_apply=%add
+}
+"""
+
+
+def test_collectives_are_counted_as_often_as_loops_run():
+  found = {(c.kind, c.shape): (c.times, c.bytes) for c in hlo.collectives(LOOPS)}
+  assert found == {
+    ("collective-permute", "f32[8]"): (12, 12 * 32),  # 3 x (0, 2, 4, 6)
+    ("all-gather", "bf16[64,4]"): (3, 3 * 512 * 3 / 4),
+    ("reduce-scatter", "bf16[16,4]"): (1, 128 * 3 / 4),
+    ("all-reduce", "f32[8]"): (1, 2 * 36 / 2),
+  }
+  assert hlo.sent(hlo.collectives(LOOPS)) == 12 * 32 + 3 * 384 + 96 + 36
+  assert hlo.summary(hlo.collectives(LOOPS)).startswith("3 x all-gather 1.15e-06 GB, 12 x collective-permute")
+  assert hlo.loops(LOOPS) == {"outer_body": 3, "inner_body": 12}
+  assert sum("collective-permute-start" in line for line in hlo.lines_in_loops(LOOPS)) == 1
+
+
+def test_a_program_on_the_devices_that_are_here():
+  mesh = sharding.make_mesh(fsdp=8, data=1)
+  place = jax.NamedSharding(mesh, jax.P("fsdp"))
+  x = jax.ShapeDtypeStruct((64, 8), jax.numpy.float32, sharding=place)
+  step = jax.jit(lambda x: jax.lax.fori_loop(0, 5, lambda i, y: y * x.sum(), x), out_shardings=place).lower(x).compile()
+  (found,) = hlo.collectives(step.as_text())
+  assert (found.kind, found.shape, found.bytes / found.times) == ("all-reduce", "f32[]", 2 * 4 * 7 / 8)
+  assert compiled.peak_of(step, "cpu") >= 2 * 8 * 8 * 4
+
+
+# What is not there
+
+
+def test_a_compiler_that_is_not_installed(monkeypatch):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  for word, extra in {"v6e:2x4": "plan", "h100:8": "gpu"}.items():
+    says = rf"not installed: pip install 'alma_jax\[{extra}\]'; --quick plans"
+    with pytest.raises(devices.CompilerError, match=says), devices.described(topology.parse(word)):
+      pass
+  assert jax.config.jax_exec_time_optimization_effort == devices.DEFAULT
+
+
+def test_what_does_not_compile_is_a_row_with_its_message(capsys):
+  def refuse():
+    raise NotImplementedError("Mosaic kernels cannot be partitioned.\nMore words.")
+
+  m, work = machine("v6e:2x4"), WORKS[5]
+  made = compiled.made_of(programs.Program("embed", refuse), "embeddings", "tpu")
+  step = compiled._with(m, estimate.estimate(m, work), [made])
+  assert not step.fits and step.hours == 0
+  said = "\n".join(table.lines(table.Plan(m, [step], compilers="libtpu")))
+  assert "does not compile: embeddings: embed: Mosaic kernels cannot be partitioned." in said and "REFUSED" in said
+  assert table.as_json(table.Plan(m, [step]))["stages"][0]["fits"] is False
+
+
+# Copies of a model on a host
+
+
+def test_the_devices_of_a_copy_are_chosen_by_size():
+  large, whole = shapes.SHAPES["llama3_70b"], shapes.SHAPES["llama3_8b"]
+  chosen = {}
+  for word in ("v5e:4x4", "v6e:2x4", "v5p:4x4x4", "h100:8"):
+    chosen[word] = [machine(word, c, tensor=0).tensor for c in (whole, large)]
+  assert chosen == {"v5e:4x4": [2, 4], "v6e:2x4": [1, 8], "v5p:4x4x4": [1, 4], "h100:8": [1, 4]}
+  step = estimate.estimate(machine("v5e:4x4", large, tensor=0), WORKS[3])
+  assert not step.fits and step.helps.startswith(
+    "no host of v5e:4x4 (4 devices) has room for a copy of the model; --top"
+  )
+
+
+def test_a_copy_that_no_host_holds_is_said_at_the_start(monkeypatch):
+  device = types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": 100_000}, platform="tpu")
+  made = []
+  monkeypatch.setattr(sharding, "make_mesh", lambda **how: made.append(how["tensor"]))
+  options = ModelOptions("mini", "mini")
+  c = host.llama_config.read_config(host.model_directory("mini"))
+  room = c.parameters * 2 / 100_000  # in devices
+  with pytest.raises(host.ConfigError, match=r"a copy of mini takes .* no copy fits this host"):
+    host.local_mesh(options, EngineOptions(), [device] * max(1, int(room / 2)))
+  device.memory_stats = lambda: {"bytes_limit": 2 * c.parameters}
+  host.local_mesh(options, EngineOptions(), [device] * 4)
+  assert made == [2]
+  with pytest.raises(host.ConfigError, match=r"engine\.tensor is 1.* raise engine.tensor, or 0 chooses"):
+    host.local_mesh(options, EngineOptions(tensor=1), [device] * 4)
+  with pytest.raises(host.ConfigError, match=r"engine\.tensor is 8 and this host has 4 devices"):
+    host.local_mesh(options, EngineOptions(tensor=8), [device] * 4)
+
+
+# Meshes
+
+
+def test_meshes_are_compared_by_what_fits_and_what_is_sent():
+  m = machine("v5p:4x4x4", shapes.SHAPES["llama3_70b"])
+  work = trained("policy", training.Options(**TRAINED | dict(batch=128, row_length=2048)))
+  work = dataclasses.replace(work, examples=5000)
+  found = meshes.candidates(m, work)
+  assert len({mesh.name for mesh in found}) == len(found) == 7 + 6 + 5 + 4
+  assert [mesh.fits for mesh in found] == sorted((mesh.fits for mesh in found), reverse=True)
+  plan = table.Plan(m, [estimate.estimate(m, work)])
+  said = list(meshes.lines(plan, quick=True))
+  best = found[0]
+  assert said[-1].startswith(f"the best: {best.name} (--config.mesh.data={best.options.data} ")
+  assert sum("DOES NOT FIT" in line for line in said) == sum(not mesh.fits for mesh in found) > 0
+
+
+# The TPU's compiler
+
+
+@pytest.fixture(scope="module")
+def tpu():
+  """{"sft step": (program, compiled, text), ...} for v6e:2x4."""
+  m, found = machine("v6e:2x4"), {}
+  with devices.described(m.topology) as there:
+    for work in WORKS:
+      for program in compiled.programs_of(m, work, there):
+        made = program.make()
+        found[f"{work.stage} {program.name}"] = program, made, made.as_text()
+  return found
+
+
+def id_(x):
+  return x
+
+
+@needs_libtpu
+def test_every_program_compiles_for_tpus_and_takes_what_the_quick_plan_says(tpu):
+  names = {name.partition(" ")[0] for name in tpu}
+  assert names == {work.stage for work in WORKS} and len(tpu) == 14
+  m = machine("v6e:2x4")
+  for work in WORKS[:1]:
+    quick = estimate.estimate(m, work).peak
+    assert compiled.peak_of(tpu[f"{work.stage} step"][1], "tpu") == pytest.approx(quick, rel=0.3)
+
+
+@needs_libtpu
+def test_state_and_cache_are_updated_in_place(tpu):
+  for name in ("sft step", "dpo step", "grpo step"):
+    memory = tpu[name][1].memory_analysis()
+    state = 12 * SMALL.parameters / 8
+    assert memory.alias_size_in_bytes >= 0.98 * state and memory.output_size_in_bytes <= 1.05 * state + 2**20
+  shape = programs._shapes(WORKS[3], 32)
+  cache = 4 * SMALL.depth * SMALL.kv_heads * SMALL.head_dim * (shape.slots * 128 + shape.rows * shape.room)
+  for name in ("prefill", "refill", "decode"):
+    memory = tpu[f"responses {name}"][1].memory_analysis()
+    assert memory.alias_size_in_bytes >= cache
+    assert memory.output_size_in_bytes - memory.alias_size_in_bytes < 0.05 * cache
+  sums = 4 * 2**13 * 256
+  assert tpu["clusters accumulate"][1].memory_analysis().alias_size_in_bytes >= sums
+
+
+@needs_libtpu
+def test_what_each_program_sends(tpu):
+  head = SMALL.vocab * SMALL.width
+  layers = (SMALL.parameters - 2 * head) // SMALL.depth
+  for name, (_, _, text) in tpu.items():
+    stage, _, program = name.partition(" ")
+    found = hlo.collectives(text)
+    largest = max((hlo.sizes(c.shape) for c in found), default=0)
+    if stage in ("responses", "judgments", "embeddings"):
+      assert not found, f"{name} sends {hlo.summary(found)}"
+    elif stage == "clusters":
+      # the sums of all devices, the labels of all points
+      allowed = {"accumulate": 4 * 2**17 // 128 * 8, "move": 4 * 2**13 * 256, "assign": 4 * 2**20}[program]
+      assert largest <= allowed, (name, found[:3])
+    else:
+      assert largest <= 4 * head, (name, found[:3])  # the embedding, in fp32 at low effort
+      # weights forward and backward, gradients back: no more than a tenth above, and the vocabulary's tables
+      passes = {"step": 3, "log-probs": 2}[program]
+      assert hlo.sent(found) <= 1.3 * (passes * 2 * layers * SMALL.depth) + (4 + 2 * 4 + 3 * 2) * head, name
+      activations = 16 * 512 * SMALL.width * 2
+      gathers = [c for c in found if c.kind == "all-gather" and hlo.sizes(c.shape) >= activations and "16" in c.shape]
+      assert all(re.search(r"\b16384\b", c.shape) for c in gathers), gathers  # no activations of the whole batch
+
+
+@needs_libtpu
+def test_a_plan_has_the_compilers_figures(tpu, monkeypatch):
+  m, heard = machine("v6e:2x4"), []
+  steps = [estimate.estimate(m, WORKS[4]), estimate.estimate(m, WORKS[6])]
+
+  def ready(machine, step, devices):
+    stage = step.work.stage
+    return [dataclasses.replace(p, make=functools.partial(id_, x)) for n, (p, x, _) in tpu.items() if stage in n]
+
+  monkeypatch.setattr(compiled, "programs", ready)
+  found = compiled.compiled(m, steps, (), heard.append)
+  assert len(heard) == 5 and all(step.fits and step.compiled for step in found)
+  assert found[0].peak == max(
+    compiled.peak_of(made, "tpu") + program.beside
+    for name, (program, made, _) in tpu.items()
+    if name[:9] == "judgments"
+  )
+  assert [c.kind for c in found[1].collectives]
