@@ -99,7 +99,7 @@ def batch(work: Training, places: int) -> dict[str, Any]:
     data = Rated([one], names, np.zeros(1), np.zeros((1, 1)))
   else:
     data = Examples([one], names)
-  made = Batches(data, Sizes(batch=o.batch, epochs=1.0, row_length=o.row_length), None, 1)(0)
+  made = Batches(data, Sizes(batch=o.batch, epochs=1.0, row_length=o.row_length, fit_rows=False), None, 1)(0)
   rows = places // made["tokens"].shape[1]
 
   def wide(made: dict[str, Any]) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def _logprobs(machine: Machine, step: Step, work: Training, devices: Sequence[An
     given = {name: _array(mesh, rows, width) for name in names}
     given["weights"] = _array(mesh, rows, width, dtype=jnp.float32)
     with jax.set_mesh(mesh):
-      scorer: Any = train._scorer(o.batch, machine.dtype, mesh)
+      scorer: Any = train._scorer(o.batch, machine.dtype, mesh, True if machine.platform == "gpu" else None)
       return scorer.lower(_weights(machine, mesh, sharding.TRAIN, "float32"), given).compile()
 
   yield Program("log-probs", make, part=False)
