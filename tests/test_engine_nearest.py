@@ -10,8 +10,9 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
-from alma_jax.engine import lloyd, nearest, nearest_gpu, nearest_tpu, points
+from alma_jax.engine import embed, lloyd, nearest, nearest_gpu, nearest_tpu, points
 from alma_jax.engine.kmeans import Settings, fit, starting_at
+from alma_jax.runtime import clustering
 
 WHOLE = P()
 KERNELS = {"tpu": (nearest_tpu.nearest, jnp.bfloat16), "gpu": (nearest_gpu.nearest, jnp.float16)}
@@ -20,6 +21,12 @@ KERNELS = {"tpu": (nearest_tpu.nearest, jnp.bfloat16), "gpu": (nearest_gpu.neare
 @pytest.fixture(params=["tpu", "gpu"])
 def platform(request):
   return request.param
+
+
+def elsewhere(sizes, platform):
+  """A mesh of devices that are not here."""
+  device = AbstractDevice({"tpu": "TPU v6e", "gpu": "NVIDIA H100 80GB HBM3"}[platform], None, platform)
+  return AbstractMesh(sizes, ("data", "k"), axis_types=(AxisType.Auto,) * 2, abstract_device=device)
 
 
 def interpreted(platform):
@@ -91,10 +98,20 @@ def test_clusters_through_a_kernel_are_those_of_a_cpu(monkeypatch, platform):
   assert (found.labels == wanted.labels).mean() > 0.98  # centroids are rounded to half precision
 
 
+def test_accelerators_get_16_bits_of_rows_that_come_from_16_bits(platform):
+  x = np.random.default_rng(0).normal(size=(9, 4))
+  here, away = points.mesh_of(1, 1, jax.devices()[:1]), elsewhere((1, 1), platform)
+  for dtype, unit in ((np.float16, True), (np.float16, False), (np.float32, True)):
+    rows = embed.Rows((x.astype(dtype),), unit=unit)
+    assert clustering.source_for(here, rows) is rows
+    found = clustering.source_for(away, rows)
+    assert found[2:5].dtype == found.dtype == dtype
+    np.testing.assert_array_equal(found[2:5], rows[2:5].astype(dtype))
+
+
 @pytest.mark.parametrize("sizes", [(8, 1), (2, 4), (1, 8), (1, 1)], ids=str)
 def test_passes_meet_their_kernel_on_every_mesh(platform, sizes):
-  device = AbstractDevice({"tpu": "TPU v6e", "gpu": "NVIDIA H100 80GB HBM3"}[platform], None, platform)
-  mesh = AbstractMesh(sizes, ("data", "k"), axis_types=(AxisType.Auto,) * 2, abstract_device=device)
+  mesh = elsewhere(sizes, platform)
   programs = lloyd.programs_for(mesh, (256, 512), False)
 
   def array(*shape, dtype=jnp.float32, spec=WHOLE):

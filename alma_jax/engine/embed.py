@@ -166,8 +166,12 @@ class Rows:
 
   @functools.cached_property
   def dtype(self) -> np.dtype:
-    half = not self.unit and all(array.dtype == np.float16 for array in self.arrays)
-    return np.dtype(np.float16 if half else np.float32)
+    return np.dtype(np.float16 if self.halves and not self.unit else np.float32)
+
+  @functools.cached_property
+  def halves(self) -> bool:
+    """Whether the arrays have 16 bits."""
+    return all(array.dtype == np.float16 for array in self.arrays)
 
   def __getitem__(self, rows: slice) -> np.ndarray:
     begin, end, _ = rows.indices(len(self))
