@@ -80,7 +80,16 @@ def main(argv: Sequence[str]) -> None:
     sys.exit(check.run(_CONFIG.value, _WORKDIR.value))
   if not _WORKDIR.value:
     sys.exit("error: --workdir is missing: give the run directory, which is made at the first start")
-  sys.exit(start.run(_CONFIG.value, _WORKDIR.value))
+  sys.exit(start.run(_CONFIG.value, _WORKDIR.value, _foreseen))
+
+
+def _foreseen(session: Any) -> Sequence[str]:
+  """What the run will take, on devices whose peak rates are known."""
+  if session.mesh.devices.flat[0].platform == "cpu":
+    return ()
+  from alma_jax.plan import ahead
+
+  return list(ahead.lines(session))
 
 
 def run(argv: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import absl.logging
@@ -40,12 +40,15 @@ from alma_jax.store.runs import Run
 Recipe = Any  # a module of alma_jax/recipes: Options, check, checks, models, plan and run
 
 
-def run(config: ConfigDict, workdir: str) -> int:
-  """Run the config's recipe; the exit status."""
+def run(config: ConfigDict, workdir: str, foresee: Callable[[Session[Any]], Iterable[str]] | None = None) -> int:
+  """Run the config's recipe; the exit status. What `foresee` says of the run is shown before it begins."""
 
   def work() -> None:
     recipe = recipe_of(config)
     with open_session(config, workdir) as session:
+      if foresee and session.run.process == 0:
+        for line in foresee(session):
+          session.display.say(line)
       began = time.monotonic()
       try:
         recipe.run(session)

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import pathlib
+import time
+import types
 
 import pytest
 
@@ -13,7 +15,7 @@ from alma_jax.engine.slots import bytes_of, shapes_for, token_bytes
 from alma_jax.engine.train import Objective, kept_numbers, least_bytes
 from alma_jax.errors import RunError
 from alma_jax.llama.sharding import abstract_mesh
-from alma_jax.plan import estimate, memory, shapes, table, topology
+from alma_jax.plan import ahead, estimate, memory, shapes, table, topology
 from alma_jax.plan.assumptions import Given, assumptions, cpu_share
 from alma_jax.plan.work import Clustering, Reading, Sampling, Training, of_alma, steps
 from alma_jax.recipes import alma
@@ -290,6 +292,28 @@ def test_a_plan_that_does_not_fit(tmp_path, capsys):
   stages = {stage["stage"]: stage for stage in json.loads(path.read_text())["stages"]}
   assert stages["round_02/policy"]["fits"] and stages["round_02/policy"]["remat"] == "full"
   assert not stages["round_02/responses"]["fits"] and stages["round_02/responses"]["hours"] is None
+
+
+def test_a_run_says_at_its_start_what_it_will_take(monkeypatch, tmp_path):
+  device = types.SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3", process_index=0)
+  monkeypatch.setattr(ahead.jax, "devices", lambda: [device] * 8)
+  config = plan._config("configs/alma.py:8b", ())
+  config.data.sft = config.data.judge = "not_given.jsonl"
+  by_round = start.checked_options(config)
+  s = types.SimpleNamespace(
+    options=by_round[0], by_round=by_round, config=config, run=types.SimpleNamespace(dir=tmp_path),
+    host=types.SimpleNamespace(trained_config=LLAMA),
+  )  # fmt: skip
+  monkeypatch.setattr(ahead, "free_bytes", lambda path: 10**15)
+  began = time.process_time()
+  (said,) = ahead.lines(s)
+  took = time.process_time() - began
+  found = plan.made(plan.FLAGS.values([*PAPER, "--topology=h100:8"]))
+  assert f"8 x H100: {found.hours:,.3g} hours, {found.device_hours:,.4g} device-hours" in said and took < 3
+  monkeypatch.setattr(ahead, "free_bytes", lambda path: 10**9)
+  assert list(ahead.lines(s))[1].startswith(f"{tmp_path}: the run takes up to {found.disk / 1e9:,.3g} GB, and 1 GB are")
+  device.device_kind = "cpu"
+  assert not list(ahead.lines(s))
 
 
 @pytest.mark.parametrize(

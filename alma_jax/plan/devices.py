@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from alma_jax.errors import UserError
@@ -25,6 +26,7 @@ from alma_jax.llama import sharding
 from alma_jax.plan.topology import Topology
 
 LOW, DEFAULT = -1.0, 0.0  # efforts of the compilers, in JAX's numbers
+CACHE = "jax_enable_compilation_cache"
 EFFORTS = "jax_exec_time_optimization_effort", "jax_memory_fitting_effort"
 
 # What XLA asks of an H100 SXM, as it prints it for a live one (openxla/xla, xla/backends/gpu/target_config).
@@ -58,10 +60,13 @@ class CompilerError(UserError):
 def described(topology: Topology, effort: float = LOW) -> Iterator[Sequence[Any]]:
   """Yields the devices of the topology, for which programs can be lowered and compiled inside the block."""
   with contextlib.ExitStack() as stack:
-    before = {name: getattr(jax.config, name) for name in EFFORTS}
-    for name in EFFORTS:
-      stack.callback(jax.config.update, name, before[name])
-      jax.config.update(name, effort)
+    # What is compiled for absent devices can be written to a cache of compilations, but not read again.
+    values = dict.fromkeys(EFFORTS, effort) | {CACHE: False}
+    stack.callback(compilation_cache.reset_cache)
+    for name, value in values.items():
+      stack.callback(jax.config.update, name, getattr(jax.config, name))
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()  # JAX looks at the switch once
     if topology.chip.platform == "gpu":
       stack.enter_context(_hopper())
     yield _devices(topology)

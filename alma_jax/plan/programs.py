@@ -228,7 +228,7 @@ def _clustering(machine: Machine, work: Clustering, devices: Sequence[Any]) -> I
   source: Any = types.SimpleNamespace(shape=(n, work.dims), dtype=np.dtype(np.float16))
   data = points.Points(source, mesh, min(n, CHUNK * len(devices) // along), work.k, False)
   each = -(-work.k // along)
-  tile = points._up(-(-each // -(-each // data._tiles[1])), 64)
+  tile = points._up(-(-each // -(-each // data._tiles[1])), data._step)
   K = points._up(each, tile) * along
   found = lloyd.programs_for(mesh, (data.tile, tile), False)
 

@@ -1,0 +1,140 @@
+"""Every program of a run, compiled for machines that are not here: what each takes and sends, and what is refused.
+
+  python -m benchmarks.compiled --output=compiled.jsonl                            the whole matrix: hours
+  python -m benchmarks.compiled --output=compiled.jsonl --only=llama3_8b@v6e:2x4   one machine
+  python -m benchmarks.compiled --output=small.jsonl --only=llama3_8b@v6e:2x4 --depth=2 --stages=dpo,pool/clusters
+
+TPUs' compiler comes with 'alma_jax[plan]', that of GPUs with 'alma_jax[gpu]'; neither needs a device. The programs are
+those of configs/alma.py at full depth, or of a model cut to --depth layers, on the config's mesh. Every program is a
+line of the output as soon as it is compiled, and the same versions do not compile it again: start the same command to
+go on. At the end all lines are printed as a table, with the seconds that each program took. --effort=default asks for
+the compilers' default effort instead of the lowest, at which TPUs may all-reduce what the default reduce-scatters.
+
+What to expect: peaks below what is usable, nothing sent in sampling and reading, and weights that are gathered, not
+all-reduced. At low effort a training step takes a TPU's compiler half a minute to two CPU minutes.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from alma_jax.plan import compiled, devices, hlo, shapes, topology
+from alma_jax.plan.estimate import Machine
+from alma_jax.plan.work import Work
+from alma_jax.tools import plan
+
+GIB = 2**30
+MATRIX = [
+  *(f"llama3_8b@{word}" for word in ("v5e:4x4", "v6e:2x4", "v6e:8x8", "v5p:2x2x2", "h100:8")),
+  *(f"llama3_70b@{word}" for word in ("v5p:4x4x4", "h100:8x8")),
+  *(f"llama32_1b@{word}" for word in ("v5e:2x2", "h100:1")),
+]
+# One stage for each kind of program, and the other losses
+STAGES = (
+  "sft_1", "round_02/policy", "round_02/responses", "round_02/judgments", "pool/embeddings", "pool/clusters",
+)  # fmt: skip
+METHODS = ("dpo", "grpo")
+Row = dict[str, Any]
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--output", required=True, type=pathlib.Path, help="JSON lines, one a program")
+  parser.add_argument("--only", default=",".join(MATRIX), help="model@topology, several with commas")
+  parser.add_argument("--stages", default=",".join((*STAGES, *METHODS)), help="stages, dpo, grpo")
+  parser.add_argument("--depth", type=int, default=0, help="layers; 0: all")
+  parser.add_argument("--effort", choices=("low", "default"), default="low")
+  options = parser.parse_args()
+  began, done = time.monotonic(), {_key(row): row for row in _rows(options.output)}
+  for cell in options.only.split(","):
+    for row in _cell(cell, options, done):
+      with options.output.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+      done[_key(row)] = row
+      print(_line(row), flush=True)
+  print(f"\n{len(done)} programs; this start took {time.monotonic() - began:.0f} s on {os.cpu_count()} cores\n")
+  print("| model | machine | program | peak GiB | usable | sent in a step | s |\n|---|---|---|---|---|---|---|")
+  for row in done.values():
+    print(_line(row))
+
+
+def _cell(cell: str, options: argparse.Namespace, done: dict[Any, Row]) -> Iterator[Row]:
+  """A line for each program of this model on this machine that is not done."""
+  model, _, word = cell.partition("@")
+  size = "70b" if model == "llama3_70b" else "8b"
+  effort = devices.LOW if options.effort == "low" else devices.DEFAULT
+  with devices.described(topology.parse(word), effort) as there:
+    compilers = devices.compilers(topology.parse(word))
+    for name in options.stages.split(","):
+      machine, work = _work(model, word, size, name, options.depth)
+      fixed = dict(
+        model=model, topology=word, depth=machine.c.depth, effort=options.effort, compilers=compilers, stage=name
+      )
+      if any(row["stage"] == name and _key(row)[:-1] == _key(fixed)[:-1] and row["last"] for row in done.values()):
+        continue
+      programs = compiled.programs_of(machine, work, there)
+      for at, program in enumerate(programs):
+        if _key(fixed | dict(program=program.name)) in done:
+          continue
+        made = compiled.made_of(program, name, machine.platform)
+        yield fixed | dict(
+          program=program.name,
+          last=at == len(programs) - 1,
+          peak=made.peak,
+          usable=machine.topology.chip.memory,
+          sent=hlo.sent(made.collectives),
+          collectives=hlo.summary(made.collectives),
+          largest=[dataclasses.asdict(c) for c in made.collectives[:5]],
+          refused=made.refused,
+          seconds=round(made.seconds, 1),
+          date=datetime.date.today().isoformat(),
+        )
+
+
+def _work(model: str, word: str, size: str, name: str, depth: int) -> tuple[Machine, Work]:
+  """A stage of the config on this machine; `dpo` and `grpo` are its policies by that method."""
+  given = [f"--config=configs/alma.py:{size}", f"--model={model}", f"--topology={word}"]
+  overrides = []
+  if name in METHODS:
+    overrides = [f"--config.trainset.method={name}"]
+    overrides += ["--config.responses.checkpoints=('latest',)"] if name == "grpo" else []
+  stage = "round_02/policy" if name in METHODS else name
+  made = plan.made(plan.FLAGS.values([*given, f"--stages={stage}"]), overrides)
+  machine = made.machine
+  if depth:
+    machine = dataclasses.replace(machine, c=dataclasses.replace(shapes.shape(model), depth=depth))
+  return machine, made.steps[0].work
+
+
+def _key(row: Row) -> tuple[Any, ...]:
+  names = ("model", "topology", "depth", "effort", "compilers", "stage", "program")
+  return tuple(row.get(name) for name in names)
+
+
+def _rows(path: pathlib.Path) -> Iterator[Row]:
+  """The lines that are there; one that a killed start left unfinished is made again."""
+  for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    try:
+      yield json.loads(line)
+    except ValueError:
+      continue
+
+
+def _line(row: Row) -> str:
+  cut = f" ({row['depth']} layers)" if row["depth"] != shapes.shape(row["model"]).depth else ""
+  what = row["refused"] or row["collectives"]
+  peak = "does not compile" if row["refused"] else f"{row['peak'] / GIB:.2f}"
+  return (
+    f"| {row['model']}{cut} | {row['topology']} | {row['stage']} {row['program']} | {peak} |"
+    f" {row['usable'] / GIB:.2f} | {what} | {row['seconds']:.0f} |"
+  )
+
+
+if __name__ == "__main__":
+  main()
