@@ -257,6 +257,7 @@ def test_what_each_program_sends(tpu):
       # the sums of all devices, the labels of all points
       allowed = {"accumulate": 4 * 2**17 // 128 * 8, "move": 4 * 2**13 * 256, "assign": 4 * 2**20}[program]
       assert largest <= allowed, (name, found[:3])
+      assert ('"tpu_custom_call"' in text) == (program != "move")  # scores stay on the chip
     else:
       assert largest <= 4 * head, (name, found[:3])  # the embedding, in fp32 at low effort
       # weights forward and backward, gradients back: no more than a tenth above, and the vocabulary's tables

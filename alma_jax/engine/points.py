@@ -245,14 +245,19 @@ class Points:
       raise ClusteringError(f"k-means: point {row} has a value that is not finite, or too large for its square in fp32")
     return jax.device_get(result)
 
-  def placed(self, centroids: np.ndarray) -> tuple[Array, Programs]:
-    """Centroids of the host on the devices, and the programs for so many."""
-    k, ways = len(centroids), self.mesh.shape["k"]
+  def tiled(self, k: int) -> tuple[int, int]:
+    """How many centroids make a tile, and how many places k of them take in whole tiles on all devices."""
+    ways = self.mesh.shape["k"]
     each = -(-k // ways)
     tiles = -(-each // self._tiles[1])
     tile = _up(-(-each // tiles), self._step)
-    padded = np.zeros((tile * tiles * ways, self.d), np.float32)
-    padded[:k] = centroids
+    return tile, tile * tiles * ways
+
+  def placed(self, centroids: np.ndarray) -> tuple[Array, Programs]:
+    """Centroids of the host on the devices, and the programs for so many."""
+    tile, places = self.tiled(len(centroids))
+    padded = np.zeros((places, self.d), np.float32)
+    padded[: len(centroids)] = centroids
     c = jax.make_array_from_callback(padded.shape, NamedSharding(self.mesh, P("k")), lambda index: padded[index])
     return c, programs_for(self.mesh, (self.tile, tile), self.spherical, self.kernels)
 

@@ -227,9 +227,7 @@ def _clustering(machine: Machine, work: Clustering, devices: Sequence[Any]) -> I
   mesh, n = points.mesh_of(len(devices) // along, along, devices), work.rows
   source: Any = types.SimpleNamespace(shape=(n, work.dims), dtype=np.dtype(np.float16))
   data = points.Points(source, mesh, min(n, CHUNK * len(devices) // along), work.k, False)
-  each = -(-work.k // along)
-  tile = points._up(-(-each // -(-each // data._tiles[1])), data._step)
-  K = points._up(each, tile) * along
+  tile, K = data.tiled(work.k)
   found = lloyd.programs_for(mesh, (data.tile, tile), False)
 
   def array(*shape: int, spec: P = sharding.WHOLE, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
