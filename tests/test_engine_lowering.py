@@ -114,7 +114,7 @@ def test_sampling_meets_its_kernels_on_every_mesh(mesh, platform):
   places = sample._placed(state, CONFIG, mesh)
   state = jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), state, places)
   tiles = llama.Tiles(
-    array(mesh, ways * shapes.tiles), array(mesh, ways * shapes.tiles, shapes.tile), array(mesh, ways * shapes.slots)
+    array(mesh, ways * shapes.rows, shapes.tile), array(mesh, ways * shapes.rows), array(mesh, ways * shapes.slots)
   )
   rows = array(mesh, ways * 2)
   fill = functools.partial(kernels, sample._fill, platform, model, state, None, array(mesh, ways * 2, T), rows, rows)

@@ -147,7 +147,7 @@ def test_every_device_holds_its_own_part_of_the_cache_from_the_start(monkeypatch
     return fill(model, state, *rest, **more)
 
   monkeypatch.setattr(sample, "_fill", watched)
-  run(make_requests(1, 1), WARM, 4, on_mesh(unrolled(), mesh, sharding.DECODE), mesh=mesh)
+  run(make_requests(16, 16), WARM, 4, on_mesh(unrolled(), mesh, sharding.DECODE), mesh=mesh)
   assert seen == [(4, NEW, CONFIG.kv_heads // 2, CONFIG.head_dim)] * 8
 
 

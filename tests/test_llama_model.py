@@ -64,13 +64,15 @@ def test_slots_of_one_prefix_decode_from_its_tile_as_from_a_prefix_of_their_own(
   lengths, owner = np.array([9, 14]), np.array([1, 0, 1, 1])  # slots 0, 2 and 3 continue prompt 1
   _, kv = jax.jit(llama.prefill)(fast, tokens[:, :16], lengths)
   own = llama.Prefix(jax.tree.map(lambda x: x[owner], kv), lengths[owner])
-  # Tiles of two slots: 0 and 2 | 3 and a place to spare | 1 and a place to spare.
-  tiles = llama.Tiles(np.array([1, 1, 0]), np.array([[0, 2], [3, 0], [1, 1]]), np.array([0, 4, 1, 2]))
+  # Rows of two slots: 0 and 2 | nothing | 3 and a place to spare | 1 and a place to spare.
+  slots, rows = np.array([[0, 2], [0, 0], [3, 0], [1, 1]]), np.array([1, 0, 1, 0])
+  tiles = llama.Tiles(slots, np.array([2, 0, 1, 1]), np.array([0, 6, 1, 4]))
+  shared = llama.Prefix(jax.tree.map(lambda x: x[rows], kv), lengths[rows])
   step, a, b = jax.jit(llama.decode), llama.new_cache(fast, 4, 3), llama.new_cache(fast, 4, 3)
   for i in range(3):
     drawn, counts = np.array([3, 4, 5, 6]) + i, np.full(4, i)
     alone, a = step(fast, drawn, counts, a, own, None)
-    tiled, b = step(fast, drawn, counts, b, llama.Prefix(kv, lengths), tiles)
+    tiled, b = step(fast, drawn, counts, b, shared, tiles)
     np.testing.assert_allclose(tiled, alone, atol=2e-6)
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-6), a, b)
 

@@ -168,18 +168,11 @@ def test_training_takes_what_the_compilers_say(word, remat, rows, width, gib):
   assert found / 2**30 == pytest.approx(gib, rel=0.15)
 
 
-@pytest.mark.parametrize("word, depth, gib", [("v6e:2x4", 4, 9.25), ("v6e:2x4", 8, 16.32), ("h100:8", 32, 57.02)])
+@pytest.mark.parametrize("word, depth, gib", [("h100:8", 4, 8.76)])
 def test_the_slots_of_a_decode_step_take_at_least_what_the_compilers_say(word, depth, gib):
   m = machine(word, dataclasses.replace(LLAMA, depth=depth))
   found = m.model_bytes + bytes_of(m.shape, answers().options.decoding, shapes_for(256, 1024, 200), None)
   assert gib <= found / 2**30 <= 1.08 * gib
-
-
-@pytest.mark.parametrize("depth, gb", [(4, 18.5), (8, 32.4)])
-def test_a_decode_step_moves_what_the_compilers_say(depth, gb):
-  m = machine("v6e:2x4", dataclasses.replace(LLAMA, depth=depth))
-  found = estimate.decoding_bytes(m, answers(), shapes_for(256, 1024, 200), 350.0)
-  assert found / 1e9 == pytest.approx(gb, rel=0.15)
 
 
 # More of anything

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from alma_jax.errors import UserError
+from alma_jax.llama.sharding import platform
 
 
 class DecodingError(UserError):
@@ -90,9 +91,15 @@ def weights(logits: Array, decoding: Decoding, said: Array | None = None, count:
     edge = _edge(w, lambda kept: jnp.where(kept, w, 0.0).sum(axis=-1, keepdims=True) >= wanted)
     # Of those that tie at the edge, the first few that are needed.
     short = wanted - jnp.where(w > edge, w, 0.0).sum(axis=-1, keepdims=True)
+    needed = jnp.maximum(jnp.ceil(short / jnp.maximum(edge, 1e-37)), 1.0)
     tied = w == edge
-    few = jnp.cumsum(tied, axis=-1) <= jnp.maximum(jnp.ceil(short / jnp.maximum(edge, 1e-37)), 1.0)
-    w = jnp.where((w > edge) | (tied & few), w, 0.0)
+
+    def first() -> Array:
+      return jnp.where((w > edge) | (tied & (jnp.cumsum(tied, axis=-1) <= needed)), w, 0.0)
+
+    # Most often one weight is at the edge, or all of them are needed: then none is counted.
+    all_needed = (tied.sum(axis=-1, keepdims=True) <= needed).all()
+    w = jax.lax.cond(all_needed, lambda: jnp.where(w >= edge, w, 0.0), first)
   return w
 
 
@@ -113,16 +120,30 @@ def _ruled(logits: Array, decoding: Decoding, said: Array | None, count: Array |
 def _edge(w: Array, enough: Callable[[Array], Array]) -> Array:
   """[B, 1]: the largest number e for which enough(w >= e) holds. It must hold for all weights, e = 0.
 
-  Non-negative floats are ordered as their bits are, and 1.0 is 0x3f800000, so that 30 bits decide: each step tries the
-  next bit of the edge, from the highest on, and keeps it while the weights at or above the edge are enough.
+  Non-negative floats are ordered as their bits are, and 1.0 is 0x3f800000, so that 30 bits decide, from the highest on.
+  On CPUs each pass over the weights finds a bit: it is set while the weights at or above the number with it are enough.
+  Elsewhere a pass takes as long as memory needs, and finds three bits, because it tries the seven numbers at once.
   """
+  bits = 1 if platform() == "cpu" else 3
 
   def narrow(i: Array, low: Array) -> Array:
-    tried = low + (1 << (29 - i))
-    return jnp.where(enough(w >= jax.lax.bitcast_convert_type(tried, jnp.float32)), tried, low)
+    shift = 30 - bits * (1 + i)
+    tried = [jax.lax.bitcast_convert_type(low + (d << shift), jnp.float32) for d in range(1, 1 << bits)]
+    return low + (_digit([enough(w >= number) for number in tried]) << shift)
 
-  low = jax.lax.fori_loop(0, 30, narrow, jnp.zeros((w.shape[0], 1), jnp.int32))
+  low = jax.lax.fori_loop(0, 30 // bits, narrow, jnp.zeros((w.shape[0], 1), jnp.int32))
   return jax.lax.bitcast_convert_type(low, jnp.float32)
+
+
+def _digit(reached: list[Array]) -> Array:
+  """The largest d for which reached[d - 1] holds, else 0, by bisection: sums of floats are not quite monotonic."""
+
+  def found(low: int, step: int) -> Array | int:
+    if not step:
+      return low
+    return jnp.where(reached[low + step - 1], found(low + step, step // 2), found(low, step // 2))
+
+  return jnp.asarray(found(0, (len(reached) + 1) // 2))
 
 
 def _blocks(x: Array, filler: float) -> Array:

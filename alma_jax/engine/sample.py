@@ -12,9 +12,8 @@ from one queue and exchange nothing. What a replica holds, for two prompts p and
 
     slots     0   1   2   3   4   5     one request each; its answer's keys and values are the slot's own cache
     holds     r0  r1  r2  r7  -1  r3    the request in every slot; slot 4 is free
-    row       0   0   0   1   0   0     the row of the request's prompt
-    rows      0: p    1: q              a prompt's keys and values, its length and the logits after it
-    tiles     [0 1 2 5]  [3 . . .]      slots that read one row together, so that its keys are read once for them
+    rows      0: p    1: q    2: p      a prompt's keys and values, its length and the logits after it
+    tiles     [0 1]   [3 .]   [2 5]     the slots that read a row together, so that its keys are read once for them
 """
 
 import collections
@@ -32,7 +31,7 @@ from jax.sharding import PartitionSpec as P
 
 from alma_jax.engine import buckets, prefixes
 from alma_jax.engine.choose import Decoding, choose
-from alma_jax.engine.slots import PREFILL_ROWS, Shapes, shapes_for
+from alma_jax.engine.slots import PREFILL_ROWS, Shapes, shapes_at_hand
 from alma_jax.errors import NotFinite
 from alma_jax.keys import Key
 from alma_jax.llama import model as llama
@@ -62,8 +61,8 @@ class Sampled:
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  slots: int  # on each replica
-  longest_prompt: int | None = None  # in this call and later ones, so that they share their shapes; None: this call's
+  slots: int  # on each replica, at most: fewer requests take fewer
+  longest_prompt: int | None = None  # of this call and later ones: no room is made for more; None: this call's
   steps: int = 0  # tokens that are drawn before the host hears of them; 0: as many as pay
 
 
@@ -149,6 +148,17 @@ def _fill(
 
   specs = (WHOLE, *(REPLICA,) * 5)
   return per_replica(fill, mesh, specs, REPLICA)(model, state, head, tokens, lengths, into)
+
+
+@functools.partial(jax.jit, donate_argnames="state", static_argnames="mesh")
+def _copy(state: State, rows: Array, into: Array, mesh: Mesh | None) -> State:
+  """Copies of the prompts in `rows` [R] in the rows `into`; where that is past the last row, nothing is copied."""
+
+  def copy(state: State, rows: Array, into: Array) -> State:
+    prompts = {name: x for name, x in state.items() if name.startswith("prefix")}
+    return state | jax.tree.map(lambda x: x.at[into].set(x[rows], mode="drop"), prompts)
+
+  return per_replica(copy, mesh, (REPLICA,) * 3, REPLICA)(state, rows, into)
 
 
 @functools.partial(jax.jit, donate_argnames="state", static_argnames=("decoding", "mesh"))
@@ -245,9 +255,9 @@ def sample(
   prompts = list(dict.fromkeys(r.prompt for r in requests))
   if not min(map(len, prompts)):
     raise ValueError("a prompt has no tokens: there is nothing to continue")
-  room = buckets.rounded(max(limits.longest_prompt or 0, max(map(len, prompts))))
-  shapes = shapes_for(limits.slots, room, len(requests) / len(prompts))
-  mesh = None if mesh is None or mesh.size == 1 else mesh
+  lengths, mesh = [len(prompt) for prompt in prompts], None if mesh is None or mesh.size == 1 else mesh
+  room = buckets.rounded(max(limits.longest_prompt or 0, *lengths))
+  shapes = shapes_at_hand(lengths, len(requests), limits.slots, room, replicas(mesh))
   sampler = _Sampler(model, requests, decoding, shapes, mesh)
   # As long as a refill pays: short answers end, and free their slots, after fewer steps.
   steps = limits.steps or min(16, max(4, decoding.max_new_tokens // 48))
@@ -292,17 +302,41 @@ class _Chunk:
   requests: list[int]
 
 
+class _Fill(NamedTuple):
+  """A row to prefill."""
+
+  row: int
+  chunk: _Chunk
+
+
+class _Copy(NamedTuple):
+  """A row that becomes a copy of another."""
+
+  row: int
+  into: int
+
+
 class _Seat(NamedTuple):
   slot: int
-  row: int
+  row: int  # that holds the request's prompt
   request: int
 
 
-Fills = list[tuple[int, _Chunk]]  # rows to prefill, and the chunk of each
+class _Taken(NamedTuple):
+  """What a replica does at once, in this order."""
+
+  fills: list[_Fill]  # at most PREFILL_ROWS, whose prompts share their head
+  copies: list[_Copy]
+  seats: list[_Seat]
 
 
 class _Sampler:
-  """The device state of one call of `sample`, and what the host knows of it: which request is in which slot and row."""
+  """The device state of one call of `sample`, and what the host knows of it: the request in every slot, and the prompt
+  in every row.
+
+  A prompt has enough rows for its live slots, shapes.tile to a row. Which of its slots read which of its rows is open
+  until `tiles`, because they are copies: so slots that become free leave at most one row of a prompt partly used.
+  """
 
   def __init__(
     self, model: Llama, requests: Sequence[Request], decoding: Decoding, shapes: Shapes, mesh: Mesh | None
@@ -311,11 +345,13 @@ class _Sampler:
     self.ways = replicas(mesh)
     self.state: State = _empty(model, shapes, decoding, mesh)
     self.holds = np.full(self.ways * shapes.slots, -1)  # the request in each slot
-    self.row = np.zeros(self.ways * shapes.slots, int)  # and the row of its prompt, in its replica
-    self.prompts: list[list[tuple[int, ...] | None]] = [[None] * shapes.rows for _ in range(self.ways)]
-    # (row, request) of the chunk that each replica has at hand, and the chunks that are still to be taken
-    self.waiting = [collections.deque[tuple[int, int]]() for _ in range(self.ways)]
-    self.queue = collections.deque(_chunks(requests, CHUNK if shapes.tile > 1 else 1))
+    number = {prompt: i for i, prompt in enumerate(dict.fromkeys(request.prompt for request in requests))}
+    self.prompts = list(number)
+    self.asks = np.array([number[request.prompt] for request in requests])  # the number of each request's prompt
+    self.rows = np.full((self.ways, shapes.rows), -1)  # the number of the prompt in each row
+    # the requests of the chunk that each replica has at hand, and the chunks that are still to be taken
+    self.waiting = [collections.deque[int]() for _ in range(self.ways)]
+    self.queue = collections.deque(_chunks(requests, min(CHUNK, shapes.slots) if shapes.tile > 1 else 1))
     self.heads: tuple[tuple[int, ...], ...] = ()  # of the replicas, as the last prefill had them
     self.heads_kv: Any = None
 
@@ -325,10 +361,12 @@ class _Sampler:
     # One prefill after the other, until no replica seats any more requests.
     while True:
       taken = [self._take(replica) for replica in range(self.ways)]
-      seats += [seat for _, more in taken for seat in more]
-      if any(fills for fills, _ in taken):
-        self._fill([fills for fills, _ in taken])
-      if not any(more for _, more in taken):
+      seats += [seat for mine in taken for seat in mine.seats]
+      if any(mine.fills for mine in taken):
+        self._fill([mine.fills for mine in taken])
+      if any(mine.copies for mine in taken):
+        self._copy([mine.copies for mine in taken])
+      if not any(mine.seats for mine in taken):
         break
     if seats:
       rows, keys = np.full(self.holds.size, -1, np.int32), np.zeros((self.holds.size, 2), np.uint32)
@@ -337,45 +375,52 @@ class _Sampler:
       self.state = _start(self.state, rows, keys, self._said(), decoding=self.decoding, mesh=self.mesh)
     return bool((self.holds >= 0).any())
 
-  def _take(self, replica: int) -> tuple[Fills, list[_Seat]]:
-    """What to prefill and which requests to seat on a replica: as many as one prefill serves.
+  def _take(self, replica: int) -> _Taken:
+    """What to prefill and copy, and which requests to seat on a replica: as many as one prefill serves.
 
-    Slots 3, 4 and 5 are free, r8 of prompt p in row 0 is at hand, and the queue has chunks (q: r9), (s: r10 r11):
+    Slots 3, 4 and 5 are free, tiles have 2 slots, r8 of prompt p is at hand, and the queue has chunks (q: r9 r10 r11):
 
-      slot 3  r8, row 0      the last request at hand
-      slot 4  r9, row 1      the chunk of q, whose keys row 1 holds
-      slot 5  r10, row 2     the chunk of s, to be prefilled into row 2, which no live slot reads; r11 is at hand
+      slot 3  r8     p has three live slots and two rows: there is a place
+      slot 4  r9     q is to be prefilled into a row that no live slot needs
+      slot 5  r10    in the same row; r11 is at hand, and will need a copy of it
     """
-    shapes, fills, seats = self.shapes, [], []
-    mine = slice(replica * shapes.slots, (replica + 1) * shapes.slots)
-    holds, row_of, prompts, waiting = self.holds[mine], self.row[mine], self.prompts[replica], self.waiting[replica]
+    tile, taken = self.shapes.tile, _Taken([], [], [])
+    first = replica * self.shapes.slots
+    holds, held, waiting = self.holds[first : first + self.shapes.slots], self.rows[replica], self.waiting[replica]
+    live = np.bincount(self.asks[holds[holds >= 0]], minlength=len(self.prompts))  # slots of each prompt
     for slot in np.flatnonzero(holds < 0).tolist():
-      if not waiting:
-        # The chunk at hand is used up: take the next one, if its prompt has a row or can have one in this prefill.
-        if not self.queue:
+      # The chunk at hand, or the next one if that is used up.
+      if not (waiting or self.queue):
+        break
+      chunk = None if waiting else self.queue[0]
+      prompt = self.asks[chunk.requests[0] if chunk else waiting[0]]
+      rows = np.flatnonzero(held == prompt) if tile > 1 else np.array([], int)
+      if live[prompt] == tile * len(rows) or tile == 1:
+        # Another row for the prompt: a copy of one that it has, or a prefill.
+        row = slot if tile == 1 else _spare(held, live, tile)
+        if row is None:  # every row has a sample that is not over: the slot waits for one
           break
-        chunk = self.queue[0]
-        row = next((r for r, p in enumerate(prompts) if p == chunk.prompt), None) if shapes.tile > 1 else None
-        if row is None:
-          if len(fills) == PREFILL_ROWS or (fills and fills[0][1].head != chunk.head):
+        if len(rows):
+          taken.copies.append(_Copy(int(rows[0]), row))
+        else:
+          assert chunk is not None  # the prompt of a chunk at hand keeps its row
+          if len(taken.fills) == PREFILL_ROWS or (taken.fills and taken.fills[0].chunk.head != chunk.head):
             break
-          used = np.bincount(row_of[holds >= 0], minlength=shapes.rows)
-          row = slot if shapes.tile == 1 else next((r for r in range(shapes.rows) if not used[r]), None)
-          if row is None:  # every row has a sample that is not over: the slot waits for one
-            break
-          prompts[row] = chunk.prompt
-          fills.append((row, chunk))
+          taken.fills.append(_Fill(row, chunk))
+          rows = np.array([row])
+        held[row] = prompt
+      if chunk:
         self.queue.popleft()
-        waiting.extend((row, request) for request in chunk.requests)
-      row, request = waiting.popleft()
-      holds[slot], row_of[slot] = request, row
-      seats.append(_Seat(mine.start + slot, row, request))
-    return fills, seats
+        waiting.extend(chunk.requests)
+      holds[slot] = request = waiting.popleft()
+      live[prompt] += 1
+      taken.seats.append(_Seat(first + slot, int(rows[0]), request))
+    return taken
 
-  def _fill(self, fills: list[Fills]) -> None:
+  def _fill(self, fills: list[list[_Fill]]) -> None:
     """One prefill for all replicas, each with its own fills."""
     shapes, R = self.shapes, 1 if max(map(len, fills)) == 1 else PREFILL_ROWS
-    heads = tuple(mine[0][1].head if mine else () for mine in fills)
+    heads = tuple(mine[0].chunk.head if mine else () for mine in fills)
     rests, into = [], []
     for mine, start in zip(fills, heads, strict=True):
       free = R - len(mine)
@@ -389,14 +434,23 @@ class _Sampler:
       head = self.heads_kv, np.array([len(h) for h in heads], np.int32)
     self.state = _fill(self.model, self.state, head, tokens, lengths, np.array(into, np.int32), mesh=self.mesh)
 
+  def _copy(self, copies: list[list[_Copy]]) -> None:
+    """Copies of rows on all replicas, as many at a time as are prefilled."""
+    nothing = _Copy(0, self.shapes.rows)
+    for start in range(0, max(map(len, copies)), PREFILL_ROWS):
+      some = [mine[start : start + PREFILL_ROWS] for mine in copies]
+      flat = np.array([copy for mine in some for copy in (*mine, *[nothing] * (PREFILL_ROWS - len(mine)))], np.int32)
+      self.state = _copy(self.state, flat[:, 0], flat[:, 1], mesh=self.mesh)
+
   def _said(self) -> np.ndarray | None:
     """The prompts' tokens of all rows, if the penalty counts them."""
     if not self.decoding.remembers:
       return None
     said = np.full((self.ways * self.shapes.rows, self.shapes.room), self.model.c.vocab, np.int32)
     if self.decoding.penalize_prompt:
-      for row, prompt in enumerate(p for mine in self.prompts for p in mine):
-        said[row, : len(prompt or ())] = prompt or ()
+      for row, number in enumerate(self.rows.ravel()):
+        prompt = self.prompts[number] if number >= 0 else ()
+        said[row, : len(prompt)] = prompt
     return said
 
   def decode(self, steps: int) -> State:
@@ -407,28 +461,36 @@ class _Sampler:
     return self.state
 
   def tiles(self) -> llama.Tiles:
-    """Live slots by row, up to shapes.tile of them in a tile. The picture above, with tiles of 4:
+    """The live slots of each prompt, up to shapes.tile of them at each of its rows. The picture above, tiles of 2:
 
-    prefix    0          1          -1 ...     the row of every tile
-    slots     0 1 2 5    3 0 0 0    0 0 0 0    its slots; 0 only fills
-    place     0 1 2 4 0 3                      where slot b's result stands: tile x 4 + place in the tile
+    rows      p      q      p          a row for each tile
+    slots     0 1    3 0    2 5        its slots; 0 also fills
+    live      2      1      2          how many they are
+    place     0 1 4 2 0 5              where slot b's result stands: row x 2 + place in the tile
     """
     shapes, made = self.shapes, []
-    for replica in range(self.ways):
-      mine = slice(replica * shapes.slots, (replica + 1) * shapes.slots)
-      prefix, slots = np.full(shapes.tiles, -1, np.int32), np.zeros((shapes.tiles, shapes.tile), np.int32)
-      place, tile = np.zeros(shapes.slots, np.int32), 0
-      live = np.flatnonzero(self.holds[mine] >= 0)
-      rows = self.row[mine][live]
-      for row in np.unique(rows):
-        members = live[rows == row]
-        for start in range(0, len(members), shapes.tile):
-          some = members[start : start + shapes.tile]
-          prefix[tile], slots[tile, : len(some)] = row, some
-          place[some] = tile * shapes.tile + np.arange(len(some))
-          tile += 1
-      made.append(llama.Tiles(prefix, slots, place))
+    for replica, held in enumerate(self.rows):
+      holds = self.holds[replica * shapes.slots : (replica + 1) * shapes.slots]
+      slots, place = np.zeros((shapes.rows, shapes.tile), np.int32), np.zeros(shapes.slots, np.int32)
+      live, seated = np.zeros(shapes.rows, np.int32), np.flatnonzero(holds >= 0)
+      for prompt in np.unique(self.asks[holds[seated]]):
+        mine, rows = seated[self.asks[holds[seated]] == prompt], np.flatnonzero(held == prompt)
+        for row, start in zip(rows, range(0, len(mine), shapes.tile), strict=False):  # it may have rows to spare
+          some = mine[start : start + shapes.tile]
+          live[row] = len(some)
+          slots[row, : len(some)], place[some] = some, row * shapes.tile + np.arange(len(some))
+      made.append(llama.Tiles(slots, live, place))
     return jax.tree.map(lambda *x: np.concatenate(x), *made)
+
+
+def _spare(held: np.ndarray, live: np.ndarray, tile: int) -> int | None:
+  """The first row that no live slot needs: a prompt needs the first of its rows, as many as its live slots fill."""
+  left = -(-live // tile)  # rows that each prompt still needs
+  for row, prompt in enumerate(held.tolist()):
+    if prompt < 0 or not left[prompt]:
+      return row
+    left[prompt] -= 1
+  return None
 
 
 def _chunks(requests: Sequence[Request], size: int) -> Iterator[_Chunk]:

@@ -1,12 +1,14 @@
 """The shapes of a call of the sampler, and how many slots fit into memory.
 
   slots = slots_that_fit(model, decoding, Load(longest_prompt=512, samples_per_prompt=4), free=60 * 2**30)
-  shapes = shapes_for(slots, room=512, samples_per_prompt=4)
+  shapes = shapes_for(slots, room=512, samples_per_prompt=4)                    # the most that a call may take
+  shapes = shapes_at_hand([16] * 12, samples=48, slots=slots, room=512, ways=1)   # what one takes
 
 Shapes follow from few coarse classes, so that calls of one kind share their compiled programs.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 from jax.sharding import AbstractMesh, Mesh
 
@@ -29,22 +31,34 @@ class Shapes:
   """The shapes of a call, per replica."""
 
   slots: int
-  rows: int  # prompts whose keys and values are held
-  room: int  # tokens per prompt
-  tile: int  # slots per tile; 1: slot b has row b
-
-  @property
-  def tiles(self) -> int:
-    """Enough for any distribution of the slots over the rows."""
-    return self.rows + self.slots // self.tile
+  rows: int  # of the keys and values of prompts; a prompt has one row for each `tile` of its slots
+  room: int  # tokens per row
+  tile: int  # slots that read a row; 1: slot b reads row b
 
 
-def shapes_for(slots: int, room: int, samples_per_prompt: float) -> Shapes:
-  """Prompts linger until their longest sample ends, so more rows are held than slots / samples."""
+def shapes_for(slots: int, room: int, samples_per_prompt: float, prompts: int | None = None) -> Shapes:
+  """Prompts linger until their longest sample ends, so more of them are held than slots / samples; `prompts`: how many
+  there are. Rows are enough for any distribution of the slots over the prompts that are held."""
   if samples_per_prompt < 2:
     return Shapes(slots, slots, room, 1)
   share, tile = (1, 4) if samples_per_prompt < 5 else (4, TILE) if samples_per_prompt < 32 else (8, TILE)
-  return Shapes(slots, min(slots, max(8, slots // share)), room, tile)
+  held = min(slots, max(8, slots // share), _power(prompts or slots))
+  return Shapes(slots, held + slots // tile, room, tile)
+
+
+def shapes_at_hand(prompts: Sequence[int], samples: int, slots: int, room: int, ways: int) -> Shapes:
+  """The shapes for so many samples in all of distinct prompts of these lengths, on `ways` replicas: at most `slots` and
+  `room`, and no more than the least powers of two that serve, so that few programs are compiled.
+
+  Under 64 slots and 1,024 tokens, 12 prompts of 16 tokens have 16 slots and 16 tokens; 60 of 700 have what is allowed.
+  """
+  slots, room = min(slots, _power(-(-samples // ways))), min(room, buckets.rounded(_power(max(prompts))))
+  return shapes_for(slots, room, samples / len(prompts), len(prompts))
+
+
+def _power(count: int) -> int:
+  """The least power of two that is not below the count."""
+  return 1 << (max(1, count) - 1).bit_length()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,15 +113,13 @@ def _gib(size: int) -> str:
 
 
 def bytes_of(model: Llama, decoding: Decoding, shapes: Shapes, mesh: Mesh | AbstractMesh | None) -> int:
-  """What a call holds on each device beside the weights, and what it works with. The gathered prefixes of all layers
-  are there at once, because compilers make one program of the layers; TPUs lay out a quarter of them anew."""
+  """What a call holds on each device beside the weights, and what it works with."""
   c, itemsize = model.c, model.embed.get_value().dtype.itemsize
   ways = 1 if mesh is None else mesh.shape["tensor"]
   cached = token_bytes(model, mesh) * (shapes.slots * decoding.max_new_tokens + shapes.rows * shapes.room)
-  logits = 4 * c.vocab // (ways if c.vocab % ways == 0 else 1) * (4 * shapes.slots + shapes.rows)
+  logits = 4 * c.vocab // (ways if c.vocab % ways == 0 else 1)
   prefill = PREFILL_ROWS * shapes.room * (4 * c.width + 3 * c.ffn // ways) * itemsize
-  tiles = (0 if shapes.tile == 1 else shapes.tiles) * shapes.room * token_bytes(model, mesh) * 5 // 4
-  return cached + logits + max(prefill, tiles)
+  return cached + logits * (shapes.slots + shapes.rows) + max(prefill, 3 * logits * shapes.slots)
 
 
 def token_bytes(model: Llama, mesh: Mesh | AbstractMesh | None) -> int:

@@ -2,12 +2,12 @@
 
   causal(q, k, v, segments)   each place looks at itself and at the earlier places of its segment; T = S
   over(q, k, v, lengths)      each query of row b looks at the first lengths[b] keys; lengths[b] may be 0
-                              (`rows`: the row of k and v for each row of q)
+                              (`over_tiles`: the same for a sampler's tiles)
   merged(a, b)                attention over the union of the keys of two results
 
 q is [B, T, N, H]; k and v are [B, S, K, H] (grouped queries: G = N / K heads share a key/value head). Scores, softmax
 and the log-sum-exp [B, T, N] are fp32 for inputs of every dtype, so that two parts can be merged exactly. Everything
-but `rows` can be differentiated.
+but `over_tiles` can be differentiated.
 
 `llama.attention_reference` says the same in plain XLA. The tests compare every back end with it, and each back end of
 an accelerator is compared once more on the device before its first use. `chosen` picks the back end while a call is
@@ -47,16 +47,16 @@ def causal(q: Array, k: Array, v: Array, segments: Array, few: bool | None = Non
   return _computed("causal", q, k, v, segments, few)
 
 
-def over(q: Array, k: Array, v: Array, lengths: Array, rows: Array | None = None) -> Attended:
-  """Attention over the first keys of each row; where a row has none, out is 0 and the log-sum-exp is `NEVER`.
+def over(q: Array, k: Array, v: Array, lengths: Array) -> Attended:
+  """Attention over the first keys of each row; where a row has none, out is 0 and the log-sum-exp is `NEVER`."""
+  return _computed("over", q, k, v, lengths)
 
-  With `rows` [B], row b looks at k[rows[b]] and v[rows[b]], which lie whole on its device.
-  """
-  if rows is None:
-    return _computed("over", q, k, v, lengths)
+
+def over_tiles(q: Array, k: Array, v: Array, lengths: Array) -> Attended:
+  """`over` without a gradient, for few queries in each row and rows of which many may have no keys."""
   if platform() == "cpu":
-    return _back_end("cpu").over_rows(q, k, v, lengths, rows)
-  return _computed("over", q, k[rows], v[rows], lengths)
+    return _back_end("cpu").over_tiles(q, k, v, lengths)
+  return _computed("over", q, k, v, lengths)
 
 
 def merged(a: Attended, b: Attended) -> Attended:

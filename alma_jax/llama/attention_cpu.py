@@ -7,7 +7,7 @@ all its heads. Everything inside is fp32, because CPUs have no faster arithmetic
   causal   one stripe of queries after another, each against the keys up to its end (picture at `_stripes`). The
            backward pass computes the scores again and keeps nothing of [T, T].
   over     many queries: the same tiles. One query per row (decoding): reads only the blocks of keys that a row has.
-           With `rows`, the tiles of a sampler's slots: one row after another, empty ones skipped.
+           The tiles of a sampler's slots: one row after another, empty ones skipped.
 """
 
 from collections.abc import Callable, Sequence
@@ -86,17 +86,16 @@ def over(q: Array, k: Array, v: Array, lengths: Array) -> Attended:
   return (_decoding if q.shape[1] == 1 else _many)(q, k, v, lengths)
 
 
-def over_rows(q: Array, k: Array, v: Array, lengths: Array, rows: Array) -> Attended:
-  """`over` with keys and values of row rows[b] for row b, one row after another: no keys are gathered, and rows without
-  keys cost nothing. It has no gradient."""
+def over_tiles(q: Array, k: Array, v: Array, lengths: Array) -> Attended:
+  """`over` for the tiles of a sampler, one row after another: rows without keys cost nothing. It has no gradient."""
   (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
   G = N // K
 
   def row(x: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-    q, length, at = x
+    q, length, b = x
 
     def looking() -> tuple[Array, Array]:
-      keys, values = (jax.lax.dynamic_index_in_dim(x, at, keepdims=False).astype(jnp.float32) for x in (k, v))
+      keys, values = (jax.lax.dynamic_index_in_dim(x, b, keepdims=False).astype(jnp.float32) for x in (k, v))
       scores = jnp.where(jnp.arange(S) < length, jnp.einsum("kth,skh->kts", q, keys), NEVER)
       top = scores.max(axis=-1, keepdims=True)
       weights = jnp.exp(scores - top)
@@ -106,7 +105,7 @@ def over_rows(q: Array, k: Array, v: Array, lengths: Array, rows: Array) -> Atte
     nothing = jnp.zeros((K, G * T, H)), jnp.full((K, G * T), NEVER)
     return jax.lax.cond(length > 0, looking, lambda: nothing)
 
-  out, lse = jax.lax.map(row, ((_queries(q, G) * H**-0.5).reshape(B, K, G * T, H), lengths, rows))
+  out, lse = jax.lax.map(row, ((_queries(q, G) * H**-0.5).reshape(B, K, G * T, H), lengths, jnp.arange(B)))
   return _unfolded(out, G).astype(v.dtype), _unfolded(lse[..., None], G)[..., 0]
 
 

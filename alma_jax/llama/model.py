@@ -433,19 +433,20 @@ def new_cache(model: Llama, slots: int, capacity: int) -> Cache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-  """The slots that read each prefix: up to W slots of one prefix form a tile, so that its keys are read once for them.
+  """The slots that read each prefix together, up to W of them, so that its keys are read once for them and where they
+  lie. A prefix that more slots continue has several rows.
 
-  Slots 0, 2 and 3 continue prefix 1, slot 1 continues prefix 0; W = 2, `-` is a place to spare:
+  Slots 0, 2 and 3 continue prefix p, slot 1 continues prefix q; W = 2, `-` is a place to spare:
 
-    tile   prefix   slots      results, n x W      place of slots 0 1 2 3
-      0       1      0 2           0 1                            0 4 1 2
-      1       1      3 -           2 .
-      2       0      1 -           4 .
+    row   prefix   slots    live    results, rows x W      place of slots 0 1 2 3
+     0      p       0 2      2            0 1                            0 4 1 2
+     1      p       3 -      1            2 .
+     2      q       1 -      1            4 .
   """
 
-  prefix: Array | np.ndarray  # [n] the prefix of each tile; -1: the tile is not used
-  slots: Array | np.ndarray  # [n, W] its slots; any slot in a place to spare
-  place: Array | np.ndarray  # [B] where slot b's result stands among the n x W
+  slots: Array | np.ndarray  # [rows, W] the slots of each row; any slot in a place to spare
+  live: Array | np.ndarray  # [rows] how many they are
+  place: Array | np.ndarray  # [B] where slot b's result stands among the rows x W
 
 
 def decode(
@@ -458,14 +459,13 @@ def decode(
   """
   c = model.c
   if tiles is None:
-    before, lengths, rows = prefix.lengths, prefix.lengths, None
+    before = lengths = prefix.lengths
   else:
-    before = prefix.lengths[tiles.prefix[tiles.place // tiles.slots.shape[1]]]
-    lengths = jnp.where(tiles.prefix < 0, 0, prefix.lengths[tiles.prefix])
-    rows = jnp.maximum(tiles.prefix, 0)
+    before = prefix.lengths[tiles.place // tiles.slots.shape[1]]
+    lengths = jnp.where(tiles.live > 0, prefix.lengths, 0)
   cos_sin = rope_angles(c, (before + counts)[:, None])
 
-  def grouped(x: Array) -> Array:  # a slot per row -> a tile per row, [B, 1, ...] -> [n, W, ...]
+  def grouped(x: Array) -> Array:  # a slot per row -> a tile per row, [B, 1, ...] -> [rows, W, ...]
     return x if tiles is None else x[tiles.slots][:, :, 0]
 
   def single(x: Array) -> Array:  # and back
@@ -481,7 +481,7 @@ def decode(
     def attend(q: Array, k: Array, v: Array) -> tuple[Array, KeysValues]:
       written = put(keys, counts, k[:, 0]), put(values, counts, v[:, 0])
       new = attention.over(q, *written, counts + 1)
-      old = attention.over(grouped(q), prefix_keys, prefix_values, lengths, rows)
+      old = (attention.over if tiles is None else attention.over_tiles)(grouped(q), prefix_keys, prefix_values, lengths)
       return attention.merged(new, jax.tree.map(single, old))[0], written
 
     return run_block(block, c, x, cos_sin, attend)

@@ -36,9 +36,8 @@ from alma_jax.runtime.host import EngineOptions, ModelOptions, models_that_stay,
 from alma_jax.runtime.session import MeshOptions
 
 NEAR = 0.9  # of a slot's mean length is what its token at work has behind it: lognormal lengths
-GATHERS = {"gpu": 3, "cpu": 3, "tpu": 6}  # times the gathered prefixes go from or to memory in a step
 SCORES = {"gpu": 0, "cpu": 4, "tpu": 4}  # times fp32 attention scores do
-CHOOSING = {"greedy": 7, "temperature": 8, "filtered": 54}  # times fp32 logits do
+CHOOSING = {"greedy": 7, "temperature": 8, "filtered": 24}  # times fp32 logits do
 K_MEANS_BLOCK = {"gpu": 16384, "tpu": 2048}  # points that a centroid meets each time it is read; see engine/nearest.py
 K_MEANS_SCORE = 12  # bytes of memory traffic for each score where they go through memory
 REMAT = {"none": 1.0, "products": 1.0, "full": 4 / 3}  # times a step's arithmetic
@@ -342,17 +341,13 @@ def _sampling(machine: Machine, work: Sampling) -> Step:
 
 def decoding_bytes(machine: Machine, work: Sampling, shapes: Shapes, new: float) -> float:
   """The bytes that one token of all slots takes from and to a device's memory, as the programs are today: on TPUs and
-  CPUs attention reads every place of a slot, cuDNN those that hold a token; prefixes are gathered for every tile."""
+  CPUs attention reads every place of a slot and of a prefix, cuDNN those that hold a token."""
   c, o, platform, tensor = machine.c, work.options, machine.platform, machine.tensor
   keys, longest = token_bytes(machine.shape, machine.local_mesh), o.decoding.max_new_tokens
   weights = (machine.layers + machine.head) * machine.itemsize / tensor
   own = shapes.slots * keys * (NEAR * new if platform == "gpu" else longest)
-  if shapes.tile == 1:
-    read = work.prompt_tokens if platform == "gpu" else shapes.room
-    prefix, scores = shapes.slots * keys * read, shapes.slots * (shapes.room + longest)
-  else:
-    prefix = GATHERS[platform] * shapes.tiles * shapes.room * keys
-    scores = shapes.tiles * shapes.tile * shapes.room + shapes.slots * longest
+  prefix = shapes.rows * keys * (work.prompt_tokens if platform == "gpu" else shapes.room)
+  scores = shapes.rows * shapes.tile * shapes.room + shapes.slots * longest
   scores *= SCORES[platform] * 4 * c.heads / tensor * c.depth
   filtered = o.decoding.top_p < 1 or o.decoding.top_k > 0
   how = "greedy" if o.decoding.temperature == 0 else "filtered" if filtered else "temperature"

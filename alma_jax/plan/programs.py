@@ -163,8 +163,8 @@ def _sampling(machine: Machine, work: Sampling, mesh: Mesh, slots: int) -> Itera
   def decode() -> Any:
     tiles = None
     if shapes.tile > 1:
-      prefix, slots = _array(mesh, ways * shapes.tiles), _array(mesh, ways * shapes.tiles, shapes.tile)
-      tiles = llama.Tiles(prefix, slots, slot_rows)  # pyright: ignore[reportArgumentType]
+      slots, live = _array(mesh, ways * shapes.rows, shapes.tile), _array(mesh, ways * shapes.rows)
+      tiles = llama.Tiles(slots, live, slot_rows)  # pyright: ignore[reportArgumentType]
     with _alone(mesh):
       return sample._segment.lower(model, state, tiles, decoding=decoding, steps=STEPS, mesh=mesh).compile()
 
