@@ -241,7 +241,7 @@ def _rows(machine: Machine, work: Training) -> int:
   o, mesh = work.options, machine.training_mesh
   width = o.row_length * work.sides
   needed = math.ceil(min(o.batch, work.examples) * work.length / width / shares.PACKING[0])
-  unit = math.lcm(ROWS, sharding.replicas(mesh) * min(o.passes, o.batch))
+  unit = math.lcm(1 if o.fit_rows else ROWS, sharding.replicas(mesh) * min(o.passes, o.batch))
   return -(-needed // unit) * unit
 
 
