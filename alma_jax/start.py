@@ -279,7 +279,8 @@ def hosts_of(environment: Mapping[str, str]) -> dict[str, Any] | None:
 
 
 def cache_compilations() -> None:
-  """Keep compiled programs between starts, in a directory of our own unless the user names one.
+  """Keep compiled programs between starts, in a directory of our own unless the user names one; those that took 0.2
+  seconds or more unless the user says how many.
 
   Several processes on CPUs keep none: a program that is read back has lost the order of collectives that do not depend
   on each other, and two processes can then wait for ever, each in another one.
@@ -290,7 +291,8 @@ def cache_compilations() -> None:
   if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
     directory = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "alma_jax" / "jax"
     jax.config.update("jax_compilation_cache_dir", str(directory))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+  if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def barrier(name: str) -> None:

@@ -240,8 +240,9 @@ def test_a_prompt_without_tokens_is_refused():
 # Against transformers
 
 
-@pytest.mark.parametrize("kind", ["llama2", "llama3", "llama31", "llama32"])
-@pytest.mark.parametrize("penalty", [1.0, 1.3])
+@pytest.mark.parametrize(
+  ("kind", "penalty"), [("llama2", 1.0), ("llama3", 1.0), ("llama31", 1.0), ("llama32", 1.0), ("llama32", 1.3)]
+)
 def test_live_greedy_tokens_equal_transformers_generate(kind, penalty):
   torch = pytest.importorskip("torch")
   from transformers import RepetitionPenaltyLogitsProcessor
