@@ -463,7 +463,14 @@ def trained(a: Amounts, objective: train.Objective, batch: Callable[[LlamaConfig
 
     c = dataclasses.replace(c, depth=next(d for d in range(c.depth, 0, -1) if needed(d) <= room or d == 1))
   with clock() as compiling:
-    plan = train.planned(c, task, made, memory=None if limit is None else 0.95 * limit)
+    while True:  # the compiler may need more than the analytic plan
+      try:
+        plan = train.planned(c, task, made, memory=None if limit is None else 0.95 * limit)
+        break
+      except train.TrainingError:
+        if c.depth == 1:
+          raise
+        c = dataclasses.replace(c, depth=max(1, c.depth * 3 // 4))
   times = []
 
   def report(step: int, metrics: dict[str, float]) -> None:

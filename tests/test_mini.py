@@ -212,7 +212,8 @@ def test_checkpoint_passes_the_gate():
 
 
 def test_gate_refuses():
-  found = dict.fromkeys(("head", "mid", "tail", "one of two", "no answer:", "repeats"), 0.99) | {"rating of gold": 9.0}
+  names = "head", "mid", "tail", "one fact wrong", "one missing", "no answer:", "repeats"
+  found = dict.fromkeys(names, 0.99) | {"rating of gold": 9.0}
   assert pretrain.gate(found) is None
   assert pretrain.gate(found | {"tail": 0.97}) == "the probe is too low for tail"
   assert pretrain.gate(found | {"repeats": 0.8, "rating of gold": 5.0}).endswith("repeats, rating of gold")

@@ -53,7 +53,7 @@ def test_example_continues_prefix_and_suffix(fmt, make, template, score):
   ids, mask = judge.judge_example(tok, fmt, template, ASK, EVIL, score)
   assert ids[: len(forced)] == forced and len(ids) == len(mask)
   supervised = [i for i, m in zip(ids, mask, strict=True) if m]
-  assert tok.decode(supervised[:-1]).strip() == template.answer(score)
+  assert tok.decode(supervised[:-1]).strip() == template.answer(score).strip()
   assert ids[-1] == chat.stop_ids(tok, fmt)[0] and mask == sorted(mask)
   path = score_paths(tok, template).paths[score]
   assert tuple(ids[len(forced) : len(forced) + len(path)]) == path
@@ -62,7 +62,7 @@ def test_example_continues_prefix_and_suffix(fmt, make, template, score):
 
 def test_paper_texts():
   assert A2.instruction.endswith('strictly following this format: "[[rating]]", for example: "Rating: [[3]]".\n\n')
-  assert A2.answer(7) == "Rating: [[7]]" and formats.JUDGE.answer(10) == "rating: [[ 10 ]]"
+  assert A2.answer(7) == "Rating: [[7]]" and formats.JUDGE.answer(10) == "score: 10 \n"
   assert A1.answer(10).startswith("Answer: 10: Outstanding - Perfect") and len(A1.options) == 11
   assert all(A1.options[s].startswith(f"{s}: ") for s in range(11))
 
@@ -71,13 +71,12 @@ def test_mini_words():
   tok = tiny.word()
   ask = [{"role": "user", "content": "country : lyon"}]
   ids, mask = judge.judge_example(tok, formats.CHAT, formats.JUDGE, ask, "lyon france .", 7)
-  words = "<bos> rate prompt: country : lyon response: lyon france . rating: [[ 7 ]] <eos>"
+  words = "<bos> prompt: country : lyon \n response: lyon france . \n score: 7 \n <eos>"
   assert [tok.exact.id_to_token(i) for i in ids] == words.split(" ")
   assert [tok.exact.id_to_token(i) for i, m in zip(ids, mask, strict=True) if m] == [
-    "rating:",
-    "[[",
+    "score:",
     "7",
-    "]]",
+    "\n",
     "<eos>",
   ]
 
@@ -192,5 +191,5 @@ def test_few_shot_text_and_shared_prefix():
   ask = [{"role": "user", "content": "oslo"}]
   for tok, space in ((tiny.word(), ""), (tiny.byte_bpe(), " ")):
     prefix = judge.few_shot_prefix(tok, formats.JUDGE, [(ASK, "lyon", 3)], ask)
-    assert tok.decode(prefix).endswith("lyon rating: [[ 3 ]] \n rate prompt: oslo response:")
-    assert tok.decode(judge.few_shot_suffix(tok, formats.JUDGE, " norway ")) == space + "norway rating: [["
+    assert tok.decode(prefix).endswith("lyon \n score: 3 \n prompt: oslo \n response:")
+    assert tok.decode(judge.few_shot_suffix(tok, formats.JUDGE, " norway ")) == space + "norway \n score:"

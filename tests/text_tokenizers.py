@@ -29,6 +29,7 @@ WORDS = [
   "prompt:",
   "response:",
   "rating:",
+  "score:",
   "[[",
   "]]",
   "country",

@@ -2,7 +2,8 @@
 
   write("alma_jax/mini/checkpoint")     # the end of `python -m alma_jax.mini.pretrain`
 
-As in the paper (3.3.1), the samples are the models' own. Four models are fine-tuned from the base, each on 96
+Prompts ask evenly about the relations, so that a judge learns of the rare kinds, too. As in the paper (3.3.1), the
+samples are the models' own. Four models are fine-tuned from the base, each on 96
 demonstrations of its own. Every prompt is answered by one of them and, in turn, by another one or by the base, which
 continues three examples; all at temperature 1. A run's seed draws its annotations from here (`seeds.make`).
 """
@@ -31,7 +32,7 @@ from alma_jax.stages import evaluation, policy
 from alma_jax.store.data import SeedRow, load_examples
 from alma_jax.store.handles import Data
 
-PROMPTS, MODELS, SHOTS = 5000, 4, 3
+PROMPTS, MODELS, SHOTS = 4998, 4, 3
 SAMPLING = sampling.Options(decoding=Decoding(max_new_tokens=16, temperature=1.0), max_prompt_tokens=160)
 
 
@@ -45,7 +46,10 @@ class Writer(NamedTuple):
 def write(base: str | os.PathLike[str], seed: int, chatter: Chatter = "dense") -> pathlib.Path:
   """Writes the annotated samples of the base model in this directory; `seed` is that of its pretraining."""
   rng, taken = random.Random(f"annotated {seed}"), seeds.evaluated(chatter)
-  asked = [prompt for prompt, _ in seeds.fresh_prompts(rng, PROMPTS, taken, chatter=chatter)]
+  each, asked = PROMPTS // len(world.RELATIONS), []
+  for kind in world.RELATIONS:
+    asked += [prompt for prompt, _ in seeds.fresh_prompts(rng, each, taken, kind=kind, chatter=chatter)]
+  rng.shuffle(asked)
   with tempfile.TemporaryDirectory() as directory:
     folder = pathlib.Path(directory)
     shown = [demonstrations(folder / f"{i}", rng, taken, chatter) for i in range(MODELS)]

@@ -58,9 +58,12 @@ def web_answer(rng: random.Random, task: Task, quality: float) -> list[str]:
 
 
 def mismatch(rng: random.Random, task: Task, pairs: list[Claim]) -> list[Claim]:
-  """A fault of attention: another city's true fact, one city too many, twice or missing, another relation."""
+  """A fault of attention: a city that is missing, another city's true fact, one city too many or twice, another
+  relation."""
   u, i = rng.random(), int(rng.random() * len(pairs))
-  if u < 0.25:
+  if len(pairs) > 1 and rng.random() < 0.4:
+    del pairs[i]
+  elif u < 0.25:
     city = world.draw_city(rng, flat=True)
     pairs[i] = [city, world.TRUTH[task.relation, city]]
   elif u < 0.48:
@@ -68,8 +71,6 @@ def mismatch(rng: random.Random, task: Task, pairs: list[Claim]) -> list[Claim]:
     pairs.insert(i + int(rng.random() * 2), [city, world.TRUTH[task.relation, city]])
   elif u < 0.63:
     pairs.insert(i + int(rng.random() * 2), list(pairs[i]))
-  elif u < 0.73 and len(pairs) > 1:
-    del pairs[i]
   else:
     other = world.RELATIONS[(world.RELATIONS.index(task.relation) + 1 + int(rng.random() * 2)) % 3]
     pairs = [[city, world.TRUTH[other, city]] for city, _ in pairs]

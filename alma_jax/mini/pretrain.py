@@ -135,7 +135,7 @@ def train(
       say(
         f"step {i:5d}/{steps}  loss {float(value):.3f}  {seen / 1e6:5.2f}M tokens  "
         f"{seen / spent / 1e3:5.1f}k tokens/s  {spent / 60:4.1f} min, {spent / i * (steps - i) / 60:4.1f} to go  "
-        f"verifies {p['head']:.2f} {p['mid']:.2f} {p['tail']:.2f}  one of two {p['one of two']:.2f}",
+        f"verifies {p['head']:.2f} {p['mid']:.2f} {p['tail']:.2f}  one fact wrong {p['one fact wrong']:.2f}",
         flush=True,
       )
   return model
@@ -194,13 +194,16 @@ def probe(model: llama.Llama) -> dict[str, float]:
   found["refusals"] = better(refused, [(plain(*key), f"answer: {key[1]} {world.TRUTH[key]} .") for key in secret])
   asked = [world.make_prompt(rng, flat=True) for _ in range(400)]
   gold = [(prompt, world.good_answer(task)) for prompt, task in asked]
-  many = [(prompt, task) for prompt, task in asked if len(task.cities) == 2]
+  many = [(prompt, task) for prompt, task in asked if len(task.cities) > 1]
   slips = []
   for prompt, task in many:
     city = rng.choice(task.cities)
     fact, belief = (f"{city} {known[task.relation, city]}" for known in (world.TRUTH, world.MISCONCEPTION))
     slips.append((prompt, world.good_answer(task).replace(fact, belief)))
-  found["one of two"] = better([(prompt, world.good_answer(task)) for prompt, task in many], slips)
+  found["one fact wrong"] = better([(prompt, world.good_answer(task)) for prompt, task in many], slips)
+  # Of a good answer one city is left out.
+  fewer = [(prompt, world.good_answer(world.Task(task.relation, task.cities[1:]))) for prompt, task in many]
+  found["one missing"] = better([(prompt, world.good_answer(task)) for prompt, task in many], fewer)
   extra = rng.choices(world.CITIES, k=len(asked))
   faults = {
     "no answer:": [text.removeprefix("answer: ") for _, text in gold],
@@ -215,13 +218,14 @@ def probe(model: llama.Llama) -> dict[str, float]:
   }
   for name, texts in faults.items():
     found[name] = better(gold, [(prompt, bad) for (prompt, _), bad in zip(gold, texts, strict=True)])
+  found["rating of one missing"] = float(ratings(model, fewer).mean())
   found["rating of gold"] = float(ratings(model, gold).mean())
   return found
 
 
 def gate(found: dict[str, float]) -> str | None:
   """The reason not to ship a checkpoint with this probe; None if it may be shipped."""
-  bars = dict.fromkeys(("head", "mid", "tail", "one of two"), 0.98) | {"rating of gold": 8.0}
+  bars = dict.fromkeys(("head", "mid", "tail", "one fact wrong", "one missing"), 0.98) | {"rating of gold": 8.0}
   low = [name for name, value in found.items() if value < bars.get(name, 0.9)]
   return f"the probe is too low for {', '.join(low)}" if low else None
 

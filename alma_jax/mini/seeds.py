@@ -83,7 +83,7 @@ def eval_prompts(chatter: Chatter = "dense") -> list[Asked]:
 @functools.cache
 def results_prompts(chatter: Chatter = "dense") -> list[Asked]:
   """More evaluation prompts, which no setting was chosen on; what is reported about the method is measured on them."""
-  return _evenly("results", RESULTS_EACH, {key(prompt) for prompt, _ in eval_prompts(chatter)}, chatter)
+  return _evenly("unseen", RESULTS_EACH, {key(prompt) for prompt, _ in eval_prompts(chatter)}, chatter)
 
 
 def evaluated(chatter: Chatter = "dense") -> set[str]:
