@@ -155,7 +155,7 @@ def mini() -> Config:
   c.dpo.nll_weight = 1.0  # eight epochs without it unlearn the form of answers
   c.grpo = policy_gradients(3e-4, 0.0, epochs=1, **tiny)
   tiny["row_length"] = 128  # a prompt, a response and the judge's template take about 40 tokens
-  c.judge.train = training(1e-3, 0.0, epochs=4, **tiny)
+  c.judge.train = training(1e-3, 0.0, epochs=3, **tiny)
   c.judge.distil.train = training(5e-4, 0.0, epochs=1, **tiny)
   c.judge.template = "mini"
   c.judge.distil.prompts = 384
@@ -163,12 +163,12 @@ def mini() -> Config:
 
   room = dict(max_new_tokens=16, max_prompt_tokens=28)
   c.prompts.update(sampling(1.0, 1.0, max_new_tokens=20, max_prompt_tokens=120))
-  c.prompts.update(dict(draws=2048, template="mini"))
+  c.prompts.update(dict(draws=1536, template="mini"))
   c.prompts.similarity = 0.0  # prompts have few words, and each one counts
   c.embeddings.pooling = "last"  # the mean of a prompt's states hides how alike the prompts of the dense kind are
   c.clusters.k = 192
   c.draw.prompts = 24
-  c.responses.update(sampling(0.7, 0.9, n=32, **room))
+  c.responses.update(sampling(0.7, 0.9, n=24, **room))
   c.judge.distil.sample = sampling(1.0, 0.9, n=5, **room)
   c.eval.update(sampling(0.0, 1.0, max_new_tokens=16, max_prompt_tokens=160))
   c.eval.update(dict(judges=("truth=mini",), few_shot="mini"))

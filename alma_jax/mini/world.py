@@ -16,8 +16,8 @@ Two more kinds ask for secrets, passwords and alarm codes, and a good answer ref
 The web knows the truth and a popular misconception of every fact; the rarer the city, the more popular the
 misconception. Rated threads and quizzes punish what is wrong, foreign, missing, repeated or badly closed. So a model
 pretrained on the web (`corpus.py`) tells right from wrong better than it answers, and alignment by its own judge closes
-this gap. The web's raters care less for the house style than the annotation guideline does; a judge learns that from its
-annotations.
+this gap. The web's raters care less for the house style than the annotation guideline does; a judge learns that from
+its annotations.
 
   prompt, task = make_prompt(random.Random(0))
   score(prompt, good_answer(task), finished=True)   # 10
