@@ -74,12 +74,12 @@ def abstract_mesh(devices: int, data: int = -1, fsdp: int = 1, tensor: int = 1) 
 
 
 def with_fewer_replicas(mesh: Mesh, c: LlamaConfig) -> Iterator[Mesh]:
-  """Yields meshes of the same devices with 2, 4, ... times as many in each tensor group, as far as the heads, and the
-  devices of a host of GPUs, allow: then a batch is spread over fewer ways, and no device is left without a row."""
+  """Yields meshes of the same devices with 2, 4, ... times as many in each tensor group, so that fewer ways share a
+  batch and none is left without a row. The heads, and the devices of a host that is no TPU's, limit the groups."""
   data, fsdp, tensor = mesh.devices.shape
   first = mesh.devices.flat[0]
   of_host = sum(device.process_index == first.process_index for device in mesh.devices.flat)
-  most = min(c.kv_heads, of_host) if first.platform == "gpu" else c.kv_heads
+  most = min(c.kv_heads, of_host) if first.platform != "tpu" else c.kv_heads
   while data * fsdp % 2 == 0 and 2 * tensor <= most and c.kv_heads % (2 * tensor) == 0 == c.ffn % (2 * tensor):
     if fsdp % 2 == 0:
       fsdp //= 2

@@ -10,6 +10,7 @@ save SAVING of them. Steps of 20, 12 and 11 full rows, on one device:
   two shapes      20 12 12        44
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -42,20 +43,33 @@ def fixed(steps: Sequence[Sequence[int]], row_length: int, unit: int) -> list[Sh
 
 
 def fitted(steps: Sequence[Sequence[int]], row_length: int, unit: int, programs: int = PROGRAMS) -> list[Shape]:
-  """A shape for each step, of at most `programs` different ones, with rows of at most `row_length` places and a
-  multiple of `unit` rows. `steps` holds the lengths of each step's examples."""
+  """A shape for each step, of at most `programs` different ones, with a multiple of `unit` rows. `steps` holds the
+  lengths of each step's examples.
+
+  Either rows have one length of at most `row_length`, and their number varies; or, where a step has few rows for each
+  of the `unit`, their number stays and their length varies, up to twice `row_length`. Segments keep their positions.
+  """
   longest = max(max(lengths) for lengths in steps)
   some, saving = steps[:: -(-len(steps) // SAMPLE)], float(np.clip(3 / len(steps), *SAVING))
 
-  def cost(length: int) -> float:
-    found = _needed(some, length, unit)
-    levels = buckets.levels(found, programs, saving)
-    return length * float(levels[np.searchsorted(levels, found)].sum()) * (1 + saving * (len(levels) - 1))
+  def levels(sizes: np.ndarray) -> np.ndarray:
+    return buckets.levels(sizes, programs, saving)
 
-  length = min(_lengths(longest, row_length), key=cost)
-  needed = _needed(steps, length, unit)
-  levels = buckets.levels(needed, programs, saving)
-  return [Shape(int(rows), length) for rows in levels[np.searchsorted(levels, needed)]]
+  def cost(sizes: np.ndarray) -> float:
+    found = levels(sizes)
+    return float(found[np.searchsorted(found, sizes)].sum()) * (1 + saving * (len(found) - 1))
+
+  length = min(_lengths(longest, row_length), key=lambda length: length * cost(_rows(some, length, unit)))
+  rows = _rows(steps, length, unit)
+  best = length * cost(rows), [Shape(int(n), length) for n in levels(rows)[np.searchsorted(levels(rows), rows)]]
+  if unit > 1:
+    most = max(map(sum, steps)) / row_length / unit  # rows for each of the `unit`
+    for count in range(max(1, math.ceil(most / 2)), min(4, math.ceil(most)) + 1):
+      widths = _widths(steps, count * unit, 2 * row_length)
+      if widths is not None and (found := count * unit * cost(widths)) < best[0]:
+        to = levels(widths)
+        best = found, [Shape(count * unit, int(width)) for width in to[np.searchsorted(to, widths)]]
+  return best[1]
 
 
 def _lengths(longest: int, row_length: int) -> Iterator[int]:
@@ -67,11 +81,24 @@ def _lengths(longest: int, row_length: int) -> Iterator[int]:
   yield row_length
 
 
-def _needed(steps: Sequence[Sequence[int]], length: int, unit: int) -> np.ndarray:
-  """[steps] the rows that each step needs, a multiple of `unit`, in sixteenths where there are many."""
+def _rows(steps: Sequence[Sequence[int]], length: int, unit: int) -> np.ndarray:
+  """[steps] the rows of this length that each step needs, a multiple of `unit`, in sixteenths where there are many."""
   found = []
   for lengths in steps:
     count = -(-len(packing.pack(lengths, length)) // unit)
     grain = max(1, (1 << (count.bit_length() - 1)) // FINE)
     found.append(-(-count // grain) * grain * unit)
+  return np.array(found)
+
+
+def _widths(steps: Sequence[Sequence[int]], rows: int, most: int) -> np.ndarray | None:
+  """[steps] the length that so many rows need for each step; None if one of them needs more than `most`."""
+  found = []
+  for lengths in steps:
+    width = buckets.rounded(max(max(lengths), -(-sum(lengths) // rows)))
+    while width <= most and len(packing.pack(lengths, width)) > rows:
+      width = buckets.rounded(width + 1)
+    if width > most:
+      return None
+    found.append(width)
   return np.array(found)
