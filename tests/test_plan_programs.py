@@ -244,6 +244,15 @@ def test_state_and_cache_are_updated_in_place(tpu):
 
 
 @needs_libtpu
+def test_a_decode_step_gathers_no_prefixes(tpu):
+  text, shape = tpu["responses decode"][2], programs._shapes(WORKS[3], 32)
+  assert hlo.loops(text)
+  prefix = 2 * shape.rows * shape.room * SMALL.kv_heads * SMALL.head_dim  # bytes of a layer's keys
+  gathered = [hlo.sizes(line.partition(" gather(")[0]) for line in hlo.lines_in_loops(text) if " gather(" in line]
+  assert max(gathered, default=0) < prefix / 2
+
+
+@needs_libtpu
 def test_what_each_program_sends(tpu):
   head = SMALL.vocab * SMALL.width
   layers = (SMALL.parameters - 2 * head) // SMALL.depth
