@@ -395,28 +395,24 @@ def test_two_hosts_make_the_artefacts_of_one(data, tmp_path):
   assert not list(tmp_path.glob("two_compiled/*"))  # read back, such programs may hang
 
 
-def test_pipeline_never_sees_the_ground_truth_after_the_seeds(tmp_path):
+def test_pipeline_never_sees_the_ground_truth_after_the_seeds(run, data, tmp_path):
   """With a scorer that lies after the seeds are made, evaluations change and nothing else does."""
-  honest, poisoned = tmp_path / "honest", tmp_path / "poisoned"
-  values = ("feedback_rounds=1", "shards=1")
-  small_run.finished(honest, *values)
+  poisoned = tmp_path / "poisoned"
   poisoned.mkdir()
-  shutil.copytree(honest / "seeds", poisoned / "seeds")
+  shutil.copytree(run / "seeds", poisoned / "seeds")
   lie = (
     "import sys, runpy; from alma_jax.mini import world; world.score = lambda *a, **k: 0.0;"
     "runpy.run_module('alma_jax.main', run_name='__main__', alter_sys=False)"
   )
-  flags = small_run.command(poisoned, *values)[3:]
+  flags = small_run.command(poisoned, *data)[3:]
   done = subprocess.run(
     [sys.executable, "-c", lie, *flags], cwd=small_run.ROOT, env=small_run.environment(), text=True, timeout=400,
     stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
   )  # fmt: skip
   assert done.returncode == 0, done.stdout[-3000:]
   leave_out = ("/eval.truth/",)
-  assert small_run.artefacts(poisoned, leave_out) == small_run.artefacts(honest, leave_out)
-  lied, told = (
-    {x.score for x in read_stage(run / "round_02" / "eval.truth", records.Grade)} for run in (poisoned, honest)
-  )
+  assert small_run.artefacts(poisoned, leave_out) == small_run.artefacts(run, leave_out)
+  lied, told = ({x.score for x in read_stage(of / "round_03" / "eval.truth", records.Grade)} for of in (poisoned, run))
   assert lied == {0.0} and max(told) > 5
 
 
