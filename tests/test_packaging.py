@@ -95,7 +95,8 @@ def test_an_editable_install_finds_the_configs_of_the_checkout(source, tmp_path)
 def test_the_installed_package_runs_a_miniature(installed, tmp_path):
   small = (
     "feedback_rounds=1", "shards=1", "prompts.draws=64", "clusters.k=8", "draw.prompts=2", "responses.n=2",
-    "sft.epochs=0.2", "policy.epochs=0.2", "judge.train.epochs=0.1", "judge.distil.prompts=0",
+    "sft.epochs=0.2", "policy.epochs=0.2", "judge.train.epochs=0.1", "judge.distil.prompts=0", "data.eval=",
+    "data.held_out=12",
   )  # fmt: skip
   flags = ["--config=configs/alma.py:mini", "--workdir=w", *(f"--config.{value}" for value in small)]
   done = run(installed.with_name("alma"), "run", *flags, cwd=tmp_path)
