@@ -287,7 +287,7 @@ def test_unknown_checkpoint_is_named(value):
     ("eval.judges", ("x=minni",), r"config\.eval\.judges is 'minni'; .* \(did you mean 'mini'\?\)"),
     ("eval.judges", ("no_such_module:It",), r"there is no module 'no_such_module' in"),
     ("model.chat", "alma_jax.text.chat:LLAMA9", r"the module 'alma_jax\.text\.chat' has no 'LLAMA9'"),
-    ("draw.prompts", 1000, r"config\.draw\.prompts is 1000: up to round 3 2,384 prompts .* makes 2,048 at most"),
+    ("draw.prompts", 1000, r"config\.draw\.prompts is 1000: up to round 3 2,384 prompts .* makes 1,536 at most"),
     ("recipe", "alme", r"config\.recipe is 'alme'; it may be .*\(did you mean 'alma'\?\)"),
     ("seed", -1, r"config\.seed is -1; it must be at least 0"),
     ("sft_seeds", (1, -2), r"config\.sft_seeds is \(1, -2\); it must be at least 0"),

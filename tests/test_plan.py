@@ -257,7 +257,7 @@ def test_the_papers_run_on_eight_gpus(tmp_path, capsys):
   assert found["device_hours"] == pytest.approx(8 * hours, rel=1e-4)
   assert found["device_hours"] <= 1500
   assert f"{2 * found['device_hours']:,.0f} USD" in said
-  assert "projections" in said and "everything fits on h100:8" in said and "200 tokens of a prompt (assumed)" in said
+  assert "A quick plan" in said and "everything fits on h100:8" in said and "200 tokens of a prompt (assumed)" in said
 
 
 def test_the_docs_hold_what_the_command_prints():
@@ -338,7 +338,7 @@ def test_planned_stages_are_stages_of_the_recipe():
   assert sum(task.rows for task in found if task.stage.endswith("/drafts")) == 4096
   assert next(task.dims for task in found if isinstance(task, Clustering)) == 96  # no more than the model's width
   rows = {task.stage: task.rows for task in found}
-  assert rows["round_02/responses"] == rows["round_02/judgments"] == 24 * 32
+  assert rows["round_02/responses"] == rows["round_02/judgments"] == 24 * 24
   assert rows["round_02/policy"] == 5000 + 24 and rows["round_05/policy"] == 5000 + 4 * 24
 
 
