@@ -173,8 +173,8 @@ def labelled(field: str, entries: Sequence[str]) -> dict[str, str]:
 
 def build(kind: type[T], values: "Mapping[str, Any] | ConfigDict", where: str) -> T:
   """The Options of a section; `where` is the section's name, for errors."""
-  values = _plain(values)
-  unknown = sorted(values.keys() - set(fields_of(kind)))
+  section: Mapping[str, Any] = _plain(values)
+  unknown = sorted(section.keys() - set(fields_of(kind)))
   if unknown:
     near = difflib.get_close_matches(unknown[0], list(fields_of(kind)), n=1, cutoff=0.5)
     raise ConfigError(f"{where} has no field {unknown[0]!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
@@ -182,17 +182,17 @@ def build(kind: type[T], values: "Mapping[str, Any] | ConfigDict", where: str) -
   for field in dataclasses.fields(kind):  # pyright: ignore[reportArgumentType]
     hint = hints[field.name]
     if part := field.metadata.get("spread"):
-      own = {name: value for name, value in values.items() if name in fields_of(part)}
+      own = {name: value for name, value in section.items() if name in fields_of(part)}
       given[field.name] = build(part, own, where)
-    elif field.name not in values:
+    elif field.name not in section:
       if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
         raise ConfigError(f"{where}.{field.name} is missing")
     elif dataclasses.is_dataclass(hint):
-      if not isinstance(values[field.name], Mapping):
-        raise ConfigError(f"{where}.{field.name} is a section; give it a dict, not {values[field.name]!r}")
-      given[field.name] = build(hint, values[field.name], f"{where}.{field.name}")  # pyright: ignore[reportArgumentType]
+      if not isinstance(section[field.name], Mapping):
+        raise ConfigError(f"{where}.{field.name} is a section; give it a dict, not {section[field.name]!r}")
+      given[field.name] = build(hint, section[field.name], f"{where}.{field.name}")  # pyright: ignore[reportArgumentType]
     else:
-      value = values[field.name]
+      value = section[field.name]
       given[field.name] = tuple(value) if isinstance(value, list) else value
   try:
     return kind(**given)
