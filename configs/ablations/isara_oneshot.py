@@ -3,7 +3,8 @@
   python launch/sweep.py --config=configs/ablations/isara_oneshot.py --workdir=runs/isara_oneshot
 
 3 x 512 generated questions against 1 x 1,536, 3 seeds. The one large iteration is the paper's control: the same number
-of samples by the first model alone. Last measured: 8.25 against 7.57 of ten points, paired over the seeds
+of samples by the first model alone. Last measured, on an earlier base model:
+8.25 against 7.57 of ten points, paired over the seeds
 +0.68 +- 0.69 (+0.48, +0.99, +0.56), with 16.3 and 16.4 generated pairs for each human one.
 """
 

@@ -3,7 +3,8 @@
   python launch/sweep.py --config=configs/ablations/isara_retrieval.py --workdir=runs/isara_retrieval
 
 2 kinds of shots x 3 seeds, two iterations each. Questions are the same in the first iteration of both.
-Last measured, nearest minus random, paired over the seeds: +0.01 +- 0.49 of ten points after the first iteration, -0.02
+Last measured, on an earlier base model:
+nearest minus random, paired over the seeds: +0.01 +- 0.49 of ten points after the first iteration, -0.02
 +- 0.39 after the second.
 """
 
