@@ -56,8 +56,11 @@ def test_verdicts_equal_full_forwards_in_the_order_of_the_pairs(host, shots):
       ids = text.judge_prefix(tok, host.chat, template, messages)
       ids += text.judge_suffix(tok, host.chat, template, response)
     mean, probs, mass = text.expected_score(trie, logprobs(model, ids, room=128)[len(ids) - 1 : len(ids)])
-    assert verdict.score == pytest.approx(mean, abs=1e-5) and verdict.mass == pytest.approx(mass, abs=1e-5)
     np.testing.assert_allclose(verdict.probs, probs, atol=1e-5)
+    assert verdict.mass == pytest.approx(mass, abs=1e-5)
+    # A mean of scores up to 10 is as near as ten times the probabilities are, and exactly that of its own ones.
+    assert verdict.score == pytest.approx(mean, abs=1e-4)
+    assert verdict.score == pytest.approx(np.dot(np.arange(11), verdict.probs), abs=1e-5)
     assert integer.score == np.argmax(probs) and integer.probs == verdict.probs
   assert found[0] == found[3] and found[1] == found[-1]
 
@@ -95,7 +98,7 @@ def test_worked_examples_are_what_all_prefixes_begin_with(host):
     return text.few_shot_prefix(tok, template, SHOTS, messages)
 
   opening = _opening(prefix_of)
-  assert tok.decode(opening).endswith("rate prompt:")
+  assert tok.decode(opening).endswith("score: 1 \n prompt:")
   assert all(tuple(prefix_of(messages)[: len(opening)]) == opening for messages, _ in PAIRS)
 
 
