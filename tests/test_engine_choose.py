@@ -7,6 +7,7 @@ from engine_models import assert_drawn_from, exact, log_softmax
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from alma_jax.engine import choose as choose_
 from alma_jax.engine.choose import Decoding, DecodingError, choose, weights
 
 
@@ -31,6 +32,19 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(top_p):
   kept = everything[p > 0]
   assert kept.sum() >= top_p - 1e-12
   assert len(kept) == 1 or kept.sum() - kept.min() < top_p
+
+
+def test_passes_that_find_several_bits_keep_what_single_bits_do(monkeypatch):
+  logits = np.random.default_rng(5).normal(size=(8, 300)) * np.repeat([[0.5], [6.0]], 4, axis=0)
+  logits[2], logits[3], logits[4, 1:] = np.round(logits[2]), 0, -np.inf
+  with jax.disable_jit():  # such a program takes long to compile for CPUs
+    for decoding in (Decoding(1, temperature=0.8, top_p=0.9), Decoding(1, top_k=9, top_p=0.5)):
+      kept = {}
+      for platform in ("cpu", "tpu"):
+        monkeypatch.setattr(choose_, "platform", lambda platform=platform: platform)
+        kept[platform] = np.asarray(weights(logits.astype(np.float32), decoding))
+      np.testing.assert_array_equal(kept["cpu"], kept["tpu"])
+      assert len(set((kept["cpu"] > 0).sum(axis=-1).tolist())) > 2
 
 
 def test_top_p_cuts_ties_by_index():

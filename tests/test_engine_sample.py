@@ -12,7 +12,16 @@ from fixtures.make_llama_fixtures import hf_model
 from alma_jax.engine import sample
 from alma_jax.engine.choose import Decoding
 from alma_jax.engine.sample import Limits, Request, SamplingHooks
-from alma_jax.engine.slots import MOST_SLOTS, PREFILL_ROWS, Load, SlotsError, bytes_of, shapes_for, slots_that_fit
+from alma_jax.engine.slots import (
+  MOST_SLOTS,
+  PREFILL_ROWS,
+  Load,
+  SlotsError,
+  bytes_of,
+  shapes_at_hand,
+  shapes_for,
+  slots_that_fit,
+)
 from alma_jax.llama import model as llama
 from alma_jax.llama import sharding, weights
 
@@ -300,6 +309,17 @@ def test_a_segment_updates_the_cache_where_it_is():
     cache = 2 * c.depth * 16 * 1024 * c.kv_heads * c.head_dim * 4
     assert memory.alias_size_in_bytes > cache  # donated
     assert memory.temp_size_in_bytes < cache / 4
+
+
+def test_shapes_follow_the_requests_up_to_what_is_allowed():
+  few = shapes_at_hand([16] * 12, 12, slots=64, room=1024, ways=1)
+  assert (few.slots, few.rows, few.room, few.tile) == (16, 16, 16, 1)
+  many = shapes_at_hand([700, 30], 400, slots=100, room=900, ways=2)
+  assert (many.slots, many.room, many.tile) == (100, 900, 16)
+  assert many.rows == 2 + 100 // 16  # enough for any share of the slots in the two prompts
+  assert shapes_at_hand([40], 6, slots=64, room=1024, ways=8).slots == 1
+  # Powers of two, so that calls of like size share their programs.
+  assert len({shapes_at_hand([n], n, slots=64, room=1024, ways=1).slots for n in range(33, 65)}) == 1
 
 
 def test_slots_are_counted_from_the_memory_that_is_free():

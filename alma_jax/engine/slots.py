@@ -16,6 +16,7 @@ from alma_jax.engine import buckets
 from alma_jax.engine.choose import Decoding
 from alma_jax.errors import UserError
 from alma_jax.llama.model import Llama
+from alma_jax.llama.sharding import platform
 
 TILE = 16  # slots of one prompt that read its keys together
 PREFILL_ROWS = 8  # prompts prefilled per call; a single one goes alone
@@ -76,9 +77,10 @@ def slots_that_fit(
   free: int | None,
   mesh: Mesh | AbstractMesh | None = None,
   wanted: int = 0,
+  target: str | None = None,
 ) -> int:
   """How many slots each replica has room for in `free` bytes per device, at most MOST_SLOTS; `wanted` if they fit. Of
-  the model only shapes and dtypes count.
+  the model only shapes and dtypes count. `target`: the devices' platform, in JAX's words; None: that of JAX's default.
 
   Where the free memory is unknown (None: CPUs), the answer is `wanted`, or 64.
   """
@@ -87,7 +89,7 @@ def slots_that_fit(
   room = buckets.rounded(load.longest_prompt)
 
   def needed(slots: int) -> int:
-    return bytes_of(model, decoding, shapes_for(slots, room, load.samples_per_prompt), mesh)
+    return bytes_of(model, decoding, shapes_for(slots, room, load.samples_per_prompt), mesh, target)
 
   if wanted and needed(wanted) <= free:
     return wanted
@@ -112,14 +114,18 @@ def _gib(size: int) -> str:
   return f"{size / 2**30:.1f} GiB"
 
 
-def bytes_of(model: Llama, decoding: Decoding, shapes: Shapes, mesh: Mesh | AbstractMesh | None) -> int:
-  """What a call holds on each device beside the weights, and what it works with."""
+def bytes_of(
+  model: Llama, decoding: Decoding, shapes: Shapes, mesh: Mesh | AbstractMesh | None, target: str | None = None
+) -> int:
+  """What a call holds on each device beside the weights, and what it works with. TPUs lay out the prompts' keys of all
+  layers anew for a segment."""
   c, itemsize = model.c, model.embed.get_value().dtype.itemsize
   ways = 1 if mesh is None else mesh.shape["tensor"]
   cached = token_bytes(model, mesh) * (shapes.slots * decoding.max_new_tokens + shapes.rows * shapes.room)
   logits = 4 * c.vocab // (ways if c.vocab % ways == 0 else 1)
   prefill = PREFILL_ROWS * shapes.room * (4 * c.width + 3 * c.ffn // ways) * itemsize
-  return cached + logits * (shapes.slots + shapes.rows) + max(prefill, 3 * logits * shapes.slots)
+  turned = shapes.rows * shapes.room * token_bytes(model, mesh) * 5 // 4 if (target or platform()) == "tpu" else 0
+  return cached + logits * (shapes.slots + shapes.rows) + max(prefill, 3 * logits * shapes.slots) + turned
 
 
 def token_bytes(model: Llama, mesh: Mesh | AbstractMesh | None) -> int:

@@ -37,7 +37,7 @@ from alma_jax.runtime.session import MeshOptions
 
 NEAR = 0.9  # of a slot's mean length is what its token at work has behind it: lognormal lengths
 SCORES = {"gpu": 0, "cpu": 4, "tpu": 4}  # times fp32 attention scores do
-CHOOSING = {"greedy": 7, "temperature": 8, "filtered": 24}  # times fp32 logits do
+CHOOSING = {"greedy": 7, "temperature": 8, "filtered": 37}  # times fp32 logits do
 K_MEANS_BLOCK = {"gpu": 16384, "tpu": 2048}  # points that a centroid meets each time it is read; see engine/nearest.py
 K_MEANS_SCORE = 12  # bytes of memory traffic for each score where they go through memory
 REMAT = {"none": 1.0, "products": 1.0, "full": 4 / 3}  # times a step's arithmetic
@@ -310,11 +310,11 @@ def _sampling(machine: Machine, work: Sampling) -> Step:
   # A CPU does not tell what is free, so that there the engine takes 64 slots or what the config says.
   given = None if machine.platform == "cpu" else sampling_bytes(chip.memory) - machine.held
   try:
-    slots = slots_that_fit(machine.shape, o.decoding, load, given, mesh, machine.engine.slots)
+    slots = slots_that_fit(machine.shape, o.decoding, load, given, mesh, machine.engine.slots, machine.platform)
   except SlotsError:
     slots = 0
   shapes = shapes_for(max(1, slots), buckets.rounded(o.max_prompt_tokens), work.samples_per_prompt)
-  peak = machine.held + bytes_of(machine.shape, o.decoding, shapes, mesh)
+  peak = machine.held + bytes_of(machine.shape, o.decoding, shapes, mesh, machine.platform)
   if not slots:
     return Step(work, fits=False, peak=peak, usable=sampling_bytes(chip.memory), slots=0, disk=work.disk)
   new = work.tokens / max(1, work.rows)
