@@ -210,7 +210,7 @@ def test_a_conversation_without_a_known_text_or_without_room_is_refused(host, la
 
 
 def test_the_command_needs_no_other_model(host, labelled, monkeypatch, tmp_path):
-  monkeypatch.setattr(command, "local_mesh", lambda options: host.local_mesh)
+  monkeypatch.setattr(command, "local_mesh", lambda *_: host.local_mesh)
   directory, logits = labelled
   rows = [{"messages": list(messages), "response": response} for messages, response in plain_pairs()]
   (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

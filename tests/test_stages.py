@@ -300,6 +300,7 @@ def test_a_pool_that_is_too_small_for_all_rounds_is_said_when_it_is_made():
 
 def test_responses_that_models_do_not_share_evenly_are_said():
   config = alma.mini()
+  config.responses.n = 32
   assert list(alma_recipe.notes(start.checked_options(config))) == [
     "rounds 3 .. 10: 32 responses per prompt from 3 checkpoints are 10 or 11 from each; which ones write one more"
     " rotates from prompt to prompt"

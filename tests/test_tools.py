@@ -2,6 +2,7 @@
 and resumed starts, the models that --model may mean, judges and formats of a user's, and what they say of mistakes."""
 
 import collections
+import dataclasses
 import json
 import re
 import shutil
@@ -430,7 +431,9 @@ def test_the_samplers_output_goes_into_the_scorer(tmp_path):
 def test_a_judge_that_does_not_know_the_template_is_pointed_out_once(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(score, "FILLINGS", 1)
   monkeypatch.setattr(score, "PART", 3)
-  made(score, tmp_path, PAIRS, "--rows=3")  # the base model never saw the judge's template
+  unknown = dict(item="rate prompt: {prompt} response: {response}", answer_open="rating: [[", gap=" ")
+  monkeypatch.setattr(formats, "JUDGE", dataclasses.replace(formats.JUDGE, **unknown))  # the base model never saw it
+  made(score, tmp_path, PAIRS, "--rows=3")
   said = capsys.readouterr().err
   assert said.count("does not fit it") == 1 and "'mini'" in said and "--template" in said
   fitting = Verdict(5.0, (1.0,) * 11, 0.95)

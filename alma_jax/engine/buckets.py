@@ -68,13 +68,16 @@ def levels(sizes: np.ndarray, most: int, saving: float) -> np.ndarray:
   return best[1]
 
 
-def batches(rows: Sequence[Sequence[int]], batch: int, unit: int = 1, least: int = 1) -> Iterator[Bucket]:
+def batches(
+  rows: Sequence[Sequence[int]], batch: int, unit: int = 1, least: int = 1, fit: bool = True
+) -> Iterator[Bucket]:
   """Yields Buckets that hold every row once, shortest first. Empty places have length `least`.
 
   Many rows come in Buckets of `batch` places and rounded lengths, which every call for many rows has in common. FEW
-  times that or less come in up to LEVELS sizes that fit them, of at most `batch` places, in multiples of `unit`.
+  times that or less come in up to LEVELS sizes that fit them, of at most `batch` places, in multiples of `unit`; unless
+  not `fit`, because such sizes, and so the last digits of results, follow the number of devices.
   """
-  if 0 < len(rows) <= FEW * batch:
+  if fit and 0 < len(rows) <= FEW * batch:
     yield from _fitted(rows, batch, unit, least)
     return
   order = sorted(range(len(rows)), key=lambda i: (rounded(len(rows[i])), i))

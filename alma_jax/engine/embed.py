@@ -74,11 +74,12 @@ def _pooled(
 
 def embeddings(
   model: Llama, rows: Sequence[Sequence[int]], batch: int, mesh: Mesh | None = None,
-  progress: Callable[[int], object] | None = None, kind: Embedding = STATES,
+  progress: Callable[[int], object] | None = None, kind: Embedding = STATES, fit: bool = False,
 ) -> np.ndarray:  # fmt: skip
   """fp32 [rows, D], or [rows, dims] with a projection, of rows of token ids that begin with BOS, in their order.
 
   They run in length buckets of up to `batch` rows for each replica of the model; `progress(rows)` hears what is done.
+  `fit`: a few rows come in sizes that fit them, which depend on the number of devices (see buckets.batches).
   NotFinite, with the row's index, if a number of an embedding is not finite.
   """
   width = model.c.width if kind.projection is None else kind.projection.matrix.shape[1]
@@ -93,7 +94,7 @@ def embeddings(
       progress(len(indices))
 
   waiting = None
-  for take, tokens, lengths in buckets.batches(rows, batch * replicas(mesh), replicas(mesh)):
+  for take, tokens, lengths in buckets.batches(rows, batch * replicas(mesh), replicas(mesh), fit=fit):
     how = dict(mesh=mesh, layers=kind.layers, pooling=kind.pooling)
     found = _pooled(model, kind.projection, tokens, lengths, **how)
     if waiting:  # the device works on the next batch meanwhile

@@ -31,7 +31,7 @@ from jax.sharding import PartitionSpec as P
 
 from alma_jax.engine import buckets, prefixes
 from alma_jax.engine.choose import Decoding, choose
-from alma_jax.engine.slots import PREFILL_ROWS, Shapes, shapes_at_hand
+from alma_jax.engine.slots import PREFILL_ROWS, Shapes, shapes_at_hand, shapes_for
 from alma_jax.errors import NotFinite
 from alma_jax.keys import Key
 from alma_jax.llama import model as llama
@@ -64,6 +64,7 @@ class Limits:
   slots: int  # on each replica, at most: fewer requests take fewer
   longest_prompt: int | None = None  # of this call and later ones: no room is made for more; None: this call's
   steps: int = 0  # tokens that are drawn before the host hears of them; 0: as many as pay
+  fixed: bool = False  # all slots and all room, however few requests there are: calls share their programs and rounding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,7 +258,10 @@ def sample(
     raise ValueError("a prompt has no tokens: there is nothing to continue")
   lengths, mesh = [len(prompt) for prompt in prompts], None if mesh is None or mesh.size == 1 else mesh
   room = buckets.rounded(max(limits.longest_prompt or 0, *lengths))
-  shapes = shapes_at_hand(lengths, len(requests), limits.slots, room, replicas(mesh))
+  if limits.fixed:
+    shapes = shapes_for(limits.slots, room, len(requests) / len(prompts))
+  else:
+    shapes = shapes_at_hand(lengths, len(requests), limits.slots, room, replicas(mesh))
   sampler = _Sampler(model, requests, decoding, shapes, mesh)
   # As long as a refill pays: short answers end, and free their slots, after fewer steps.
   steps = limits.steps or min(16, max(4, decoding.max_new_tokens // 48))

@@ -37,10 +37,11 @@ def embedded(
   rows: Sequence[Sequence[int]],
   kind: embed.Embedding,
   progress: Callable[[int], object],
+  fit: bool = False,
 ) -> np.ndarray:
-  """fp32 [rows, dimensions]: the embeddings of rows of token ids."""
+  """fp32 [rows, dimensions]: the embeddings of rows of token ids. `fit` as in engine.embed."""
   model = host.model(checkpoint, embed.layout(host.local_mesh))
-  return embed.embeddings(model, rows, host.engine.rows, host.local_mesh, progress, kind)
+  return embed.embeddings(model, rows, host.engine.rows, host.local_mesh, progress, kind, fit)
 
 
 def fitted(

@@ -99,10 +99,10 @@ def streamed(
 
 
 def _limits(host: Host, checkpoint: Checkpoint, decoding: Decoding, load: Load, wanted: int) -> Limits:
+  """As many slots as fit; so many as the config names (`wanted`), however few requests a host or a call has."""
   model = host.model(checkpoint, "unrolled")
-  return Limits(
-    slots_that_fit(model, decoding, load, host.free_bytes, host.local_mesh, wanted=wanted), load.longest_prompt
-  )
+  slots = slots_that_fit(model, decoding, load, host.free_bytes, host.local_mesh, wanted=wanted)
+  return Limits(slots, load.longest_prompt, fixed=wanted > 0)
 
 
 def _sampled(

@@ -252,7 +252,7 @@ class Prompts:
           if part in missing:
             ids = [row.ids[: self.longest] for row in some]
             try:
-              found = clustering.embedded(host, self.opened.checkpoint, ids, embed.STATES, bar.update)
+              found = clustering.embedded(host, self.opened.checkpoint, ids, embed.STATES, bar.update, fit=True)
             except NotFinite as error:
               where = f"{self.options.input}, line {some[error.item].line}"
               raise self.opened.checkpoint.gave(error, where) from None
