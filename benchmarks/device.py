@@ -246,10 +246,6 @@ def lengths(random: np.random.Generator, mean: int, longest: int, count: int) ->
   return np.clip(random.lognormal(math.log(mean) - spread**2 / 2, spread, count), 1, longest).astype(int)
 
 
-def rates_of(count: int, what: str, tokens: int, seconds: float) -> str:
-  return f"{count / seconds:,.1f} {what}/s, {tokens / seconds:,.0f} tokens/s"
-
-
 @contextlib.contextmanager
 def clock() -> Iterator[list[float]]:
   taken, began = [], time.perf_counter()
@@ -343,7 +339,7 @@ def decode(a: Amounts) -> Iterator[Row]:
   mine = {"rate": rate, "note": f"{tokens:,} tokens in {taken[0]:.1f} s, {first[0] - taken[0]:.0f} s of compiling"}
   shapes = slots.shapes_for(wanted, slots.buckets.rounded(a.prompt), a.samples)
   size = weights + slots.bytes_of(model, decoding, shapes, None)
-  operations = 2 * (c.parameters - c.vocab * c.width) * tokens
+  operations = 2 * (c.parameters - c.vocab * c.width * (not c.tied)) * tokens
   yield (
     {"what": f"{wanted} slots, {len(requests)} requests"} | mine | share(operations, taken[0]) | peak() | planned(size)
   )
@@ -355,6 +351,13 @@ def decode(a: Amounts) -> Iterator[Row]:
   again = sample.sample(model, requests[:8], decoding, sample.Limits(slots=8), None, sample.SamplingHooks(ends=ends))
   same = sum(x.tokens == y.tokens for x, y in zip(again, found, strict=False))
   yield {"what": "  answers that are the same in a batch of 8", "rate": f"{same} of {len(again)}"}
+
+
+def read(c: LlamaConfig, count: int, of: str, tokens: int, seconds: float) -> Row:
+  """The row of so many texts that went through all layers and not through the head."""
+  layers = c.parameters - c.vocab * c.width * (1 if c.tied else 2)
+  rate = f"{count / seconds:,.1f} {of}/s, {tokens / seconds:,.0f} tokens/s"
+  return {"what": f"{count} {of}", "rate": rate} | share(2 * layers * tokens, seconds) | peak()
 
 
 def judge(a: Amounts) -> Iterator[Row]:
@@ -374,15 +377,7 @@ def judge(a: Amounts) -> Iterator[Row]:
     scored()
   tokens = sum(len(suffix) for _, suffix in rows)
   size = bytes_of(model) + reading_bytes(c, 1, jnp.dtype(dtype()).itemsize, many, a.longest, 3 * a.prompt // 2)
-  yield (
-    {
-      "what": f"{len(rows)} responses",
-      "rate": f"{len(rows) / taken[0]:,.1f} responses/s, {tokens / taken[0]:,.0f} tokens/s",
-    }
-    | share(2 * (c.parameters - 2 * c.vocab * c.width) * tokens, taken[0])
-    | peak()
-    | planned(size)
-  )
+  yield read(c, len(rows), "responses", tokens, taken[0]) | planned(size)
 
 
 def embedding(a: Amounts) -> Iterator[Row]:
@@ -394,15 +389,7 @@ def embedding(a: Amounts) -> Iterator[Row]:
     embed.embeddings(model, rows, many)
   tokens = sum(map(len, rows))
   size = bytes_of(model) + reading_bytes(c, 1, jnp.dtype(dtype()).itemsize, many, max(map(len, rows)))
-  yield (
-    {
-      "what": f"{len(rows)} prompts",
-      "rate": f"{len(rows) / taken[0]:,.1f} prompts/s, {tokens / taken[0]:,.0f} tokens/s",
-    }
-    | share(2 * (c.parameters - 2 * c.vocab * c.width) * tokens, taken[0])
-    | peak()
-    | planned(size)
-  )
+  yield read(c, len(rows), "prompts", tokens, taken[0]) | planned(size)
 
 
 def sft(a: Amounts) -> Iterator[Row]:

@@ -48,7 +48,7 @@ def llama_8b() -> Config:
   c.engine = section()
   # devices that share one copy of the model in sampling and scoring; 0: as few as leave room for sequences beside it
   c.engine.tensor = 0
-  c.engine.slots = 0  # sequences that decode together, per copy; 0: as many as fit, at most 512
+  c.engine.slots = 0  # sequences that decode together, per copy; 0: as many as fit and are asked for, at most 512
   c.engine.rows = 32  # rows per scoring or embedding call, per copy
 
   # Initial SFT: two models that differ in the order of the data

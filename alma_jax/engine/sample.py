@@ -3,7 +3,8 @@
 A fixed number of slots decodes together in compiled segments of a few steps; between segments the host hands finished
 slots to the next request. A prompt's keys and values are computed once and shared by all its samples; what many prompts
 begin with is computed once, too. Every request brings its own key, and token t of a request is drawn by inverse CDF
-from one uniform number of (key, t): the same request gives the same tokens whatever else is in the batch.
+from one uniform number of (key, t): the same request gives the same tokens whatever else is in the batch. Another
+number of slots rounds differently: that changes last digits, and in bfloat16 on accelerators many tokens.
 
     results = sample(unrolled_model, requests, Decoding(max_new_tokens=64, stop_ids=(2,)), Limits(slots=64))
 
