@@ -1,15 +1,13 @@
-"""LIMA's stages: the choice of an epoch, comparisons, audits and forms for people; the recipe whole and killed."""
+"""LIMA's stages: the choice of an epoch, comparisons, audits and forms for people."""
 
 import csv
 import json
 
 import numpy as np
 import pytest
-from report_run import written
-from sessions import on_two_hosts, session_in
-from small_run import artefacts
+from sessions import session_in
 
-from alma_jax import options, start, sweeps
+from alma_jax import options, start
 from alma_jax.engine.optimizer import learning_rate
 from alma_jax.errors import UserError, Waiting, waited
 from alma_jax.evals.forms import Form, FormError, Row
@@ -17,17 +15,15 @@ from alma_jax.judges import human, pairwise
 from alma_jax.judges.contract import Verdict
 from alma_jax.llama import model as llama
 from alma_jax.llama import sharding, weights
-from alma_jax.recipes import lima as recipe
 from alma_jax.report import graded
 from alma_jax.runtime import training
 from alma_jax.runtime.host import Checkpoint, EngineOptions, Host, ModelOptions
 from alma_jax.stages import audit, choice, compare, evaluation
 from alma_jax.store import layout, shards
 from alma_jax.store.records import Answer, EpochGrade, Grade
-from alma_jax.store.runs import Artefact, Stage
+from alma_jax.store.runs import Artefact
 from alma_jax.store.statistics import Mean
 from alma_jax.text import chat
-from alma_jax.tools import export
 from configs import lima
 
 PROMPTS = [f"country : {city}" for city in ("lyon", "oslo", "kobe", "lima")]
@@ -357,82 +353,6 @@ def test_a_tokenizer_without_an_end_of_turn_gets_one_and_the_export_stops_there(
   pytest.importorskip("torch")
   hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
   assert hf.get_input_embeddings().weight.shape[0] == host.vocab and eot in hf.generation_config.eos_token_id
-
-
-# The recipe
-
-
-def small(directory):
-  """A run of two epochs on few prompts."""
-  c = lima.get_config("mini")
-  c.sft.update(dict(epochs=2.0, keep_epochs=1, batch=32, checkpoint_every=1))
-  c.choice.update(dict(first=1, last=2, prompts=4))
-  c.data.update(dict(validation_held_out=8))
-  eval = directory / "eval.jsonl"
-  eval.write_text("".join(json.dumps({"prompt": f"country : {city} oslo"}) + "\n" for city in ("lyon", "kobe", "lima",
-    "porto", "paris", "rome", "oslo", "bergen")))  # fmt: skip
-  c.data.eval = str(eval)
-  c.compare.update(dict(against=(f"base={eval.with_name('base.jsonl')}",), judges=("truth=mini",)))
-  eval.with_name("base.jsonl").write_text(eval.read_text().replace("}", ', "response": "answer: lyon france ."}'))
-  c.audit.prompts = 3
-  return c
-
-
-class Killed(BaseException):
-  pass
-
-
-def run_once(tmp_path):
-  """A whole run in the directory `one`, and its config."""
-  c = small(tmp_path)
-  recipe.run(session_in(tmp_path / "one", c))
-  return c
-
-
-def test_the_recipe_killed_before_every_manifest_makes_what_one_start_makes(tmp_path, monkeypatch):
-  c = run_once(tmp_path)
-  run = tmp_path / "one"
-  names = {stage.name for stage in layout.stages(run)}
-  chosen = layout.load_manifest(run / "choice")["epoch"]
-  assert {"sft_1", "choice", "round_01/loss", "round_02/loss", f"round_{chosen:02d}/eval-test"} <= names
-  assert {f"round_{chosen:02d}/compare-base.truth", f"round_{chosen:02d}/audit-answers"} <= names
-  row = next(x for x in layout.progress(run) if x["round"] == str(chosen))
-  assert row["n"] == "4" and row["test/n"] == "4" and row["test/truth"]
-  expected = run / "sft_1" / (layout.epoch_name(1) if chosen == 1 else "")
-  assert layout.newest_policy(run) == layout.policy_of(run, chosen) == expected
-  row, asked = sweeps._evaluated(run)  # what a sweep's table shows
-  assert (row["round"], asked) == (str(chosen), "test")
-  assert export.main([f"--stage={run}", "--best", f"--output={tmp_path / 'out'}"]) == 0
-  weight = "model.safetensors"
-  assert (tmp_path / "out" / weight).read_bytes() == (expected / "model" / weight).read_bytes()
-  text = written(run)
-  assert "Choice of the epoch" in text and f"{chosen} (chosen)" in text and "base (truth), win" in text
-  assert "could not be made" not in text
-
-  finish, killed = Stage.finish, set()
-
-  def dying(self, *args, **kwargs):
-    if not self.done and self.name not in killed:
-      killed.add(self.name)
-      raise Killed
-    return finish(self, *args, **kwargs)
-
-  monkeypatch.setattr(Stage, "finish", dying)
-  again = session_in(tmp_path / "killed", c)
-  for _ in range(len(names) + 1):
-    try:
-      recipe.run(again)
-      break
-    except Killed:
-      shards.remove_temporaries(again.run.dir)
-  assert killed == names and artefacts(tmp_path / "killed") == artefacts(run)
-
-
-@pytest.mark.slow
-def test_two_hosts_make_what_one_makes(tmp_path):
-  c = run_once(tmp_path)
-  on_two_hosts(tmp_path / "two", c, recipe.run, patience=100)
-  assert artefacts(tmp_path / "two") == artefacts(tmp_path / "one")
 
 
 # Several answers to a prompt

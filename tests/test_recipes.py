@@ -1,0 +1,125 @@
+"""The recipes LIMA, ISARA and SPA whole: what they leave behind, on one host and on two, killed in every stage."""
+
+import collections
+import socket
+import subprocess
+import sys
+
+import pytest
+import small_run
+import tiny_recipes
+from report_run import written
+
+from alma_jax import start, sweeps
+from alma_jax.runtime.metrics import StepLog
+from alma_jax.store import layout, shards
+from alma_jax.store.runs import Stage, load_manifest
+from alma_jax.tools import export
+
+NAMES = ("lima", "isara", "spa")
+SECTIONS = {"lima": "Choice of the epoch", "isara": "Generated pairs", "spa": "Agreement of the policy"}
+
+
+class Killed(BaseException):
+  """Stands for the process being killed: nothing catches it."""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+  directory = tmp_path_factory.mktemp("data")
+  tiny_recipes.write_data(directory)
+  return directory
+
+
+@pytest.fixture(scope="module")
+def one(data, tmp_path_factory):
+  """The finished runs of one process."""
+  workdir = tmp_path_factory.mktemp("one")
+  tiny_recipes.run_all(workdir, data)
+  return workdir
+
+
+def test_two_processes_make_what_one_makes(one, data, tmp_path):
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  processes = [
+    subprocess.Popen(
+      [sys.executable, "tests/tiny_recipes.py", str(tmp_path), str(data)], cwd=small_run.ROOT, text=True,
+      stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+      env=small_run.environment(
+        JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}", JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(i),
+        JAX_NUM_CPU_DEVICES="1",
+      ),
+    )
+    for i in range(2)
+  ]  # fmt: skip
+  outputs = [process.communicate(timeout=400)[0] for process in processes]
+  assert [process.returncode for process in processes] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
+  for name in NAMES:
+    assert small_run.artefacts(tmp_path / name) == small_run.artefacts(one / name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_killed_before_every_manifest_and_in_every_training_makes_what_one_start_makes(
+  name, one, data, tmp_path, monkeypatch
+):
+  """Checkpoints are written after every second step; trainings of more than three steps are killed in the fourth."""
+  finish, write, killed, logged = Stage.finish, StepLog.write, set(), collections.Counter()
+
+  def dying(self, *args, **kwargs):
+    if not self.done and self.name not in killed:
+      killed.add(self.name)
+      raise Killed
+    return finish(self, *args, **kwargs)
+
+  def interrupted(self, step, metrics):
+    logged[self.name, step] += 1
+    if step == 3 and logged[self.name, step] == 1:
+      raise Killed
+    return write(self, step, metrics)
+
+  monkeypatch.setattr(Stage, "finish", dying)
+  monkeypatch.setattr(StepLog, "write", interrupted)
+  config, wanted = tiny_recipes.configs(data)[name], {stage.name for stage in layout.stages(one / name)}
+  for _ in range(3 * len(wanted)):
+    try:
+      with (s := tiny_recipes.session(tmp_path, config)).run:
+        start.recipe_of(config).run(s)
+        break
+    except Killed:
+      shards.remove_temporaries(tmp_path)
+  assert killed >= wanted and small_run.artefacts(tmp_path) == small_run.artefacts(one / name)
+  long = {of for of, step in logged if step == 3}
+  assert long >= {"isara": {"round_02/policy"}, "lima": {"sft_1"}, "spa": {"sft_1"}}[name]
+  assert all(logged[of, 0] == 1 < logged[of, 2] for of in long)  # it went on from the checkpoint
+  assert (one / name / "sft_1/metrics.jsonl").read_text() == (tmp_path / "sft_1/metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_says_its_stages_and_its_report_has_its_own_figures(name, one, data):
+  recipe = start.recipe_of(config := tiny_recipes.configs(data)[name])
+  made, planned = {stage.name for stage in layout.stages(one / name)}, set(recipe.stages(start.checked_options(config)))
+  # Log-probs of references belong to their trainings; what follows LIMA's choice has a round that nobody knows before.
+  later = ("/reference_", "/eval-test", "/compare-", "/audit-")
+  assert planned == {of for of in made if not any(word in of for word in later)} and made
+  page = written(one / name)
+  assert SECTIONS[name] in page and "could not be made" not in page
+
+
+def test_the_chosen_epoch_is_what_other_commands_take(one, tmp_path):
+  run, weight = one / "lima", "model.safetensors"
+  chosen = load_manifest(run / "choice")["epoch"]
+  assert {"eval-test", "compare-others.truth", "audit-answers"} <= {
+    x.name for x in (run / f"round_{chosen:02d}").iterdir()
+  }
+  row = next(x for x in layout.progress(run) if x["round"] == str(chosen))
+  assert row["n"] == "4" and row["test/n"] == "4" and row["test/truth"]
+  expected = run / "sft_1" / (layout.epoch_name(1) if chosen == 1 else "")
+  assert layout.newest_policy(run) == layout.policy_of(run, chosen) == expected
+  row, asked = sweeps._evaluated(run)  # what a sweep's table shows
+  assert (row["round"], asked) == (str(chosen), "test")
+  assert export.main([f"--stage={run}", "--best", f"--output={tmp_path / 'out'}"]) == 0
+  assert (tmp_path / "out" / weight).read_bytes() == (expected / "model" / weight).read_bytes()
+  page = written(run)
+  assert f"{chosen} (chosen)" in page and "others (truth), win" in page
