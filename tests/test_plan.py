@@ -15,9 +15,9 @@ from alma_jax.engine.slots import bytes_of, shapes_for, token_bytes
 from alma_jax.engine.train import Objective, kept_numbers, least_bytes
 from alma_jax.errors import RunError
 from alma_jax.llama.sharding import abstract_mesh
-from alma_jax.plan import ahead, estimate, memory, shapes, table, topology
+from alma_jax.plan import ahead, estimate, memory, recipes, shapes, table, topology
 from alma_jax.plan.assumptions import Given, assumptions, cpu_share
-from alma_jax.plan.work import Clustering, Reading, Sampling, Training, of_alma, steps
+from alma_jax.plan.work import Clustering, Reading, Sampling, Scoring, Training, steps
 from alma_jax.recipes import alma
 from alma_jax.runtime import metrics, training
 from alma_jax.runtime.host import EngineOptions, ModelOptions
@@ -80,18 +80,53 @@ def test_the_arithmetic_of_llama_3_8b():
     )
 
 
-def test_the_hours_of_a_training_by_hand():
+@pytest.fixture
+def equal_lengths(monkeypatch):
+  """Every example has the mean length."""
+  monkeypatch.setattr(estimate.shares, "LENGTHS", (0.0, ""))
+  estimate._simulated.cache_clear()
+  yield
+  estimate._simulated.cache_clear()
+
+
+def test_the_hours_of_a_training_by_hand(equal_lengths):
   step = estimate.estimate(machine("h100:8"), sft())
-  # 128 examples of 500 tokens take 33 rows of 2048 at 95 %, filled up to 40; 2 epochs are 1000 steps
-  assert (step.places, step.remat, steps(step.work)) == (40 * 2048, "products", 1000)
+  # 128 examples of 500 tokens in rows of 512; 2 epochs are 1000 steps
+  assert (step.shape, step.remat, steps(step.work)) == ((128, 512), "products", 1000)
   each = 6 * (LLAMA.parameters - 128_256 * 4096) * 500 + 6 * 32 * 4096 * 500**2
-  seconds = each * (40 * 2048 / 500) / (8 * 989e12 * 0.5)
+  seconds = each * (128 * 512 / 500) / (8 * 989e12 * 0.5)
   assert step.seconds == pytest.approx(seconds)
   assert step.hours == pytest.approx(1000 * seconds / 3600)
   full = estimate.estimate(machine("h100:8"), sft(remat="full"))
   assert full.seconds == pytest.approx(4 / 3 * seconds)
-  # weights go forward and backward and gradients back: 3 * 16 GB * 7/8, and what the vocabulary's tables add
-  assert step.collective == pytest.approx((3 * 2 * LLAMA.parameters + 6 * 128_256 * 4096) * 7 / 8)
+  # layers go forward and backward and their gradients back, embedding and head forward and back, all in bf16
+  head = 128_256 * 4096
+  assert step.collective == pytest.approx(2 * (3 * (LLAMA.parameters - 2 * head) + 2 * 2 * head) * 7 / 8)
+  # without fit_rows: whole rows, four examples each, in multiples of 4 and of the devices
+  assert estimate.estimate(machine("h100:8"), sft(fit_rows=False)).shape == (32, 2048)
+  assert estimate.estimate(machine("h100:8"), sft(batch=36, fit_rows=False)).shape == (16, 2048)
+
+
+def test_rows_and_groups_follow_the_data_as_in_a_run(equal_lengths):
+  # 16 examples of 500 tokens over 64 chips: no way of 64 has half a row, so groups of 4 take one each
+  step = estimate.estimate(machine("v6e:8x8"), sft(batch=16))
+  assert (step.mesh, step.shape) == (MeshOptions(1, 16, 4), (16, 512))
+  found = estimate.training(machine("v6e:8x8"), sft(batch=16), as_is=True)
+  assert (found.mesh, found.shape) == (MeshOptions(1, 64, 1), (64, 512))
+  assert found.seconds > 3 * step.seconds
+  # two hosts of 8 GPUs: groups stay within one
+  assert estimate.estimate(machine("h100:8x2"), sft(batch=1)).mesh.tensor == 8
+  # passes divide the rows, too: 16 rows in 4 passes are for 4 ways
+  divided = estimate.estimate(machine("h100:8"), sft(batch=16, passes=4))
+  assert (divided.mesh, divided.shape) == (MeshOptions(1, 4, 2), (16, 512))
+
+
+def test_slots_follow_the_requests_as_in_a_run():
+  m, few = machine("h100:8"), dataclasses.replace(answers(rows=200, n=1.0), calls=16)
+  # 13 requests a call over 8 replicas are two for each; the config's own number stands
+  assert estimate.estimate(m, few).slots == 2
+  fixed = dataclasses.replace(m, engine=EngineOptions(tensor=1, slots=64))
+  assert estimate.estimate(fixed, few).slots == 64
 
 
 def test_the_hours_of_sampling_and_clustering_by_hand():
@@ -323,7 +358,9 @@ def test_a_run_says_at_its_start_what_it_will_take(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
   "flags, says",
   [
-    (["--config=configs/lima.py:mini"], "only runs of 'alma' are planned so far"),
+    (["--config=configs/lima.py:mini", "--config.recipe=limo"], "did you mean 'lima'?"),
+    (["--config=configs/lima.py:8b"], "configs/lima.py has no size '8b'; there are mini, 7b, 65b"),
+    (["--config=configs/spa.py:7b", "--model=mistral_7b", "--config.responses.n=1"], "responses.n is 1; it must be at least 2"),
     (["--config=configs/alma.py:8b"], "give --model, which may be llama3_8b"),
     (["--config=configs/alma.py:8b", "--model=gpt2"], "no shape has this name"),
     ([*PAPER, "--stages=polcy"], "did you mean 'policy'?"),
@@ -340,7 +377,7 @@ def test_mistakes_are_one_line(flags, says, capsys):
 def test_planned_stages_are_stages_of_the_recipe():
   config = plan._config("configs/alma.py:mini", ["--config.rounds={4: {'prompts': {'draws': 4096}}}"])
   by_round = start.checked_options(config)
-  found = list(of_alma(by_round, assumptions(Given()), 96))
+  found = list(recipes.works(by_round, assumptions(Given(), None, recipes.defaults(by_round)), 96))
   sizes, made = alma.stages(by_round), {task.stage for task in found}
   assert made <= sizes.keys()
   # What is left out takes no device: the checks of data and judge, draws, evaluators of other kinds
@@ -351,6 +388,84 @@ def test_planned_stages_are_stages_of_the_recipe():
   rows = {task.stage: task.rows for task in found}
   assert rows["round_02/responses"] == rows["round_02/judgments"] == 24 * 24
   assert rows["round_02/policy"] == 5000 + 24 and rows["round_05/policy"] == 5000 + 4 * 24
+
+
+def works_of(file, *overrides):
+  config = plan._config(file, overrides)
+  plan._stand_ins(config, overrides)
+  by_round = start.checked_options(config)
+  a = assumptions(Given(), None, recipes.defaults(by_round))
+  return start.recipe_of(config).stages(by_round), {w.stage: w for w in recipes.works(by_round, a, 96)}
+
+
+# A recipe's stages that take no device, and what is planned beside those that it lists
+@pytest.mark.parametrize(
+  "file, left, beside",
+  [
+    ("configs/lima.py:mini", {"seeds", "choice", "eval.truth", "eval.judge"}, {"eval-test"}),
+    ("configs/isara.py:mini", {"seeds", "prompts", "trainset", "eval.truth", "categories.truth"}, set()),
+    (
+      "configs/spa.py:mini",
+      {"seeds", "prompts", "trainset", "eval.truth", "gold"},
+      {"reference_sft_1", "reference_round_01_policy", "reference_round_02_policy"},
+    ),
+  ],
+)
+def test_planned_stages_are_those_of_every_recipe(file, left, beside):
+  stages, made = works_of(file)
+  assert {name.rpartition("/")[2] for name in stages.keys() - made.keys()} == left
+  assert {name.rpartition("/")[2] for name in made.keys() - stages.keys()} == beside
+
+
+def test_lima_keeps_its_epochs_and_chooses_by_what_they_write():
+  _, made = works_of("configs/lima.py:mini")
+  step = estimate.estimate(machine("h100:1", TINY), made["sft_1"])
+  assert steps(made["sft_1"]) == 15 * 63 and step.disk == 2 * TINY.parameters * (1 + 10)  # epochs 5 .. 14, and the last
+  assert made["round_05/eval"].rows == 96 and isinstance(made["round_05/loss"], Scoring)
+  assert steps(made["round_05/loss"]) == 1 and made["round_10/eval-test"].rows == 50
+  # its own judge is trained, and grades
+  _, own = works_of("configs/lima.py:mini", "--config.choice.judge=own")
+  graded = {"round_10/eval-test.judge", *(f"round_{i:02d}/eval.judge" for i in range(5, 11))}
+  assert own.keys() - made.keys() == {"judge", *graded}
+
+
+def test_isara_asks_after_shots_and_learns_from_all_pairs():
+  _, made = works_of("configs/isara.py:7b")
+  assert [made[f"round_0{i}/policy"].examples for i in (2, 3)] == [64 + 512, 64 + 2 * 512]
+  assert made["round_02/drafts"].prompt_tokens == 5 * 200
+  assert made["round_02/responses"].prompt_tokens == 1536 < 200 + 5 * 500  # as many shots as find room
+  assert made["round_03/neighbours"].rows == 512 + 64 + 512 and made["round_03/neighbours"].longest == 256 + 32
+  _, other = works_of("configs/isara.py:7b", "--config.neighbours.method=random")
+  assert made.keys() - other.keys() == {f"round_0{i}/neighbours" for i in range(2, 8)}
+
+
+def test_spa_judges_with_two_models_and_trains_beside_one():
+  _, made = works_of("configs/spa.py:7b", "--config.sft_model=zephyr")
+  assert "sft_1" not in made and made["round_01/policy"].examples == 2000 - 200
+  judged, people = made["round_02/judgments"], made["round_02/agreement"]
+  assert (judged.rows, judged.prefixes, judged.models, judged.logprobs) == (16_000, 8000, 2, True)
+  assert people.rows == 2 * 200 and made["round_03/responses"].rows == 40_000
+  # both sides of every pair, under the policy before
+  assert made["round_03/reference_round_02_policy"].examples == 2 * 20_000
+  m, work = machine("h100:8"), made["round_02/policy"]
+  mixed = estimate.estimate(m, work)
+  alone = estimate.estimate(
+    m, estimate.with_options(work, preference=dataclasses.replace(work.options.preference, mix=0.0))
+  )
+  assert mixed.remat == alone.remat == "none" and mixed.seconds == pytest.approx(4 / 3 * alone.seconds)
+  # every layer, the embedding and the head once more
+  assert mixed.collective - alone.collective == pytest.approx(2 * LLAMA.parameters * 7 / 8)
+  once = estimate.estimate(m, dataclasses.replace(judged, models=1))
+  assert estimate.estimate(m, judged).hours == pytest.approx(2 * once.hours)
+  # no pairs of people: nothing to measure the judgement on
+  _, none = works_of("configs/spa.py:7b", "--config.data.preferences=", "--config.sft_model=x")
+  assert not {"round_01/policy", "round_02/agreement"} & none.keys() and "round_02/reference_sft_1" in none
+
+
+def test_a_reference_is_scored_once_for_each_trainset():
+  _, made = works_of("configs/alma.py:mini", "--config.trainset.method=dpo", "--config.feedback_rounds=3")
+  assert {name for name in made if "reference" in name} == {f"round_0{i}/reference_sft_1" for i in (2, 3, 4)}
+  assert made["round_04/reference_sft_1"].examples == 2 * 24 and made["round_04/policy"].examples == 3 * 24
 
 
 def test_json_and_table_of_all_methods():

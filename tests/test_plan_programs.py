@@ -233,7 +233,7 @@ def test_state_and_cache_are_updated_in_place(tpu):
     memory = tpu[name][1].memory_analysis()
     state = 12 * SMALL.parameters / 8
     assert memory.alias_size_in_bytes >= 0.98 * state and memory.output_size_in_bytes <= 1.05 * state + 2**20
-  shape = programs._shapes(WORKS[3], 32)
+  shape = estimate.shapes_of(machine("v6e:2x4"), WORKS[3], 32)
   cache = 4 * SMALL.depth * SMALL.kv_heads * SMALL.head_dim * (shape.slots * 128 + shape.rows * shape.room)
   for name in ("prefill", "refill", "decode"):
     memory = tpu[f"responses {name}"][1].memory_analysis()
@@ -245,7 +245,7 @@ def test_state_and_cache_are_updated_in_place(tpu):
 
 @needs_libtpu
 def test_a_decode_step_gathers_no_prefixes(tpu):
-  text, shape = tpu["responses decode"][2], programs._shapes(WORKS[3], 32)
+  text, shape = tpu["responses decode"][2], estimate.shapes_of(machine("v6e:2x4"), WORKS[3], 32)
   assert hlo.loops(text)
   prefix = 2 * shape.rows * shape.room * SMALL.kv_heads * SMALL.head_dim  # bytes of a layer's keys
   gathered = [hlo.sizes(line.partition(" gather(")[0]) for line in hlo.lines_in_loops(text) if " gather(" in line]

@@ -76,10 +76,17 @@ def abstract_mesh(devices: int, data: int = -1, fsdp: int = 1, tensor: int = 1) 
 def with_fewer_replicas(mesh: Mesh, c: LlamaConfig) -> Iterator[Mesh]:
   """Yields meshes of the same devices with 2, 4, ... times as many in each tensor group, so that fewer ways share a
   batch and none is left without a row. The heads, and the devices of a host that is no TPU's, limit the groups."""
-  data, fsdp, tensor = mesh.devices.shape
   first = mesh.devices.flat[0]
   of_host = sum(device.process_index == first.process_index for device in mesh.devices.flat)
-  most = min(c.kv_heads, of_host) if first.platform != "tpu" else c.kv_heads
+  for sizes in with_larger_groups(mesh.devices.shape, c, of_host if first.platform != "tpu" else mesh.size):
+    # The devices keep their order: those of a group are neighbours.
+    yield Mesh(mesh.devices.reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def with_larger_groups(sizes: tuple[int, ...], c: LlamaConfig, most: int) -> Iterator[tuple[int, int, int]]:
+  """Yields the sizes (data, fsdp, tensor) of `with_fewer_replicas`, with at most so many devices in a group."""
+  data, fsdp, tensor = sizes
+  most = min(c.kv_heads, most)
   while data * fsdp % 2 == 0 and 2 * tensor <= most and c.kv_heads % (2 * tensor) == 0 == c.ffn % (2 * tensor):
     if fsdp % 2 == 0:
       fsdp //= 2
@@ -88,8 +95,7 @@ def with_fewer_replicas(mesh: Mesh, c: LlamaConfig) -> Iterator[Mesh]:
     else:
       return
     tensor *= 2
-    # The devices keep their order: those of a group are neighbours.
-    yield Mesh(mesh.devices.reshape(data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3)
+    yield data, fsdp, tensor
 
 
 def _sizes(devices: int, data: int, fsdp: int, tensor: int) -> tuple[int, int, int]:

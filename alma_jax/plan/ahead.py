@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from alma_jax.errors import free_bytes
-from alma_jax.plan import work
+from alma_jax.plan import recipes
 from alma_jax.plan.assumptions import Given, assumptions
 from alma_jax.plan.estimate import Machine, estimated
 from alma_jax.plan.table import GB, Plan
@@ -31,13 +31,14 @@ KINDS = {
 
 
 def lines(s: Session[Any]) -> Iterator[str]:
-  """The totals, and a line where the disk is short. Only ALMA is planned."""
+  """The totals, and a line where the disk is short."""
   here = topology_of(jax.devices())
-  if here is None or s.config.get("recipe") != "alma":
+  if here is None:
     return
   o, c = s.options, s.host.trained_config
-  machine = Machine(here, c, o.mesh, o.engine, o.model, assumptions(Given()))
-  plan = Plan(machine, [estimated(machine, task) for task in work.of_alma(s.by_round, machine.assumptions, c.width)])
+  found = assumptions(Given(), None, recipes.defaults(s.by_round))
+  machine = Machine(here, c, o.mesh, o.engine, o.model, found)
+  plan = Plan(machine, [estimated(machine, task) for task in recipes.works(s.by_round, found, c.width)])
   yield (
     f"planned by roofline for {here.devices} x {here.chip.name}: {plan.hours:,.3g} hours, {plan.device_hours:,.4g}"
     f" device-hours, up to {plan.disk / GB:,.3g} GB of disk; `alma plan` says more"

@@ -22,7 +22,7 @@ from alma_jax.plan import hlo
 from alma_jax.plan.estimate import Machine, Step, estimate, estimated, with_options
 from alma_jax.plan.hlo import Collective
 from alma_jax.plan.programs import Program, key, planned_training, programs
-from alma_jax.plan.work import Training, Work, steps
+from alma_jax.plan.work import Scoring, Training, Work, steps
 
 AT_ONCE = 2  # programs; a compiler uses more than one core only at times
 
@@ -97,12 +97,12 @@ def made_of(program: Program, stage: str, platform: str) -> Made:
 
 def _possible(step: Step) -> bool:
   """False where the quick plan has found that there is nothing to compile: no mesh, no host, no slot."""
-  return step.fits or (isinstance(step.work, Training) and step.places is not None)
+  return step.fits or step.shape is not None
 
 
 def _tasks(machine: Machine, step: Step, devices: Sequence[Any]) -> list[Callable[[], Made]]:
   platform, stage, tasks = machine.platform, step.work.stage, []
-  if isinstance(step.work, Training):
+  if isinstance(step.work, Training) and not isinstance(step.work, Scoring):
     tasks.append(lambda: _trained(machine, step, devices))
 
   def task(program: Program) -> Callable[[], Made]:
@@ -152,6 +152,6 @@ def programs_of(machine: Machine, work: Work, devices: Sequence[Any]) -> list[Pr
   """The programs of a stage by their names, a training's step among them."""
   step = estimate(machine, work)
   found = programs(machine, step, devices)
-  if isinstance(work, Training):
+  if isinstance(work, Training) and not isinstance(work, Scoring):
     found = [Program("step", lambda: planned_training(machine, step, devices).step), *found]
   return found

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh
 
 from alma_jax.engine import buckets, points
@@ -27,13 +28,16 @@ from alma_jax.plan import assumptions as shares
 from alma_jax.plan import topology as topologies
 from alma_jax.plan.assumptions import Assumptions
 from alma_jax.plan.hlo import Collective
-from alma_jax.plan.memory import reading_bytes, training_bytes
+from alma_jax.plan.memory import reading_bytes, scoring_bytes, training_bytes
 from alma_jax.plan.topology import Topology
-from alma_jax.plan.work import Clustering, Reading, Sampling, Training, Work, steps
+from alma_jax.plan.work import Clustering, Reading, Sampling, Scoring, Training, Work, epochs_kept, steps
 from alma_jax.runtime import metrics, room
+from alma_jax.runtime import shapes as rows_of
 from alma_jax.runtime.batches import ROWS
 from alma_jax.runtime.host import EngineOptions, ModelOptions, models_that_stay, sampling_bytes, tensor_for
 from alma_jax.runtime.session import MeshOptions
+from alma_jax.runtime.shapes import Shape
+from alma_jax.runtime.training import USEFUL
 
 NEAR = 0.9  # of a slot's mean length is what its token at work has behind it: lognormal lengths
 SCORES = {"gpu": 0, "cpu": 4, "tpu": 4}  # times fp32 attention scores do
@@ -41,6 +45,7 @@ CHOOSING = {"greedy": 7, "temperature": 8, "filtered": 37}  # times fp32 logits 
 K_MEANS_BLOCK = {"gpu": 16384, "tpu": 2048}  # points that a centroid meets each time it is read; see engine/nearest.py
 K_MEANS_SCORE = 12  # bytes of memory traffic for each score where they go through memory
 REMAT = {"none": 1.0, "products": 1.0, "full": 4 / 3}  # times a step's arithmetic
+STEPS, LONG = 16, 60  # steps whose lengths are drawn; trainings of so many steps may have more programs
 CHUNK = 2**17  # points of a chunk on each device
 COPIES = 3  # of the centroids on each device: themselves, their sums, and the sums of all devices
 
@@ -56,7 +61,8 @@ class Step:
   remat: str | None = None
   passes: int | None = None
   slots: int | None = None
-  places: int | None = None  # rows x row length of a step
+  shape: Shape | None = None  # rows x row length of the largest step of a training
+  mesh: MeshOptions | None = None  # of a training: the config's, or one with larger tensor groups
   flops: float = 0.0  # useful ones of the whole stage
   traffic: float = 0.0  # bytes of memory of a step and device; 0: not what decides
   collective: float = 0.0  # bytes of a step and device
@@ -69,6 +75,10 @@ class Step:
   compiled: bool = False  # its memory and collectives are a compiler's figures
   collectives: tuple[Collective, ...] = ()
   refused: str = ""  # by the compiler, in its words
+
+  @property
+  def places(self) -> int | None:
+    return self.shape and self.shape.places
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +172,7 @@ def estimated(machine: Machine, work: Work) -> Step:
   """The Step of a stage, without what would help."""
   if isinstance(work, Training):
     try:
-      return _training(machine, work)
+      return training(machine, work)
     except sharding.MeshError as error:
       disk = room.model_bytes(machine.c, machine.model.save_dtype)
       return Step(work, fits=False, usable=machine.topology.chip.memory, disk=disk, helps=str(error))
@@ -208,12 +218,16 @@ def _changes(machine: Machine, work: Work) -> Iterator[tuple[str, Machine, Work]
 
 def _knobs(machine: Machine, work: Training) -> Iterator[tuple[str, Machine, Work]]:
   """Changes of a training that take less memory."""
+  if isinstance(work, Scoring):
+    return
   section, o = f"config.{work.section}", work.options
   if o.remat not in ("auto", "full"):
     yield f"{section}.remat='auto'", machine, with_options(work, remat="auto")
   lean = {"remat": "auto"} if o.remat != "full" else {}
   with contextlib.suppress(sharding.MeshError):
-    most, passes = _rows(machine, work) // sharding.replicas(machine.training_mesh), 2 * o.passes
+    whole = with_options(work, passes=1)
+    fit = _fitted(machine, whole)
+    most, passes = fit.shape.rows // (fit.mesh.data * fit.mesh.fsdp), 2 * o.passes
     while passes <= min(most, o.batch):
       yield f"{section}.passes={passes}", machine, with_options(work, passes=passes, **lean)
       passes *= 2
@@ -236,31 +250,83 @@ def with_options(work: Training, **fields: object) -> Training:
 # Training
 
 
-def _rows(machine: Machine, work: Training) -> int:
-  """Rows of a step, filled up to what the mesh divides."""
-  o, mesh = work.options, machine.training_mesh
-  width = o.row_length * work.sides
-  needed = math.ceil(min(o.batch, work.examples) * work.length / width / shares.PACKING[0])
-  unit = math.lcm(1 if o.fit_rows else ROWS, sharding.replicas(mesh) * min(o.passes, o.batch))
-  return -(-needed // unit) * unit
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+  """How a training's data lie on the devices."""
+
+  mesh: MeshOptions
+  shape: Shape  # of the largest step
+  places: float  # of a mean step
+
+  @property
+  def abstract(self) -> AbstractMesh:
+    o = self.mesh
+    return sharding.abstract_mesh(o.data * o.fsdp * o.tensor, o.data, o.fsdp, o.tensor)
 
 
-def _training(machine: Machine, work: Training) -> Step:
-  """The first remat that fits, as engine/train.planned finds it."""
-  c, o, mesh, chip = machine.c, work.options, machine.training_mesh, machine.topology.chip
-  width, rows = o.row_length * work.sides, _rows(machine, work)
-  passes, places = min(o.passes, o.batch), rows * width
+def _fitted(machine: Machine, work: Training, as_is: bool = False) -> Fitted:
+  """Rows and mesh as a run chooses them (runtime/training.py): on the config's mesh, or, where that leaves over a sixth
+  of the places empty and not `as_is`, on one with larger tensor groups."""
+  o, topology = work.options, machine.topology
+  sizes = tuple(machine.training_mesh.shape[axis] for axis in sharding.AXES)
+  most = topology.devices if machine.platform == "tpu" else topology.local
+  meshes = [sizes, *([] if as_is or not o.fit_rows else sharding.with_larger_groups(sizes, machine.c, most))]
+  passes = 1 if isinstance(work, Scoring) else min(o.passes, o.batch)
+  best: tuple[float, Fitted] | None = None
+  for data, fsdp, tensor in meshes:
+    if best and best[0] >= USEFUL:
+      break
+    shape, places, filled = _shapes_of(work, data * fsdp * passes)
+    if best is None or filled / places > 1.05 * best[0]:
+      best = filled / places, Fitted(MeshOptions(data, fsdp, tensor), shape, places)
+  assert best is not None
+  return best[1]
+
+
+def _shapes_of(work: Training, unit: int) -> tuple[Shape, float, float]:
+  o = work.options
+  sizes = o.batch, work.sides * o.row_length, unit if o.fit_rows else -math.lcm(ROWS, unit)
+  return _simulated(min(work.examples, STEPS * o.batch), steps(work), work.length, *sizes)
+
+
+@functools.cache
+def _simulated(
+  examples: int, steps: int, length: float, batch: int, width: int, unit: int
+) -> tuple[Shape, float, float]:
+  """The largest shape of an epoch's first steps, and the mean numbers of places and of tokens in a step, for lengths
+  that are drawn; a negative unit is that of rows which do not fit themselves."""
+  z = np.random.default_rng(0).normal(size=examples)
+  drawn = np.clip(np.rint(length * np.exp(shares.LENGTHS[0] * z - shares.LENGTHS[0] ** 2 / 2)), 1, width).astype(int)
+  parts = [drawn[at : at + batch].tolist() for at in range(0, examples, batch)]
+  many = parts * max(1, min(steps, LONG) // len(parts))  # how many programs pay depends on the number of steps
+  found = rows_of.fitted(many, width, unit) if unit > 0 else rows_of.fixed(parts, width, -unit)
+  largest = max(found, key=_places)
+  return largest, sum(map(_places, found)) / len(found), float(drawn.sum()) / len(parts)
+
+
+def _places(shape: Shape) -> int:
+  return shape.places
+
+
+def training(machine: Machine, work: Training, as_is: bool = False) -> Step:
+  """The first remat that fits, as engine/train.planned finds it; `as_is`: on the machine's mesh, whatever it wastes."""
+  fit = _fitted(machine, work, as_is)
+  if isinstance(work, Scoring):
+    return _scoring(machine, work, fit)
+  c, o, mesh, chip = machine.c, work.options, fit.abstract, machine.topology.chip
+  passes, places = min(o.passes, o.batch), fit.shape.places
   ways = tuple(llama.REMAT) if o.remat == "auto" else (o.remat,)
-  peak, remat = math.inf, ways[-1]
+  peak, remat, objective = math.inf, ways[-1], o.objective(machine.dtype)
   for remat in ways:
-    objective = dataclasses.replace(o.objective(machine.dtype), remat=remat)
+    objective = dataclasses.replace(objective, remat=remat)
     peak = training_bytes(c, mesh, machine.platform, o.optimizer, objective, places, passes)
     if peak <= chip.memory:
       break
-  n, useful = steps(work), metrics.operations(c, [round(work.length)])
-  # Padding and the end of a row cost what tokens do.
-  executed = metrics.operations(c, [round(work.length)]) * places / work.length * REMAT[remat]
-  collective = _exchanged(machine, mesh, places, passes)
+  length = min(work.length, work.sides * o.row_length)
+  n, useful = steps(work), metrics.operations(c, [round(length)])
+  # Padding and the end of a row cost what tokens do; a reference model goes forward beside.
+  executed = useful * fit.places / length * (REMAT[remat] + (1 / 3 if objective.compares else 0))
+  collective = _exchanged(machine, mesh, places, passes, objective.compares)
   peak_rate, mfu = machine.peak * machine.topology.devices, machine.assumptions.mfu
   rate = peak_rate * machine.assumptions.training
   arithmetic = useful * min(o.batch, work.examples) / (peak_rate * mfu) if mfu else executed / rate
@@ -275,27 +341,51 @@ def _training(machine: Machine, work: Training) -> Step:
     usable=chip.memory,
     remat=remat,
     passes=passes,
-    places=places,
+    shape=fit.shape,
+    mesh=fit.mesh,
     flops=useful * work.examples * (o.epochs + work.forward / 3),
     collective=collective,
     seconds=seconds,
     hours=total / 3600,
     host=checkpoint / machine.topology.hosts + saved,
-    disk=saved,
+    disk=saved * (1 + epochs_kept(work)),
     beside=room.training_bytes(checkpoint, saved, n, o.checkpoint_every, o.checkpoint_keep) - saved,
   )
 
 
-def _exchanged(machine: Machine, mesh: AbstractMesh, places: int, passes: int) -> float:
-  """Bytes that a step sends from each device: weights gathered forward and backward and gradients reduced along fsdp,
-  gradients once more along data, activations along tensor; the embedding goes in fp32."""
+def _scoring(machine: Machine, work: Scoring, fit: Fitted) -> Step:
+  """Forward passes of the code that trains, over all data once."""
+  c, chip, mesh = machine.c, machine.topology.chip, fit.abstract
+  peak = scoring_bytes(c, mesh, machine.platform, machine.itemsize, fit.shape.places)
+  length = min(work.length, work.sides * work.options.row_length)
+  useful = metrics.operations(c, [round(length)]) / 3
+  collective = _exchanged(machine, mesh, fit.shape.places, 1) / 3
+  rate = machine.peak * machine.topology.devices * machine.assumptions.training
+  seconds = max(useful * fit.places / length / rate, collective / (machine.topology.link * shares.LINKS[0]))
+  return Step(
+    work,
+    fits=peak <= chip.memory,
+    peak=peak,
+    usable=chip.memory,
+    shape=fit.shape,
+    mesh=fit.mesh,
+    flops=useful * work.examples,
+    collective=collective,
+    seconds=seconds,
+    hours=steps(work) * seconds / 3600,
+    host=room.model_bytes(c, machine.model.save_dtype),
+    disk=work.disk,
+  )
+
+
+def _exchanged(machine: Machine, mesh: AbstractMesh, places: int, passes: int, compares: bool = False) -> float:
+  """Bytes that a step sends from each device: along fsdp the layers' weights are gathered forward and backward, and
+  embedding and head once each; their gradients are reduced to shares, along fsdp and once more along data; activations
+  go along tensor. A reference model is gathered once."""
   data, fsdp, tensor = (mesh.shape[axis] for axis in sharding.AXES)
-  weights = machine.itemsize * machine.c.parameters / tensor
-  vocabulary = 2 * machine.head / tensor
-  if machine.platform == "gpu":  # the gradients of embedding and head are reduced whole
-    vocabulary += 2 * machine.itemsize * machine.head / tensor
-  along_fsdp = (3 * weights * passes + vocabulary) * (fsdp - 1) / fsdp
-  along_data = 2 * weights / fsdp * (data - 1) / data
+  layers, tables = machine.itemsize * machine.layers / tensor, machine.itemsize * 2 * machine.head / tensor
+  along_fsdp = (3 * layers + 2 * tables + (layers + tables if compares else 0)) * passes * (fsdp - 1) / fsdp
+  along_data = 2 * (layers + tables) / fsdp * (data - 1) / data
   own = places / (data * fsdp)
   along_tensor = 6 * machine.c.depth * own * machine.c.width * machine.itemsize * 2 * (tensor - 1) / tensor
   return along_fsdp + along_data + along_tensor
@@ -313,11 +403,11 @@ def _sampling(machine: Machine, work: Sampling) -> Step:
     slots = slots_that_fit(machine.shape, o.decoding, load, given, mesh, machine.engine.slots, machine.platform)
   except SlotsError:
     slots = 0
-  shapes = shapes_for(max(1, slots), buckets.rounded(o.max_prompt_tokens), work.samples_per_prompt)
+  shapes = shapes_of(machine, work, max(1, slots))
   peak = machine.held + bytes_of(machine.shape, o.decoding, shapes, mesh, machine.platform)
   if not slots:
     return Step(work, fits=False, peak=peak, usable=sampling_bytes(chip.memory), slots=0, disk=work.disk)
-  new = work.tokens / max(1, work.rows)
+  slots, new = shapes.slots, work.tokens / max(1, work.rows)
   traffic = decoding_bytes(machine, work, shapes, new)
   flops = 2 * (machine.layers + machine.head) * slots / machine.tensor
   seconds = max(traffic / (chip.bandwidth * shares.DECODING[0]), flops / (machine.peak * shares.PRODUCTS[0]))
@@ -337,6 +427,16 @@ def _sampling(machine: Machine, work: Sampling) -> Step:
     host=room.model_bytes(machine.c, machine.model.save_dtype),
     disk=work.disk,
   )
+
+
+def shapes_of(machine: Machine, work: Sampling, slots: int) -> Shapes:
+  """The shapes of a call on each replica, where so many slots fit: no more than its requests, unless the config names
+  how many, and room for the longest prompt."""
+  of_call, prompts = -(-work.rows // work.calls), -(-work.prompts // work.calls)
+  if not machine.engine.slots:
+    own = -(-of_call // (machine.topology.local // machine.tensor))
+    slots = min(slots, 1 << (max(1, own) - 1).bit_length())
+  return shapes_for(slots, buckets.rounded(work.options.max_prompt_tokens), work.samples_per_prompt, prompts)
 
 
 def decoding_bytes(machine: Machine, work: Sampling, shapes: Shapes, new: float) -> float:
@@ -375,16 +475,15 @@ def _reading(machine: Machine, work: Reading) -> Step:
   rate = machine.peak * machine.topology.devices * shares.PRODUCTS[0]
   arithmetic = flops / shares.PADDING[0] / rate
   reads = calls * machine.model_bytes / (chip.bandwidth * shares.DECODING[0])
-  seconds = max(arithmetic, reads)
+  seconds = work.models * max(arithmetic, reads)
   return Step(
     work,
     fits=peak <= sampling_bytes(chip.memory),
     peak=peak,
     usable=sampling_bytes(chip.memory),
-    places=rows * longest,
-    flops=flops,
+    flops=work.models * flops,
     traffic=machine.model_bytes,
-    seconds=seconds / max(1.0, calls),
+    seconds=seconds / max(1.0, work.models * calls),
     hours=seconds / 3600,
     host=room.model_bytes(c, machine.model.save_dtype),
     disk=work.disk,

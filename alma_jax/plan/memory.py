@@ -38,6 +38,15 @@ def training_bytes(
   return int(state + kept * (FP32 if objective.remat == "none" else 1) + layer + copies + added + tile + vocabulary)
 
 
+def scoring_bytes(c: LlamaConfig, mesh: AbstractMesh, platform: str, itemsize: int, places: int) -> int:
+  """What log-probs of texts by the code that trains take: fp32 weights, the copy that computes, embedding and head in
+  whole rows, the activations of a layer, and a tile of logits."""
+  own, ways = places // mesh.size, mesh.shape["fsdp"] * mesh.shape["tensor"]
+  tables = 2 * itemsize * c.vocab * c.width // mesh.shape["tensor"]
+  layer = own * train.kept_numbers(c, "none") * itemsize
+  return (4 + itemsize) * c.parameters // ways + tables + layer + min(TILE_BYTES[platform], 2 * 4 * c.vocab * own)
+
+
 def reading_bytes(c: LlamaConfig, tensor: int, itemsize: int, rows: int, width: int, before: int = 0) -> int:
   """What forward passes over rows of this width work with on each device, beside the weights; `before`: places of the
   prefix that they follow, whose keys the engine holds for a wave of calls and copies for each of them."""

@@ -14,11 +14,11 @@ from collections.abc import Iterator
 
 from alma_jax.errors import UserError
 from alma_jax.plan import compiled, devices, hlo
-from alma_jax.plan.estimate import Machine, Step, estimated
+from alma_jax.plan.estimate import Machine, Step, training
 from alma_jax.plan.programs import Program, planned_training
 from alma_jax.plan.table import GB, Plan
 from alma_jax.plan.topology import GIB
-from alma_jax.plan.work import Training
+from alma_jax.plan.work import Scoring, Training, Work
 from alma_jax.runtime.session import MeshOptions
 
 COMPILED = 3  # meshes that are compiled, the configured one beside them
@@ -50,7 +50,7 @@ class Mesh:
 def lines(plan: Plan, quick: bool) -> Iterator[str]:
   """The comparison as text, a mesh a line, and the best."""
   machine = plan.machine
-  trainings = [step for step in plan.steps if isinstance(step.work, Training)]
+  trainings = [step for step in plan.steps if _trains(step.work)]
   if not trainings:
     raise UserError("--meshes compares trainings, and --stages names none")
   largest = max(trainings, key=lambda step: (step.places or 0, step.peak))
@@ -86,6 +86,10 @@ def lines(plan: Plan, quick: bool) -> Iterator[str]:
   )
 
 
+def _trains(work: Work) -> bool:
+  return isinstance(work, Training) and not isinstance(work, Scoring)
+
+
 def candidates(machine: Machine, work: Training) -> list[Mesh]:
   """Every mesh of the topology's devices, those that fit and send least first; `tensor` stays inside a host's devices,
   and no larger than the heads of keys."""
@@ -95,7 +99,7 @@ def candidates(machine: Machine, work: Training) -> list[Mesh]:
       continue
     for data in (n for n in range(1, devices // tensor + 1) if devices // tensor % n == 0):
       options = MeshOptions(data, devices // tensor // data, tensor)
-      found.append(Mesh(options, estimated(dataclasses.replace(machine, mesh=options), work)))
+      found.append(Mesh(options, training(dataclasses.replace(machine, mesh=options), work, as_is=True)))
   return sorted(found, key=lambda mesh: (not mesh.fits, mesh.sent, mesh.peak))
 
 

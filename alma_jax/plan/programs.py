@@ -19,14 +19,15 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from alma_jax.engine import buckets, embed, lloyd, losses, points, sample, score, train
-from alma_jax.engine.slots import PREFILL_ROWS, Shapes, shapes_for, token_bytes
+from alma_jax.engine.slots import PREFILL_ROWS, token_bytes
 from alma_jax.engine.train import TrainingTask
 from alma_jax.llama import model as llama
 from alma_jax.llama import sharding
 from alma_jax.plan.devices import local_mesh
-from alma_jax.plan.estimate import CHUNK, Machine, Step
-from alma_jax.plan.work import Clustering, Reading, Sampling, Training
-from alma_jax.runtime.batches import Batches, Examples, GradedResponses, Pairs, Rated, Sizes
+from alma_jax.plan.estimate import CHUNK, Machine, Step, shapes_of
+from alma_jax.plan.work import Clustering, Reading, Sampling, Scoring, Training
+from alma_jax.runtime.batches import Examples, GradedResponses, Pairs, Rated
+from alma_jax.runtime.shapes import Shape
 
 STEPS = 16  # of a decode segment; memory does not depend on it
 SCORES = 11  # next tokens that a judge reads
@@ -44,7 +45,8 @@ def programs(machine: Machine, step: Step, devices: Sequence[Any]) -> list[Progr
   """The programs of a stage; a training's step is made by `planned_training` instead."""
   work = step.work
   if isinstance(work, Training):
-    return list(_logprobs(machine, step, work, devices)) if work.forward else []
+    scores = work.forward or isinstance(work, Scoring)
+    return list(_logprobs(machine, step, work, devices)) if scores else []
   if isinstance(work, Clustering):
     return list(_clustering(machine, work, devices))
   mesh = local_mesh(machine.topology, devices, machine.tensor)
@@ -64,13 +66,14 @@ def key(machine: Machine, step: Step) -> Any:
   if isinstance(work, Training):
     o = work.options
     how = o.objective(machine.dtype), dataclasses.replace(o.optimizer, learning_rate=1.0, final_learning_rate=0.0)
-    return "training", how, o.batch, o.row_length, step.places, step.passes, bool(work.forward)
+    return "training", how, o.batch, step.shape, step.mesh, step.passes, bool(work.forward), type(work)
   if isinstance(work, Clustering):
     return "clustering", work.k, work.dims, min(work.rows, CHUNK * machine.topology.devices)
   if isinstance(work, Sampling):
-    return "sampling", work.options.decoding, _shapes(work, step.slots or 1)
+    return "sampling", work.options.decoding, shapes_of(machine, work, step.slots or 1)
   if isinstance(work, Reading):
-    return "reading", work.longest, work.longest_prefix, work.rows >= buckets.TILE * work.prefixes, work.layers
+    tiled = work.rows >= buckets.TILE * work.prefixes
+    return "reading", work.longest, work.longest_prefix, tiled, work.layers, work.logprobs
   return None
 
 
@@ -80,14 +83,21 @@ def key(machine: Machine, step: Step) -> Any:
 def planned_training(machine: Machine, step: Step, devices: Sequence[Any]) -> train.Plan:
   """The Plan that the run itself would make, on these devices; a TrainingError where nothing fits."""
   work, o = step.work, step.work.options  # pyright: ignore[reportAttributeAccessIssue]
-  assert isinstance(work, Training) and step.places and step.passes
+  assert isinstance(work, Training) and step.shape and step.passes
+  task = TrainingTask(o.optimizer, o.objective(machine.dtype), _training_mesh(machine, step, devices), steps=1)
+  return train.planned(machine.c, task, batch(work, step.shape), step.passes, machine.topology.chip.memory)
+
+
+def _training_mesh(machine: Machine, step: Step, devices: Sequence[Any]) -> Mesh:
+  """The config's mesh of these devices, or that with larger tensor groups that the step has."""
   mesh = sharding.make_mesh(**dataclasses.asdict(machine.mesh), devices=devices)
-  task = TrainingTask(o.optimizer, o.objective(machine.dtype), mesh, steps=1)
-  return train.planned(machine.c, task, batch(work, step.places), step.passes, machine.topology.chip.memory)
+  wanted = dataclasses.astuple(step.mesh) if step.mesh else mesh.devices.shape
+  others = sharding.with_fewer_replicas(mesh, machine.c)
+  return next((other for other in (mesh, *others) if other.devices.shape == wanted), mesh)
 
 
-def batch(work: Training, places: int) -> dict[str, Any]:
-  """A batch of the shapes that a step of so many places has; it holds no numbers of its own."""
+def batch(work: Training, shape: Shape) -> dict[str, Any]:
+  """A batch of the shapes that such a step has."""
   o, kind = work.options, work.options.objective("float32").kind
   one, names = (np.zeros(4, np.int32), np.array([0, 1, 1, 1], bool)), [0]
   if isinstance(kind, losses.Preference):
@@ -99,48 +109,31 @@ def batch(work: Training, places: int) -> dict[str, Any]:
     data = Rated([one], names, np.zeros(1), np.zeros((1, 1)))
   else:
     data = Examples([one], names)
-  made = Batches(data, Sizes(batch=o.batch, epochs=1.0, row_length=o.row_length, fit_rows=False), None, 1)(0)
-  rows = places // made["tokens"].shape[1]
-
-  def wide(made: dict[str, Any]) -> dict[str, Any]:
-    by_rows, out = made["tokens"].shape, {}
-    for name, x in made.items():
-      if isinstance(x, dict):
-        out[name] = wide(x)
-      else:
-        shape = (rows, by_rows[1]) if x.shape == by_rows else x.shape
-        out[name] = np.broadcast_to(np.zeros((), x.dtype), shape)
-    return out
-
-  return wide(made)
+  return data.rows(np.arange(1), (shape, Shape(shape.rows, shape.length // work.sides)), o.batch)
 
 
 def _logprobs(machine: Machine, step: Step, work: Training, devices: Sequence[Any]) -> Iterator[Program]:
-  """Of the reference, by the code that trains."""
-  mesh, o = sharding.make_mesh(**dataclasses.asdict(machine.mesh), devices=devices), work.options
-  ways, width = sharding.replicas(mesh), o.row_length
+  """By the code that trains."""
+  mesh, shape = _training_mesh(machine, step, devices), step.shape
+  assert shape is not None
 
   def make() -> Any:
-    rows = -(-(step.places or 0) // width // ways) * ways
+    rows, width = shape
     names = ("tokens", "targets", "segments", "positions", "example")
     given = {name: _array(mesh, rows, width) for name in names}
     given["weights"] = _array(mesh, rows, width, dtype=jnp.float32)
     with jax.set_mesh(mesh):
-      scorer: Any = train._scorer(o.batch, machine.dtype, mesh, True if machine.platform == "gpu" else None)
+      scorer: Any = train._scorer(work.options.batch, machine.dtype, mesh, True if machine.platform == "gpu" else None)
       return scorer.lower(_weights(machine, mesh, sharding.TRAIN, "float32"), given).compile()
 
-  yield Program("log-probs", make, part=False)
+  yield Program("log-probs", make, part=isinstance(work, Scoring))
 
 
 # Sampling
 
 
-def _shapes(work: Sampling, slots: int) -> Shapes:
-  return shapes_for(slots, buckets.rounded(work.options.max_prompt_tokens), work.samples_per_prompt)
-
-
 def _sampling(machine: Machine, work: Sampling, mesh: Mesh, slots: int) -> Iterator[Program]:
-  shapes, ways = _shapes(work, slots), sharding.replicas(mesh)
+  shapes, ways = shapes_of(machine, work, slots), sharding.replicas(mesh)
   decoding = dataclasses.replace(work.options.decoding, stop_ids=(1, 2))
   model = _weights(machine, mesh, sharding.DECODE, unrolled=True)
   with _alone(mesh):
@@ -198,6 +191,8 @@ def _judging(machine: Machine, work: Reading, mesh: Mesh) -> Iterator[Program]:
     tokens, lengths = _array(mesh, ways * rows, longest), _array(mesh, ways * rows)
     columns = _array(mesh, SCORES, spec=sharding.WHOLE)
     with _alone(mesh):
+      if work.logprobs:
+        return score._score.lower(model, prefix, tokens, lengths, mesh=mesh).compile()
       return score._read.lower(model, prefix, tokens, lengths, columns, reads=1, mesh=mesh).compile()
 
   yield Program("prefixes", prefixes, part=False)

@@ -24,15 +24,20 @@ _LLAMA_3 = LlamaConfig(
 _SCALED = RopeScaling(kind="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_positions=8192)
 
 
+_LLAMA_2 = dataclasses.replace(_LLAMA_3, vocab=32_000, kv_heads=32, ffn=11_008, rope_base=10_000.0, max_positions=4096)
+
 SHAPES = {
   "llama3_8b": _LLAMA_3,
   "llama3_70b": dataclasses.replace(_LLAMA_3, width=8192, depth=80, heads=64, ffn=28_672),
   "llama32_1b": dataclasses.replace(
     _LLAMA_3, width=2048, depth=16, head_dim=64, ffn=8192, rope_scaling=_SCALED, tied=True, max_positions=131_072
   ),
-  "llama2_7b": dataclasses.replace(
-    _LLAMA_3, vocab=32_000, kv_heads=32, ffn=11_008, rope_base=10_000.0, max_positions=4096
+  "llama2_7b": _LLAMA_2,
+  "llama_7b": dataclasses.replace(_LLAMA_2, norm_eps=1e-6, max_positions=2048),
+  "llama_65b": dataclasses.replace(
+    _LLAMA_2, width=8192, depth=80, heads=64, kv_heads=64, ffn=22_016, max_positions=2048
   ),
+  "mistral_7b": dataclasses.replace(_LLAMA_2, kv_heads=8, ffn=14_336, max_positions=32_768),
 }
 
 

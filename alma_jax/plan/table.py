@@ -113,7 +113,7 @@ def lines(plan: Plan, price: float | None = None) -> Iterator[str]:
     cells = zip(HEAD, row, widths, strict=True)
     yield "  ".join(cell.ljust(w) if name in left else cell.rjust(w) for name, cell, w in cells).rstrip()
   yield ""
-  yield "step: remat/passes and rows x tokens of a training step; slots of a copy of the model in sampling."
+  yield "step: remat/passes and rows x tokens of the largest training step; slots of a copy of the model in sampling."
   yield "peak: GiB on each device, with the longest texts that the config lets in."
   yield "moved: GB from and to its memory in a step. sent: GB of collectives in a step."
   yield ""
@@ -189,8 +189,10 @@ def _row(plan: Plan, name: str, steps: list[Step]) -> tuple[str, ...]:
   worst, devices = max(steps, key=lambda step: (not step.fits, step.peak)), plan.machine.topology.devices
   hours = sum(step.hours for step in steps)
   how = ""
-  if worst.remat:
-    how = f"{worst.remat}/{worst.passes}, {worst.places:,} places"
+  if worst.shape:
+    remat = f"{worst.remat}/{worst.passes}, " if worst.remat else ""
+    groups = f", tensor {worst.mesh.tensor}" if worst.mesh and worst.mesh.tensor > 1 else ""
+    how = f"{remat}{worst.shape.rows:,} x {worst.shape.length:,}{groups}"
   elif worst.slots is not None:
     how = f"{worst.slots} slots"
   return (

@@ -6,8 +6,9 @@
   python -m alma_jax.tools.plan --config=... --topology=v6e:2x4 --stages=policy,responses     compiles these alone
   python -m alma_jax.tools.plan --config=... --topology=h100:8 --quick                        compiles nothing
 
-Needs no accelerator and no weights. Topologies: v5e, v6e and v5p slices, h100:8, h100:8x2 (8 GPUs on each of 2 hosts),
-cpu. --model replaces config.model.path: a directory with config.json, or llama3_8b, llama3_70b, llama32_1b, llama2_7b.
+Plans every recipe (configs/lima.py:65b, isara.py:7b, spa.py:7b) and needs no accelerator and no weights. Topologies:
+v5e, v6e and v5p slices, h100:8, h100:8x2 (8 GPUs on each of 2 hosts), cpu. --model replaces config.model.path: a
+directory with config.json, or a name such as llama3_8b or mistral_7b.
 Config values are set as for a run, with --config.NAME=VALUE. With --run, lengths and counts come from that run, and so
 does the share of the peak that training reaches; flags such as --response_tokens come first.
 
@@ -33,13 +34,20 @@ from ml_collections import config_flags
 from alma_jax import config_files, names, start
 from alma_jax.options import Checked, ConfigError, leaves, nearest, option
 from alma_jax.plan import assumptions as assumed
-from alma_jax.plan import compiled, devices, meshes, shapes, table, topology, work
+from alma_jax.plan import compiled, devices, meshes, recipes, shapes, table, topology
 from alma_jax.plan.estimate import Machine, estimate
-from alma_jax.recipes import alma
+from alma_jax.plan.work import Work
 from alma_jax.runtime.display import Display
 from alma_jax.tools import command
 
 TOO_LARGE = 3  # the exit status where something does not fit
+FILE = "not_given.jsonl"
+NOT_GIVEN: dict[str, dict[str, Any]] = {  # what stands in a config for what is not given, by recipe
+  "alma": {"data.sft": FILE, "data.judge": FILE},
+  "lima": {"data.sft": FILE, "data.judge": FILE, "eval.sets": (f"test={FILE}", f"safety={FILE}")},
+  "isara": {"data.sft": FILE, "eval.judges": ("not_given=rules:length",)},
+  "spa": {"data.preferences": FILE, "data.prompts": FILE, "data.sft": FILE},
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,8 +64,10 @@ class Options(Checked):
   prompt_tokens: int | None = option(None, least=1, doc=f"mean tokens of a prompt ({assumed.PROMPT})")
   response_tokens: int | None = option(None, least=1, doc=f"of a response ({assumed.RESPONSE})")
   example_tokens: int | None = option(None, least=1, doc=f"of a training example ({assumed.EXAMPLE})")
-  demonstrations: int | None = option(None, least=1, doc=f"rows of data.sft ({assumed.DEMONSTRATIONS})")
-  annotations: int | None = option(None, least=1, doc=f"rows of data.judge ({assumed.ANNOTATIONS})")
+  demonstrations: int | None = option(None, least=1, doc="rows of data.sft (as the recipe's paper)")
+  annotations: int | None = option(None, least=1, doc=f"rows of data.judge ({recipes.ANNOTATIONS})")
+  preferences: int | None = option(None, least=1, doc=f"rows of data.preferences ({recipes.PREFERENCES})")
+  eval_prompts: int | None = option(None, least=1, doc="rows of data.eval (data.held_out)")
 
 
 FLAGS = command.Flags("plan", __doc__, Options)
@@ -87,26 +97,40 @@ def main(arguments: Sequence[str]) -> int:
 def made(options: Options, overrides: Sequence[str] = ()) -> table.Plan:
   """The plan that these flags ask for."""
   config = _config(options.config, overrides)
-  if config.get("recipe") != "alma":
-    raise ConfigError(
-      f"config.recipe is {config.get('recipe')!r}: only runs of 'alma' are planned so far (its trainings, pool,"
-      " responses, judgments and evaluations)"
-    )
-  for name in ("sft", "judge"):  # how many rows they have is assumed
-    config.data[name] = config.data[name] or "not_given.jsonl"
+  _stand_ins(config, overrides)
   by_round = start.checked_options(config)
-  o: alma.Options = by_round[0]
+  o = by_round[0]
   run = pathlib.Path(options.run) if options.run else None
   given = {field.name: getattr(options, field.name) for field in dataclasses.fields(assumed.Given)}
-  found, c = assumed.assumptions(assumed.Given(**given), run), shapes.shape(options.model or o.model.path)
+  found = assumed.assumptions(assumed.Given(**given), run, recipes.defaults(by_round))
+  c = shapes.shape(options.model or o.model.path)
   start.check_lengths(by_round, c.max_positions)
   where = topology.parse(options.topology)
   if run and where.chip.platform == "cpu" and (share := assumed.cpu_share(run, c, where.chip.flops)):
     found = dataclasses.replace(found, mfu=share, where=found.where | {"mfu": f"measured in {run}"})
   machine = Machine(where, c, o.mesh, o.engine, o.model, found)
-  works = list(work.of_alma(by_round, found, c.width))
+  works = list(recipes.works(by_round, found, c.width))
   steps = [estimate(machine, task) for task in _chosen(works, options.stages)]
-  return table.Plan(machine, steps, list(work.not_counted(by_round)))
+  return table.Plan(machine, steps, list(recipes.not_counted(by_round)))
+
+
+def _stand_ins(config: Any, overrides: Sequence[str]) -> None:
+  """Names for data that a run needs and a plan does not read: how much they hold is assumed. What an override sets
+  empty stays so."""
+  recipe = start.recipe_of(config).__name__.rpartition(".")[2]
+  if recipe not in recipes.WORKS:
+    raise ConfigError(f"config.recipe is {recipe!r}, which is not planned; that are {', '.join(recipes.WORKS)}")
+  fields = dict(NOT_GIVEN[recipe])
+  if recipe == "spa" and config.get("sft_model"):
+    fields |= {"data.eval": FILE}
+    del fields["data.sft"]
+  if recipe == "lima" and config.get("choice", {}).get("prompts"):
+    del fields["eval.sets"]  # the rest of data.eval is the set "test"
+  for name, value in fields.items():
+    section, _, field = name.partition(".")
+    given = any(x.startswith(f"--config.{name}=") for x in overrides)
+    if not given and field in config.get(section, ()) and not config[section][field]:
+      config[section][field] = value
 
 
 def _compiled(plan: table.Plan) -> table.Plan:
@@ -125,7 +149,7 @@ def _compiled(plan: table.Plan) -> table.Plan:
   return dataclasses.replace(plan, steps=steps, compilers=took)
 
 
-def _chosen(works: list[work.Work], kinds: str | None) -> list[work.Work]:
+def _chosen(works: list[Work], kinds: str | None) -> list[Work]:
   """The stages of these kinds or names."""
   if kinds is None:
     return works
@@ -150,10 +174,15 @@ def _config(file: str, overrides: Sequence[str]) -> Any:
     try:
       values(argv)
       found = holder.value
-    except (AttributeError, KeyError):
+    except (SyntaxError, ImportError) as error:
+      raise _unreadable(path, error) from None
+    except (AttributeError, KeyError) as error:
       whole = flags.FlagValues()
       named = config_flags.DEFINE_config_file("config", None, flag_values=whole, sys_argv=argv[:2])
-      whole(argv[:2])
+      try:
+        whole(argv[:2])
+      except (AttributeError, KeyError):  # without an override, too
+        raise _unreadable(path, error) from None
       known = set(leaves(named.value.to_dict()))
       unknown = [name for name in (x[len("--config.") :].partition("=")[0] for x in overrides) if name not in known]
       if not unknown:
@@ -163,6 +192,10 @@ def _config(file: str, overrides: Sequence[str]) -> Any:
       raise ConfigError(f"the config cannot be read: {str(error).strip().splitlines()[-1]}") from None
   names.look_in(os.path.dirname(os.path.abspath(path)))
   return found
+
+
+def _unreadable(path: str, error: Exception) -> ConfigError:
+  return ConfigError(f"{path} cannot be read: {type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":
