@@ -360,7 +360,7 @@ def test_a_run_says_at_its_start_what_it_will_take(monkeypatch, tmp_path):
   [
     (["--config=configs/lima.py:mini", "--config.recipe=limo"], "did you mean 'lima'?"),
     (["--config=configs/lima.py:8b"], "configs/lima.py has no size '8b'; there are mini, 7b, 65b"),
-    (["--config=configs/spa.py:7b", "--model=mistral_7b", "--config.responses.n=1"], "responses.n is 1; it must be at least 2"),
+    (["--config=configs/spa.py:7b", "--model=mistral_7b", "--config.responses.n=1"], "it must be at least 2"),
     (["--config=configs/alma.py:8b"], "give --model, which may be llama3_8b"),
     (["--config=configs/alma.py:8b", "--model=gpt2"], "no shape has this name"),
     ([*PAPER, "--stages=polcy"], "did you mean 'policy'?"),
