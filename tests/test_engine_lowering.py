@@ -23,7 +23,7 @@ CONFIG = LlamaConfig(
   depth=2,
   heads=16,
   kv_heads=8,
-  head_dim=64,
+  head_dim=128,
   ffn=256,
   norm_eps=1e-5,
   rope_base=10000.0,
@@ -33,7 +33,7 @@ CONFIG = LlamaConfig(
 )
 ROWS, T = 8, 256
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 1, 1)]
-KERNELS = {"tpu": r"splash_mha_\w+", "cuda": r"custom_call @__cudnn\$\w+"}
+KERNELS = {"tpu": r"splash_mha_\w+|attention_over_few", "cuda": r"custom_call @__cudnn\$\w+"}
 
 
 def elsewhere(sizes, platform):
@@ -108,7 +108,7 @@ def test_training_meets_its_kernels_on_every_mesh(mesh, platform, monkeypatch):
 
 
 def test_sampling_meets_its_kernels_on_every_mesh(mesh, platform):
-  model, decoding = weights(mesh, sharding.DECODE, unrolled=True), Decoding(max_new_tokens=64, stop_ids=(2,))
+  model, decoding = weights(mesh, sharding.DECODE, unrolled=True), Decoding(max_new_tokens=128, stop_ids=(2,))
   shapes, ways = slots.shapes_for(16, T, 8), sharding.replicas(mesh)
   state = jax.eval_shape(lambda model: sample._empty(model, shapes, decoding, mesh), model)
   places = sample._placed(state, CONFIG, mesh)
@@ -119,18 +119,18 @@ def test_sampling_meets_its_kernels_on_every_mesh(mesh, platform):
   rows = array(mesh, ways * 2)
   fill = functools.partial(kernels, sample._fill, platform, model, state, None, array(mesh, ways * 2, T), rows, rows)
   assert fill(mesh=mesh) == {"tpu": 1, "cuda": 2}[platform]  # equal layers are one function on TPUs
-  # Decoding has one query for each row: plain XLA on TPUs; elsewhere the prefixes and the cache of each layer.
+  # The prefixes and the cache of each layer, in kernels that read what is live.
   decode = kernels(sample._segment, platform, model, state, tiles, decoding=decoding, steps=4, mesh=mesh)
-  assert decode == {"tpu": 0, "cuda": 4}[platform]
+  assert decode == 4
 
 
 def test_judging_meets_its_kernels_on_every_mesh(mesh, platform):
   rows = ROWS * sharding.replicas(mesh)
-  kv = array(mesh, 2, rows // 4, 128, 8, 64, dtype=jnp.bfloat16, spec=score.PREFIX.kv)
+  kv = array(mesh, 2, rows // 4, 128, 8, 128, dtype=jnp.bfloat16, spec=score.PREFIX.kv)
   prefix, columns = llama.Prefix((kv, kv), array(mesh, rows // 4)), array(mesh, 11, spec=sharding.WHOLE)
   args = weights(mesh, sharding.DECODE), prefix, array(mesh, rows, T), array(mesh, rows), columns
-  # The first layer: its rows and their prefixes. The last one reads one place, which TPUs do in plain XLA.
-  assert kernels(score._read, platform, *args, reads=1, mesh=mesh) == {"tpu": 2, "cuda": 4}[platform]
+  # The first layer: its rows and their prefixes. The last one reads one place, and its few queries over the prefixes.
+  assert kernels(score._read, platform, *args, reads=1, mesh=mesh) == 4
 
 
 def test_embedding_meets_its_kernels_on_every_mesh(mesh, platform):

@@ -10,7 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alma_jax.llama import attention, attention_cpu, attention_nvidia, attention_reference, attention_tpu
+from alma_jax.llama import (
+  attention,
+  attention_cpu,
+  attention_decode_tpu,
+  attention_nvidia,
+  attention_reference,
+  attention_tpu,
+)
 from alma_jax.llama.sharding import make_mesh
 
 NEVER = attention_reference.NEVER
@@ -76,7 +83,7 @@ SHAPES = [(4, 4, 8), (4, 2, 16), (4, 1, 32), (8, 4, 64), (2, 1, 128)]  # N, K, H
 
 
 def test_back_ends_know_the_reference_and_not_the_file_that_chooses_them():
-  for back_end in (attention_cpu, attention_nvidia, attention_tpu, attention_reference):
+  for back_end in (attention_cpu, attention_decode_tpu, attention_nvidia, attention_tpu, attention_reference):
     assert attention not in vars(back_end).values() and attention.chosen not in vars(back_end).values()
 
 
@@ -209,6 +216,7 @@ def test_bfloat16_keys_on_the_cpu_keep_float32_statistics(T, S):
 INTERPRETED = {
   "causal": functools.partial(attention_tpu.causal, interpret=True),
   "over": functools.partial(attention_tpu.over, interpret=True),
+  "few": functools.partial(attention_decode_tpu.over, interpret=True),
 }
 
 
@@ -245,6 +253,45 @@ def test_splash_kernels_lower_for_a_tpu_and_only_those_that_are_needed(H):
   assert len(kernels(lowered(attention_tpu.over, "tpu", q, k, v, jnp.asarray([3, 200])))) == 1
   backward = lowered(gradient_of_out(attention_tpu.causal, segments), "tpu", q, k, v)
   assert [name.split("_")[2] for name in kernels(backward)] == ["dkv", "dq", "fwd"]
+
+
+@pytest.mark.parametrize(
+  ("T", "N", "K", "dtype"),
+  [(1, 8, 2, jnp.bfloat16), (3, 8, 2, jnp.float32), (3, 4, 4, jnp.bfloat16), (2, 3, 1, jnp.bfloat16)],
+)
+def test_few_queries_over_the_live_blocks_of_each_row(T, N, K, dtype, monkeypatch):
+  monkeypatch.setattr(attention_decode_tpu, "block", lambda S, K: 16)  # three blocks, the last one shorter
+  q, k, v = example(6, T, 40, N, K, 16, dtype=dtype)
+  lengths = jnp.asarray([17, 0, 40, 1, 16, 32])
+  # Blocks without a live key are not read: whatever they hold changes nothing.
+  dead = jnp.arange(40)[:, None, None] >= -(-lengths // 16)[:, None, None, None] * 16
+  out, lse = jax.jit(INTERPRETED["few"])(q, *(jnp.where(dead, jnp.nan, x) for x in (k, v)), lengths)
+  wanted = attention_reference.reference_over(*(x.astype(jnp.float32) for x in (q, k, v)), lengths)
+  assert out.dtype == dtype
+  close((out, lse), wanted, 2e-5 if dtype == jnp.float32 else 1e-2)
+  np.testing.assert_allclose(lse, wanted[1], atol=1e-5)
+  assert not np.asarray(out[1]).any() and (np.asarray(lse[1]) == NEVER).all()
+
+
+def test_no_row_has_a_key_for_the_few_queries():
+  q, k, v = example(3, 2, 8, 2, 1, 8)
+  out, lse = INTERPRETED["few"](q, k, v, jnp.zeros(3, jnp.int32))
+  assert not np.asarray(out).any() and (np.asarray(lse) == NEVER).all()
+
+
+def test_steps_are_the_live_blocks_of_all_rows_in_order():
+  rows, blocks, count = attention_decode_tpu._steps(jnp.asarray([3, 0, 4, 1, 0]), 2, 2)
+  assert count == 5
+  assert list(zip(rows[:5].tolist(), blocks[:5].tolist(), strict=True)) == [(0, 0), (0, 1), (2, 0), (2, 1), (3, 0)]
+  assert rows.shape == blocks.shape == (10,) and rows.max() <= 4 and blocks.max() <= 1  # all within the arrays
+
+
+@pytest.mark.parametrize(("T", "K"), [(1, 8), (16, 1)])
+def test_few_queries_lower_for_a_tpu_with_keys_as_they_lie(T, K):
+  q, k, v = example(4, T, 256, 4 * K, K, 128, dtype=jnp.bfloat16)
+  text = lowered(attention_decode_tpu.over, "tpu", q, k, v, jnp.asarray([0, 3, 256, 128]))
+  assert text.count("tpu_custom_call") == 1 and f"tensor<4x{256 * K}x128xbf16>" in text
+  assert not re.search(rf"transpose.*tensor<4x256x{K}x128xbf16>", text)
 
 
 # ---- NVIDIA: lowered for CUDA
@@ -365,7 +412,11 @@ BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
     ("causal", "tpu", F32, 4, 2048, 2048, 128, None),
     ("causal", "tpu", BF16, 4, 2048, 2048, 96, None),
     ("over", "tpu", BF16, 4, 256, 512, 128, "tpu"),
-    ("over", "tpu", BF16, 256, 1, 512, 128, None),
+    ("over", "tpu", BF16, 256, 1, 512, 128, "decode_tpu"),
+    ("over", "tpu", BF16, 48, 16, 512, 128, "decode_tpu"),
+    ("over", "tpu", BF16, 256, 1, 64, 128, None),
+    ("over", "tpu", BF16, 256, 1, 512, 64, None),
+    ("over", "tpu", F32, 256, 1, 512, 128, None),
     ("causal", "METAL", BF16, 4, 2048, 2048, 128, None),
   ],
 )
@@ -420,6 +471,15 @@ def test_a_back_end_with_a_fault_is_not_used_and_the_warning_says_why_once(fault
       got = jax.jit(lambda *a: attention.causal(*a))(q, k, v, packed(2, 8))
   assert len(seen) == 1 and "slower than the served back end" in str(seen[0].message)
   close(got, attention_reference.reference_causal(q, k, v, packed(2, 8)), 1e-6)
+
+
+def test_the_check_of_few_queries_has_their_shapes():
+  assert attention.disagreement(INTERPRETED["few"], "over", jnp.bfloat16, 2, 16, (1, 2)) is None
+  wrong = attention.disagreement(
+    lambda q, k, v, n: attention_reference.reference_over(q, k, v, jnp.minimum(n, 128)),
+    "over", jnp.bfloat16, 2, 16, (1, 2),
+  )  # fmt: skip
+  assert wrong is not None and wrong.startswith("its out differs")
 
 
 @pytest.mark.parametrize(("call", "G"), [("causal", 2), ("over", 1)])

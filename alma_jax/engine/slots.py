@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh, Mesh
 from alma_jax.engine import buckets
 from alma_jax.engine.choose import Decoding
 from alma_jax.errors import UserError
+from alma_jax.llama.attention import chosen
 from alma_jax.llama.model import Llama
 from alma_jax.llama.sharding import platform
 
@@ -117,15 +118,24 @@ def _gib(size: int) -> str:
 def bytes_of(
   model: Llama, decoding: Decoding, shapes: Shapes, mesh: Mesh | AbstractMesh | None, target: str | None = None
 ) -> int:
-  """What a call holds on each device beside the weights, and what it works with. TPUs lay out the prompts' keys of all
-  layers anew for a segment."""
-  c, itemsize = model.c, model.embed.get_value().dtype.itemsize
+  """What a call holds on each device beside the weights, and what it works with. TPUs lay out anew, for a segment, the
+  weights of queries, keys and values, and the prompts' keys where their attention is plain XLA's."""
+  c, dtype = model.c, model.embed.get_value().dtype
+  itemsize = dtype.itemsize
   ways = 1 if mesh is None else mesh.shape["tensor"]
   cached = token_bytes(model, mesh) * (shapes.slots * decoding.max_new_tokens + shapes.rows * shapes.room)
   logits = 4 * c.vocab // (ways if c.vocab % ways == 0 else 1)
   prefill = PREFILL_ROWS * shapes.room * (4 * c.width + 3 * c.ffn // ways) * itemsize
-  turned = shapes.rows * shapes.room * token_bytes(model, mesh) * 5 // 4 if (target or platform()) == "tpu" else 0
-  return cached + logits * (shapes.slots + shapes.rows) + max(prefill, 3 * logits * shapes.slots) + turned
+  working, turned = max(prefill, 3 * logits * shapes.slots), 0
+  if (target or platform()) == "tpu":
+    share, heads = ways if c.kv_heads % ways == 0 else 1, 2 * c.kv_heads + c.heads
+    q = shapes.rows, shapes.tile, c.heads // share, c.head_dim
+    k = shapes.rows, shapes.room, c.kv_heads // share, c.head_dim
+    turned = c.depth * c.width * heads // share * c.head_dim * itemsize
+    if chosen("over", "tpu", dtype, q, k) is None:
+      turned += shapes.rows * shapes.room * token_bytes(model, mesh)
+    working = max(prefill, 5 * logits * shapes.slots)  # its top-p works with more copies
+  return cached + logits * (shapes.slots + shapes.rows) + working + turned
 
 
 def token_bytes(model: Llama, mesh: Mesh | AbstractMesh | None) -> int:

@@ -71,28 +71,33 @@ def merged(a: Attended, b: Attended) -> Attended:
 
 
 def chosen(call: Call, platform: str, dtype: DTypeLike, q: Shape, k: Shape) -> str | None:
-  """The back end for `call` on a platform in JAX's words: "cpu", "nvidia" or "tpu" (the files attention_*.py), or None
-  for plain XLA. `q` and `k` are shapes."""
+  """The back end for `call` on a platform in JAX's words: "cpu", "nvidia", "tpu" or "decode_tpu" (the files
+  attention_*.py), or None for plain XLA. `q` and `k` are the shapes that a device holds."""
   (B, T, N, H), (_, S, K, _) = q, k
   if platform == "cpu":
     decodes = call == "over" and T == 1
     return "cpu" if 4 * (2 * B * S * K * H if decodes else B * N * T * S) >= CACHE else None
   if platform == "gpu":
     return "nvidia" if dtype in (jnp.bfloat16, jnp.float16) and H % 8 == 0 and H <= 128 and S >= 32 else None
-  if platform == "tpu":
-    return "tpu" if dtype == jnp.bfloat16 and H % 64 == 0 and T >= 128 and S >= 128 else None
+  if platform == "tpu" and dtype == jnp.bfloat16 and H % 64 == 0 and S >= 128:
+    if T >= 128:
+      return "tpu"
+    # Heads that fill whole tiles: [S, K, H] lies as [S * K, H] does. The queries and their sums stay in VMEM.
+    few = H % 128 == 0 and (K in (1, 2, 4) or K % 8 == 0) and T * N <= 1024
+    return "decode_tpu" if call == "over" and few else None
   return None
 
 
 def _computed(call: Call, q: Array, k: Array, v: Array, seen: Array, few: bool | None = None) -> Attended:
   """The call through the chosen back end if it can be used here, else in plain XLA; `seen`: segments or lengths."""
-  target = platform()
-  name = chosen(call, target, q.dtype, q.shape, k.shape)
+  target, axes, (B, T, N, H), (_, S, K, _) = platform(), _spread_axes(q.shape[0], k.shape[2]), q.shape, k.shape
+  ways = jax.sharding.get_abstract_mesh().shape["tensor"] if target == "tpu" and axes and "tensor" in axes else 1
+  name = chosen(call, target, q.dtype, (B, T, N // ways, H), (B, S, K // ways, H))
   if name:
-    axes = _spread_axes(q.shape[0], k.shape[2])
     flaw = "arrays may be spread over devices without a mesh that says how" if axes is None else None
     if name != "cpu":
-      flaw = flaw or _flaw(name, target, call, jnp.dtype(q.dtype), q.shape[2] // k.shape[2], q.shape[3])
+      sizes = (T, K // ways) if name == "decode_tpu" else None
+      flaw = flaw or _flaw(name, target, call, jnp.dtype(q.dtype), N // K, H, sizes)
       _warn(name, call, flaw)
     if axes is not None and flaw is None:
       attend = getattr(_back_end(name), call)
@@ -140,20 +145,29 @@ def _on_each_device(attend: Attend, axes: tuple[str, ...]) -> Attend:
 
 
 @functools.cache
-def _flaw(name: str, target: str, call: Call, dtype: DTypeLike, G: int, H: int) -> str | None:
+def _flaw(
+  name: str, target: str, call: Call, dtype: DTypeLike, G: int, H: int, sizes: tuple[int, int] | None = None
+) -> str | None:
   """Why a back end cannot be used on the devices of the platform `target`; None if it agrees with the reference, or if
   no such device is here."""
-  return flaw_on(target, lambda: disagreement(getattr(_back_end(name), call), call, dtype, G, H))
+  return flaw_on(target, lambda: disagreement(getattr(_back_end(name), call), call, dtype, G, H, sizes))
 
 
-def disagreement(attend: Attend, call: Call, dtype: DTypeLike, G: int, H: int) -> str | None:
-  """The first of out, log-sum-exp and gradients in which `attend` differs from the reference on a small example."""
-  B, T, K = 2, 200, 2
+def disagreement(
+  attend: Attend, call: Call, dtype: DTypeLike, G: int, H: int, sizes: tuple[int, int] | None = None
+) -> str | None:
+  """The first of out, log-sum-exp and gradients in which `attend` differs from the reference on a small example.
+
+  `sizes`: its queries T and heads K of keys, for a back end that depends on them.
+  """
+  (T, K), S = sizes or (200, 2), 200
+  lengths = (0, 131) if sizes is None else (0, 131, 128, 1, S)
+  B = len(lengths)
   random = np.random.default_rng(0)
-  q, k, v, d_out = (random.normal(size=(B, T, n, H)) for n in (K * G, K, K, K * G))
+  q, k, v, d_out = (random.normal(size=(B, t, n, H)) for t, n in ((T, K * G), (S, K), (S, K), (T, K * G)))
   q, k, v = (jnp.asarray(x, dtype) for x in (q, k, v))
   segments = np.repeat([[1, 2, 3, 0], [1, 1, 1, 0]], (70, 1, 109, 20), axis=1)
-  seen = jnp.asarray(segments if call == "causal" else (0, 131), jnp.int32)
+  seen = jnp.asarray(segments if call == "causal" else lengths, jnp.int32)
 
   @functools.partial(jax.jit, static_argnums=0)
   def everything(attend: Attend, q: Array, k: Array, v: Array) -> tuple[Array, ...]:

@@ -1,4 +1,5 @@
-"""Attention on TPUs: the splash kernels that come with JAX. Decoding, a query per row, stays with plain XLA.
+"""Attention on TPUs: the splash kernels that come with JAX. For few queries in each row, as in decoding, see
+`llama.attention_decode_tpu`.
 
 The functions keep the contract of `llama.attention` and are called through it only. A kernel either gives the
 log-sum-exp or has a gradient; where a gradient is taken both kinds run, and XLA drops results that nothing uses.
