@@ -3,6 +3,7 @@
 Everything is compiled once, at low effort, for a model of two layers; the tests look at the same programs.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -23,6 +24,7 @@ from alma_jax.runtime import host, training
 from alma_jax.runtime.host import EngineOptions, ModelOptions
 from alma_jax.runtime.sampling import ManyOptions
 from alma_jax.runtime.session import MeshOptions
+from tests.compiled_programs import trains_well
 
 needs_libtpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="pip install 'alma_jax[plan]'")
 
@@ -198,6 +200,47 @@ def test_meshes_are_compared_by_what_fits_and_what_is_sent():
   assert sum("DOES NOT FIT" in line for line in said) == sum(not mesh.fits for mesh in found) > 0
 
 
+def test_the_best_mesh_is_named_by_what_the_compiler_says(monkeypatch):
+  # The config's mesh and the three best by bounds are compiled, in default effort; one is refused, one is too large.
+  m = machine("v5p:4x4x4", shapes.SHAPES["llama3_70b"])
+  work = trained("policy", training.Options(**TRAINED | dict(batch=128, row_length=2048)))
+  work = dataclasses.replace(work, examples=5000)
+  efforts, asked = [], []
+
+  @contextlib.contextmanager
+  def described(where, effort):
+    efforts.append((where, effort))
+    yield ("a device",) * 64
+
+  def planned_training(own, step, there):
+    assert len(there) == 64 and step.mesh == own.mesh
+    return types.SimpleNamespace(step=own.mesh)
+
+  def made_of(program, stage, platform):
+    at = len(asked)
+    asked.append(program.make())
+    sends = (hlo.Collective("all-gather", "bf16[8192,28672]", (4e9, 1e9, 2e9, 3e9)[at], 80),)
+    if at == 1:  # it sends least, and is refused
+      return compiled.Made("step", refused="step: no room")
+    return compiled.Made("step", peak=2**30 * (40, 0, 96, 30)[at], collectives=sends)
+
+  monkeypatch.setattr(meshes.devices, "described", described)
+  monkeypatch.setattr(meshes, "planned_training", planned_training)
+  monkeypatch.setattr(meshes.compiled, "made_of", made_of)
+  said = list(meshes.lines(table.Plan(m, [estimate.estimate(m, work)]), quick=False))
+  found, given = meshes.candidates(m, work), MeshOptions(1, 64, 1)
+  assert given not in [mesh.options for mesh in found[:3]]
+  assert efforts == [(m.topology, devices.DEFAULT)]
+  assert asked == [given, *(mesh.options for mesh in found[:3])]
+  rows = said[next(i for i, line in enumerate(said) if line.startswith("compiled (jax ")) + 1 :]
+  assert rows[0].startswith("  1 x 64 x 1 *") and "40.0" in rows[0] and rows[1] == "    80 x all-gather 4 GB"
+  assert rows[2].startswith(f"  {found[0].name} ") and "does not compile: step: no room" in rows[2]
+  assert rows[3].startswith(f"  {found[1].name} ") and "96.0" in rows[3] and "DOES NOT FIT" in rows[3]
+  best = asked[3]  # 3 GB and 30 GiB: the one with 2 GB does not fit
+  flags = f"--config.mesh.data={best.data} --config.mesh.fsdp={best.fsdp} --config.mesh.tensor={best.tensor}"
+  assert said[-1].startswith("the best: ") and f"({flags}), 30.0 GiB, 3 GB sent" in said[-1]
+
+
 # The TPU's compiler
 
 
@@ -250,6 +293,12 @@ def test_a_decode_step_gathers_no_prefixes(tpu):
   prefix = 2 * shape.rows * shape.room * SMALL.kv_heads * SMALL.head_dim  # bytes of a layer's keys
   gathered = [hlo.sizes(line.partition(" gather(")[0]) for line in hlo.lines_in_loops(text) if " gather(" in line]
   assert max(gathered, default=0) < prefix / 2
+
+
+@needs_libtpu
+@pytest.mark.parametrize("name", ["sft step", "dpo step", "grpo step"])
+def test_steps_gather_in_bf16_and_reduce_to_shares(tpu, name):
+  trains_well(tpu[name][2], SMALL, sharding.abstract_mesh(8, data=1, fsdp=-1))
 
 
 @needs_libtpu

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 
 from alma_jax.errors import UserError
+from alma_jax.llama import sharding
 from alma_jax.plan import compiled, devices, hlo
 from alma_jax.plan.estimate import Machine, Step, training
 from alma_jax.plan.programs import Program, planned_training
@@ -57,28 +58,33 @@ def lines(plan: Plan, quick: bool) -> Iterator[str]:
   work, usable = largest.work, machine.topology.chip.memory / GIB
   assert isinstance(work, Training)
   found = candidates(machine, work)
-  yield f"{machine.topology.name}, {work.stage}: data x fsdp x tensor, {usable:.2f} GiB usable on each device"
+  mesh = machine.training_mesh
+  given = MeshOptions(*(mesh.shape[axis] for axis in sharding.AXES))
+  yield f"{machine.topology.name}, {work.stage}: {usable:.2f} GiB usable on each device; * is the config's mesh"
+  yield ""
+  yield _row("data x fsdp x tensor", "peak GiB", "GB sent", "remat, rows x tokens")
   yield "by analytic bounds:"
-  yield from map(_line, found)
+  yield from (_line(each, given) for each in found)
   if not quick:
     effort = f"{devices.compilers(machine.topology)}, default effort"
     yield f"compiled ({effort}):"
     made = []
     with devices.described(machine.topology, devices.DEFAULT) as there:
-      for mesh in _chosen(machine, found):
+      for each in _chosen(found, given):
         began = time.monotonic()
-        own, step = dataclasses.replace(machine, mesh=mesh.options), mesh.step
+        own, step = dataclasses.replace(machine, mesh=each.options), each.step
         program = Program("step", lambda own=own, step=step: planned_training(own, step, there).step)
-        made.append(dataclasses.replace(mesh, made=compiled.made_of(program, work.stage, machine.platform)))
-        yield f"{_line(made[-1])}  ({time.monotonic() - began:.0f} s)"
+        made.append(dataclasses.replace(each, made=compiled.made_of(program, work.stage, machine.platform)))
+        yield f"{_line(made[-1], given)}  ({time.monotonic() - began:.0f} s)"
         if (of := made[-1].made) and not of.refused:
           yield f"    {hlo.summary(of.collectives)}"
     found = made
-  fitting = [mesh for mesh in found if mesh.fits]
+  yield ""
+  fitting = [each for each in found if each.fits]
   if not fitting:
     yield "no mesh fits; alma plan without --meshes says what would help"
     return
-  best = min(fitting, key=lambda mesh: (mesh.sent, mesh.peak))
+  best = min(fitting, key=lambda each: (each.sent, each.peak))
   o = best.options
   yield (
     f"the best: {best.name} (--config.mesh.data={o.data} --config.mesh.fsdp={o.fsdp} --config.mesh.tensor={o.tensor}),"
@@ -103,17 +109,20 @@ def candidates(machine: Machine, work: Training) -> list[Mesh]:
   return sorted(found, key=lambda mesh: (not mesh.fits, mesh.sent, mesh.peak))
 
 
-def _chosen(machine: Machine, found: list[Mesh]) -> list[Mesh]:
-  """Those that are compiled: the configured one, and the best by analytic bounds."""
-  mesh = machine.training_mesh
-  configured = MeshOptions(mesh.shape["data"], mesh.shape["fsdp"], mesh.shape["tensor"])
-  best = [each for each in found[:COMPILED] if each.options != configured]
-  return [*(each for each in found if each.options == configured), *best]
+def _chosen(found: list[Mesh], given: MeshOptions) -> list[Mesh]:
+  """Those that are compiled: the config's, and the best by analytic bounds."""
+  best = [each for each in found[:COMPILED] if each.options != given]
+  return [*(each for each in found if each.options == given), *best]
 
 
-def _line(mesh: Mesh) -> str:
+def _line(mesh: Mesh, given: MeshOptions) -> str:
+  name = f"{mesh.name} *" if mesh.options == given else mesh.name
   if mesh.made and mesh.made.refused:
-    return f"  {mesh.name:<12}  does not compile: {mesh.made.refused}"
-  fits = "" if mesh.fits else "  DOES NOT FIT"
-  how = f"{mesh.step.remat}/{mesh.step.passes}" if mesh.made is None else ""
-  return f"  {mesh.name:<12}  {mesh.peak / GIB:7.1f} GiB  {mesh.sent / GB:8.3g} GB sent  {how}{fits}"
+    return f"{_row(name)}  does not compile: {mesh.made.refused}"
+  fits, shape = "" if mesh.fits else "  DOES NOT FIT", mesh.step.shape
+  how = f"{mesh.step.remat}, {shape.rows:,} x {shape.length:,}" if shape else ""
+  return _row(name, f"{mesh.peak / GIB:.1f}", f"{mesh.sent / GB:.3g}", how + fits)
+
+
+def _row(name: str, peak: str = "", sent: str = "", how: str = "") -> str:
+  return f"  {name:<20}  {peak:>8}  {sent:>7}  {how}".rstrip()
