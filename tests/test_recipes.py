@@ -82,6 +82,8 @@ def test_a_run_killed_before_every_manifest_and_in_every_training_makes_what_one
   monkeypatch.setattr(Stage, "finish", dying)
   monkeypatch.setattr(StepLog, "write", interrupted)
   config, wanted = tiny_recipes.configs(data)[name], {stage.name for stage in layout.stages(one / name)}
+  for section in {"sft", "policy"} & config.keys():
+    config[section].checkpoint_every = 2
   for _ in range(3 * len(wanted)):
     try:
       with (s := tiny_recipes.session(tmp_path, config)).run:

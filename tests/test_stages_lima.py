@@ -1,25 +1,30 @@
 """LIMA's stages: the choice of an epoch, comparisons, audits and forms for people."""
 
 import csv
+import dataclasses
 import json
 
 import numpy as np
 import pytest
-from sessions import session_in
+from sessions import on_two_hosts, session_in
 
 from alma_jax import options, start
+from alma_jax.corpus.normalise import prompt_id
 from alma_jax.engine.optimizer import learning_rate
-from alma_jax.errors import UserError, Waiting, waited
+from alma_jax.errors import RunError, UserError, Waiting, waited
 from alma_jax.evals.forms import Form, FormError, Row
-from alma_jax.judges import human, pairwise
+from alma_jax.judges import contract, human, pairwise
 from alma_jax.judges.contract import Verdict
 from alma_jax.llama import model as llama
 from alma_jax.llama import sharding, weights
+from alma_jax.recipes import lima as recipe
 from alma_jax.report import graded
 from alma_jax.runtime import training
 from alma_jax.runtime.host import Checkpoint, EngineOptions, Host, ModelOptions
 from alma_jax.stages import audit, choice, compare, evaluation
 from alma_jax.store import layout, shards
+from alma_jax.store.data import SeedRow
+from alma_jax.store.handles import Data
 from alma_jax.store.records import Answer, EpochGrade, Grade
 from alma_jax.store.runs import Artefact
 from alma_jax.store.statistics import Mean
@@ -58,7 +63,8 @@ def answers(s, epoch, words):
 
 def finished(stage, rows, kind, **extra):
   if not stage.done:
-    stage.write_part(0, 1, rows, kind)
+    if stage.mine(1):
+      stage.write_part(0, 1, rows, kind)
     stage.finish(**extra)
   return Artefact(stage, kind)
 
@@ -168,6 +174,7 @@ def test_values_that_are_wrong_together_are_refused_before_anything_runs():
   for path, value, said in (
     ("choice.last", 16, r"config\.choice\.last is 16; it must be at most sft\.epochs, which is 15"),
     ("sft.keep_epochs", 0, r"config\.sft\.keep_epochs is 0; it must be from 1 to choice\.first, which is 5"),
+    ("choice.judge", "api:m@http://x/v1#lima_pairwise", r"compares two answers: set choice\.pairwise"),
     ("choice.judge", "own", r"config\.data\.judge is empty, and choice\.judge is 'own'"),
     ("audit.bounds", (8.0, 3.0), r"config\.audit\.bounds is \(8\.0, 3\.0\); a judge sorts into 3 levels"),
     ("audit.asked", "tests", r"config\.audit\.asked is 'tests'; it may be 'test'"),
@@ -207,6 +214,22 @@ def test_the_sizes_hold_the_papers_numbers():
   assert lima.get_config("7b").eval.n == 5
 
 
+def test_prompts_to_choose_by_leave_some_to_test_with():
+  rows = [SeedRow(({"role": "user", "content": prompt},), None, None, i) for i, prompt in enumerate(PROMPTS)]
+  data, c = Data([], [], rows, {"eval": "0"}), lima.get_config("mini")
+
+  def found(prompts):
+    c.choice.prompts = prompts
+    return recipe.prompt_sets(data, start.checked_options(c)[0])
+
+  dev, test = found(3)
+  assert (len(dev.rows), len(test.rows)) == (3, 1) and sorted(map(id, dev.rows + test.rows)) == sorted(map(id, rows))
+  with pytest.raises(RunError, match=r"data\.eval has 4 prompts and choice\.prompts, .* is 4: none is left"):
+    found(4)
+  c.audit.judge = ""
+  assert [len(asked.rows) for asked in found(0)] == [4]
+
+
 # Comparisons and audits
 
 
@@ -219,7 +242,7 @@ def test_answers_are_compared_with_other_models_by_judges_and_people(session, tm
   ]
   file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"prompt": "food : lyon", "response": "x"}]))
   s = session.at(6, session.options)
-  with_ids = [row.__class__(**{**vars(row), "prompt_id": compare.prompt_id(row.messages)}) for row in mine.read()]
+  with_ids = [dataclasses.replace(row, prompt_id=prompt_id(row.messages)) for row in mine.read()]
   answered = finished(s.run.stage("round_06/eval-test", {"of": "compare"}), with_ids, Answer)
   options = compare.Options(against=(f"alpaca={file}",), judges=("long=rules:length", "human"), raters=2)
   with pytest.raises(Waiting) as waiting:
@@ -265,6 +288,46 @@ def test_answers_are_sorted_into_levels_by_a_judges_score_or_a_person(session):
   told = [row["response"].split()[-1] for row in seen]
   wanted = {level: told.count(w) / 3 for w, level in (("poor", "fail"), ("fine", "pass"), ("good", "excellent"))}
   assert {level: of["value"] for level, of in levels.items()} == pytest.approx(wanted)
+
+
+def test_the_judge_of_an_audit_is_made_before_the_run_begins(session):
+  wrong = audit.Options(judge="rules:multiple_choice", levels=("bad", "good"), bounds=(0.5,))
+  with pytest.raises(UserError, match=r"safety\.judge: the judge .* reads the fields choices, answer"):
+    audit.check(session.host, wrong, "safety")
+  audit.check(session.host, audit.Options(judge="human"), "audit")
+
+
+def test_on_two_hosts_a_judge_is_asked_once(session, tmp_path, monkeypatch):
+  """An endpoint costs money; what it says may differ from host to host."""
+  asked, scores = [], contract.scores
+
+  def counted(judge, pairs, *more, **options):
+    asked.extend(pairs)
+    return scores(judge, pairs, *more, **options)
+
+  monkeypatch.setattr(contract, "scores", counted)
+  file = tmp_path / "others.jsonl"
+  file.write_text("".join(json.dumps({"prompt": p, "response": "number 0 fine"}) + "\n" for p in PROMPTS))
+  options = choice.Options(judge="rules:length", pairwise=True, first=5, last=7)
+
+  def work(s):
+    chosen = choice.build(s, epochs(s), options, pairwise.ByScores(ByWord(), 0.0))
+    rows = [dataclasses.replace(row, prompt_id=prompt_id(row.messages)) for row in answers(s, 6, WORDS[6]).read()]
+    r = s.at(chosen.epoch, s.options)
+    answered = finished(s.run.stage("round_06/eval-test", {}), rows, Answer)
+    compare.build(r, answered, compare.Options(against=(f"others={file}",), judges=("length=rules:length",)))
+    audit.build(r, answered, audit.Options(judge="rules:length", prompts=3, bounds=(1.0, 2.0)), "answers")
+    done.append(chosen.epoch)
+
+  done = []
+  on_two_hosts(tmp_path / "two", session.config, work)
+  assert done == [6, 6] and len(asked) == 2 * 8 + 2 * 4 + 3
+  with (one := session_in(tmp_path / "one", session.config)).run:
+    work(one)
+  for name in ("choice", "round_06/compare-others.length", "round_06/audit-answers"):
+    contents = [layout.load_manifest(tmp_path / of / name) for of in ("one", "two")]
+    for key in ("content", "epochs", "outcomes", "levels"):
+      assert contents[0].get(key) == contents[1].get(key)
 
 
 # Forms

@@ -258,6 +258,7 @@ def test_values_that_are_wrong_together_and_too_few_prompts_are_said(config, tmp
     "policy.loss": ("ipo", r"config\.policy\.loss is 'ipo'; it must be 'dpo'"),
     "split.parts": ((), r"config\.split\.parts is \(\)"),
     "data.prompts": ("", r"config\.data\.prompts is empty"),
+    "rounds": ({3: {"split": {"parts": (4,)}}}, r"split differs from round to round: split\.parts names the size"),
   }
   for name, (value, said) in wrong.items():
     c = config.copy_and_resolve_references()
@@ -269,6 +270,7 @@ def test_values_that_are_wrong_together_and_too_few_prompts_are_said(config, tmp
   c.split.parts = (10, 10)
   with pytest.raises(RunError, match=r"round 3 takes the prompts 10 \.\. 20 of data\.prompts, which has 16"):
     recipe.run(session_in(tmp_path, c))
+  assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["seeds"]  # nothing was trained
   sizes = split.Options(parts=(8, 20, 30))
   assert [sizes.size(round) for round in range(2, 7)] == [8, 20, 30, 30, 30] and sizes.needed(4) == 58
 

@@ -21,7 +21,7 @@ from configs import isara, lima, spa
 from configs.common import preferences, training
 
 ROWS = {"sft": 40, "preferences": 20, "prompts": 24, "eval": 8}
-ALIKE = dict(fit_rows=False, batch=16, row_length=64, weight_decay=0.0, beta2=0.98, checkpoint_every=2)
+ALIKE = dict(fit_rows=False, batch=16, row_length=64, weight_decay=0.0, beta2=0.98)
 SAMPLED = dict(temperature=0.7, top_p=0.9, repetition_penalty=1.2, max_new_tokens=12, max_prompt_tokens=64)
 
 

@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 from alma_jax import names
 from alma_jax.corpus.normalise import prompt_id
-from alma_jax.errors import waited
+from alma_jax.errors import RunError, waited
 from alma_jax.judges import human as people
 from alma_jax.judges import pairwise
 from alma_jax.judges.contract import Judge, by_name
@@ -77,6 +77,8 @@ class Options(Checked):
       refuse("choice.last", self.choice.last, f"must be at most sft.epochs, which is {epochs:g}")
     if not 1 <= self.sft.keep_epochs <= self.choice.first:
       refuse("sft.keep_epochs", self.sft.keep_epochs, f"must be from 1 to choice.first, which is {self.choice.first}")
+    if pairwise.compares(self.choice.judge) and not self.choice.pairwise:
+      refuse("choice.judge", self.choice.judge, "compares two answers: set choice.pairwise, or take a judge of one")
     if self.choice.judge == choice.OWN and not self.data.judge:
       raise ConfigError("data.judge is empty, and choice.judge is 'own': give annotations for the judge to learn from")
     known = [*([layout.TEST_SET] if self.choice.prompts else []), *self.eval.named_sets]
@@ -134,6 +136,11 @@ def prompt_sets(data: Data, o: Options) -> list[PromptSet]:
   """The prompts to choose by, then those to evaluate the chosen model on; the rest of data.eval is the set `test`."""
   order = sorted(data.eval, key=lambda row: key_of("dev", prompt_id(row.messages)))
   count = o.choice.prompts or len(order)
+  if count > len(order) - bool(o.choice.prompts):
+    raise RunError(
+      f"data.eval has {len(order):,} prompts and choice.prompts, which are set apart to choose by, is {count:,}: none"
+      " is left for the set 'test'. Give more prompts, or set choice.prompts to fewer or to 0, for all"
+    )
   digest = data.digests["eval"]
   found = [PromptSet(layout.MAIN_SET, order[:count], f"{digest}, the first {count}" if o.choice.prompts else digest)]
   if order[count:]:
@@ -174,6 +181,8 @@ def checks(host: Host, by_round: Mapping[int, Options]) -> Iterator[Callable[[],
     yield functools.partial(pairwise.made, host, o.choice, o.choice.judge, o.choice.margin, "choice.judge")
   yield functools.partial(evaluation.check, host, o.eval)
   yield functools.partial(compare.check, host, o.compare)
+  for section, options in {"audit": o.audit, "safety": o.safety}.items():
+    yield functools.partial(audits.check, host, options, section)
 
 
 def models(by_round: Mapping[int, Options]) -> int:

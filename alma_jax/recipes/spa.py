@@ -87,6 +87,7 @@ Session: TypeAlias = AnySession[Options]
 def run(s: Session) -> None:
   o = s.options
   data = human.build(s, o.data, sorted(set(o.eval.named_sets.values())))
+  split.check(data, o.split, max(s.by_round))
   sft = initial(s, data)  # pi_init
   scores = [evaluation.build(s.at(0), sft, None, data, o.eval)]
 
@@ -166,6 +167,8 @@ def check(by_round: Mapping[int, Options]) -> None:
       allowed = ("latest", NAME, "base", *(["init"] if field == "ref_from" else []))
       if (name := getattr(o.policy, field)) not in allowed:
         refuse(f"policy.{field}", name, f"may be {', '.join(map(repr, allowed))}", allowed)
+    if o.split != by_round[0].split:
+      raise ConfigError("split differs from round to round: split.parts names the size of every round")
     if not o.data.preferences and o.feedback_rounds == 0:
       raise ConfigError("data.preferences is empty and feedback_rounds is 0: there is nothing to learn from")
 

@@ -12,6 +12,7 @@ from alma_jax.judges import contract, human
 from alma_jax.judges.contract import Answered, check_missing
 from alma_jax.keys import key_of
 from alma_jax.options import Checked, ConfigError, fingerprint, option
+from alma_jax.runtime.host import Host
 from alma_jax.runtime.session import Session
 from alma_jax.store import layout, statistics
 from alma_jax.store.records import Answer, Rated
@@ -37,6 +38,13 @@ class Options(Checked):
         )
 
 
+def check(host: Host, options: Options, section: str) -> None:
+  """Raise a UserError where the judge of this section of the config cannot be made."""
+  if options.judge and options.judge != human.HUMAN:
+    judge = contract.by_name(names.EVALUATORS, options.judge, host, options, f"{section}.judge")
+    contract.without_rows(judge, f"{section}.judge")
+
+
 def build(s: Session[Any], answered: Artefact[Answer], options: Options, name: str) -> Artefact[Rated] | None:
   """The round's `audit-NAME`: the level of each answer, and the share of each level; None without a judge."""
   if not options.judge:
@@ -49,7 +57,7 @@ def build(s: Session[Any], answered: Artefact[Answer], options: Options, name: s
   if not stage.done:
     first = {row.prompt_id: row for row in reversed(answered.read())}  # the first answer to each prompt
     rows = sorted(first.values(), key=lambda row: key_of(s.options.seed, "audit", name, row.prompt_id))
-    rows = rows[: options.prompts or None]
+    rows = rows[: options.prompts or None] if by_person or s.run.process == 0 else []  # a judge is asked by one host
     levels: list[int | None] = []
     if judge is None:
       texts = [(human.shown(row.messages), row.response) for row in rows]

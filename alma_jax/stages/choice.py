@@ -74,14 +74,18 @@ def build(
   }
   stage = s.run.stage(layout.CHOICE, fields, inputs)
   if not stage.done:
-    values = _chain(s, stage, epochs, options, judge) if options.pairwise else _grades(s, stage, epochs, options)
-    records = [EpochGrade(e, prompt, value) for e, of in values.items() for prompt, value in of.items()]
-    if stage.mine(1):
-      stage.write_part(0, 1, records, EpochGrade)
-    found = table(values, {e: epoch.loss for e, epoch in epochs.items()})
-    by = judge.identity if judge else _identity(epochs, options)
-    stage.finish(epoch=best(found), by=by, pairwise=options.pairwise, epochs=found, by_loss=_lowest(found))
-    s.display.say(f"{stage.name}: epoch {best(found)} of {', '.join(map(str, epochs))}, by {by}")
+    facts: dict[str, Any] = {}
+    if options.judge == human.HUMAN or s.run.process == 0:  # an endpoint is asked by one host
+      values = _chain(s, stage, epochs, options, judge) if options.pairwise else _grades(s, stage, epochs, options)
+      records = [EpochGrade(e, prompt, value) for e, of in values.items() for prompt, value in of.items()]
+      if stage.mine(1):
+        stage.write_part(0, 1, records, EpochGrade)
+      found = table(values, {e: epoch.loss for e, epoch in epochs.items()})
+      by = judge.identity if judge else _identity(epochs, options)
+      facts = dict(epoch=best(found), by=by, pairwise=options.pairwise, epochs=found, by_loss=_lowest(found))
+    stage.finish(**facts)
+    chosen, by = stage.manifest["epoch"], stage.manifest["by"]
+    s.display.say(f"{stage.name}: epoch {chosen} of {', '.join(map(str, epochs))}, by {by}")
   epoch = stage.manifest["epoch"]
   return Choice(epoch, epochs[epoch].checkpoint)
 

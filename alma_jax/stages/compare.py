@@ -98,10 +98,10 @@ def _compared(
   common = [prompt for prompt in mine if prompt in theirs]
   if not common:
     raise RunError(f"compare.against: {file} answers none of the {len(mine):,} prompts of {answered.name}")
-  found = _shares(s, stage, {p: mine[p] for p in common}, theirs, name, judge)
-  records = [Compared(prompt, share) for prompt, share in zip(common, found, strict=True)]
+  asked = common if judge is None or s.run.process == 0 else []  # an endpoint is asked by one host
+  found = _shares(s, stage, {p: mine[p] for p in asked}, theirs, name, judge) if asked else []
   if stage.mine(1):
-    stage.write_part(0, 1, records, Compared)
+    stage.write_part(0, 1, [Compared(p, share) for p, share in zip(asked, found, strict=True)], Compared)
   known = [share for share in found if share is not None]
   numbers = {word: _mean([float(sign(x)) for x in known]) for word, sign in OUTCOMES.items()}
   stage.finish(counts={"without_an_answer": len(mine) - len(common)}, model=model, judge=by, outcomes=numbers)

@@ -35,20 +35,25 @@ class Options(Checked):
     return sum(self.size(round) for round in range(2, last + 1))
 
 
+def check(data: Data, options: Options, last: int) -> None:
+  """Raise a RunError if there are fewer prompts than the rounds up to the last one take."""
+  for round in range(2, last + 1):
+    if options.needed(round) > len(data.prompts):
+      raise RunError(
+        f"round {round} takes the prompts {options.needed(round - 1):,} .. {options.needed(round):,} of data.prompts,"
+        f" which has {len(data.prompts):,} that are no seed and no evaluation prompt: give more prompts, smaller parts"
+        " (config.split.parts) or fewer rounds (config.feedback_rounds)"
+      )
+
+
 def build(s: Session[Any], data: Data, options: Options) -> Artefact[Prompt]:
   """The round's `prompts`."""
-  begin = options.needed(s.round - 1)
-  end = begin + options.size(s.round)
+  begin, end = options.needed(s.round - 1), options.needed(s.round)
   fields = {"config": {"seed": s.options.seed, "part": (begin, end)}, "round": s.round}
   stage = s.stage(layout.PROMPTS, fields | {"data": {"prompts": data.digests["prompts"]}})
   if stage.done:
     return Artefact(stage, Prompt)
   if stage.mine(1):
-    if end > len(data.prompts):
-      raise RunError(
-        f"round {s.round} takes the prompts {begin:,} .. {end:,} of data.prompts, which has {len(data.prompts):,} that"
-        " are no seed and no evaluation prompt: give more prompts, or smaller parts (config.split.parts)"
-      )
     prompts = [Prompt(prompt_id(row.messages), row.messages, "data.prompts") for row in data.prompts]
     prompts.sort(key=lambda prompt: key_of(s.options.seed, "split", prompt.id))
     stage.write_part(0, 1, list(itertools.islice(prompts, begin, end)), Prompt)
