@@ -1,5 +1,7 @@
-"""A session on eight CPU devices, as tests of stages need it: 2 x 2 x 2 for training, all eight for sampling."""
+"""What tests of stages need: a session on eight CPU devices, 2 x 2 x 2 for training, all eight for sampling; two hosts;
+a person who fills in forms."""
 
+import csv
 import dataclasses
 import threading
 
@@ -51,3 +53,16 @@ def on_two_hosts(directory, config, work, patience=60):
   for thread in threads:
     thread.join()
   assert not failures
+
+
+def filled_in(path, value_of):
+  """The rows of a form, which is filled in as by a person who sees the columns alone."""
+  with open(path, encoding="utf-8-sig", newline="") as file:
+    rows = list(csv.DictReader(file))
+  for row in rows:
+    row[list(row)[-1]] = value_of(row)
+  with open(path, "w", encoding="utf-8-sig", newline="") as file:
+    writer = csv.DictWriter(file, list(rows[0]), delimiter=";")  # as some spreadsheets write it
+    writer.writeheader()
+    writer.writerows(rows)
+  return rows

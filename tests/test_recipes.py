@@ -1,19 +1,28 @@
 """The recipes LIMA, ISARA and SPA whole: what they leave behind, on one host and on two, killed in every stage."""
 
 import collections
+import shutil
 import socket
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import small_run
 import tiny_recipes
 from report_run import written
+from sessions import filled_in
 
 from alma_jax import start, sweeps
+from alma_jax.errors import UserError, Waiting
+from alma_jax.runtime import training
+from alma_jax.runtime.batches import compact
+from alma_jax.runtime.host import Checkpoint
 from alma_jax.runtime.metrics import StepLog
 from alma_jax.store import layout, shards
-from alma_jax.store.runs import Stage, load_manifest
+from alma_jax.store.records import Answer, Judgment, Pair, Prompt, Response
+from alma_jax.store.runs import Stage, load_manifest, read_stage
+from alma_jax.text import chat
 from alma_jax.tools import export
 
 NAMES = ("lima", "isara", "spa")
@@ -125,3 +134,70 @@ def test_the_chosen_epoch_is_what_other_commands_take(one, tmp_path):
   assert (tmp_path / "out" / weight).read_bytes() == (expected / "model" / weight).read_bytes()
   page = written(run)
   assert f"{chosen} (chosen)" in page and "others (truth), win" in page
+
+
+def test_a_person_chooses_compares_and_audits_and_the_same_command_goes_on(one, data, tmp_path):
+  run, config = tmp_path / "run", tiny_recipes.configs(data)["lima"]
+  shutil.copytree(one / "lima", run)
+  for path in (run / "choice", *run.glob("round_*/*-*")):
+    shutil.rmtree(path)
+  config.choice.judge = config.audit.judge = "human"
+  config.compare.judges = ("human",)
+
+  def started():
+    with (s := tiny_recipes.session(run, config)).run:
+      start.recipe_of(config).run(s)
+
+  def grade(text):
+    return 1 + len(text) % 6
+
+  with pytest.raises(Waiting, match=r"forms/choice\.csv have no grade"):
+    started()
+  filled_in(run / "forms/choice.csv", lambda row: grade(row["response"]))
+  with pytest.raises(Waiting) as waiting:
+    started()
+  said = str(waiting.value).splitlines()
+  assert ["compare-others.human_1.csv" in said[0], "audit-answers.csv" in said[1], len(said)] == [True, True, 2]
+  means = [
+    sum(grade(row.response) for row in read_stage(run / f"round_{epoch:02d}/eval", Answer)) / 4 for epoch in (1, 2)
+  ]
+  manifest = load_manifest(run / "choice")
+  assert [row["mean"] for row in manifest["epochs"]] == means and manifest["epoch"] == 1 + (means[1] > means[0])
+  filled_in(run / "forms/audit-answers.csv", lambda row: "pass")
+  filled_in(form := run / "forms/compare-others.human_1.csv", lambda row: "maybe")
+  with pytest.raises(UserError, match=r"human_1\.csv, line 2, column better: 'maybe'; it may be a, tie, b$"):
+    started()
+  form.write_text(form.read_text().replace("maybe", "tie"))
+  started()
+  place = run / layout.round_name(manifest["epoch"])
+  assert load_manifest(place / "audit-answers")["levels"]["pass"]["value"] == 1
+  assert load_manifest(place / "compare-others.human_1")["outcomes"]["tie"]["value"] == 1
+
+
+def test_spa_begins_with_a_given_model_and_judges_against_the_base_where_there_are_no_seeds(one, data, tmp_path):
+  """The judgement is the difference of what the training code gives for the two models."""
+  config, given = tiny_recipes.configs(data)["spa"], one / "spa/sft_1/model"
+  config.data.sft = config.data.preferences = ""
+  config.sft_model, config.judge.reference = str(given), "base"
+  with (s := tiny_recipes.session(tmp_path, config)).run:
+    start.recipe_of(config).run(s)
+    place, options = tmp_path / "round_02", s.options.policy
+    asked = {row.id: row for row in read_stage(place / "prompts", Prompt)}
+    responses = [row for row in read_stage(place / "responses", Response) if row.finished]
+    sequences = [
+      compact(*chat.encode_example(s.host.tokenizer, s.host.chat, asked[row.prompt_id].messages, row.text))
+      for row in responses
+    ]
+    ours, theirs = (
+      training.sequence_logprobs(s, model, sequences, options) for model in (Checkpoint("sft_1", given, ""), s.base)
+    )
+  scores = {(row.prompt_id, row.sample_id): row.score for row in read_stage(place / "judgments", Judgment)}
+  found = [scores[row.prompt_id, row.sample_id] for row in responses]
+  assert len(found) > 12 and np.std(found) > 0.1
+  np.testing.assert_allclose(found, ours - theirs, atol=1e-3)
+  for pair in read_stage(place / "trainset", Pair):
+    of = [scores[pair.prompt_id, i] for i in range(2)]
+    assert (pair.chosen_score, pair.rejected_score) == (max(of), min(of))
+  assert not (tmp_path / "round_01").exists() and not (tmp_path / "sft_1").exists()
+  assert load_manifest(place / "agreement")["counts"]["held_out"]["n"] == 0
+  assert (place / "policy/model/model.safetensors").read_bytes() != (given / "model.safetensors").read_bytes()

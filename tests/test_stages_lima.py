@@ -1,12 +1,11 @@
 """LIMA's stages: the choice of an epoch, comparisons, audits and forms for people."""
 
-import csv
 import dataclasses
 import json
 
 import numpy as np
 import pytest
-from sessions import on_two_hosts, session_in
+from sessions import filled_in, on_two_hosts, session_in
 
 from alma_jax import options, start
 from alma_jax.corpus.normalise import prompt_id
@@ -92,19 +91,6 @@ def epochs(s, graded=False):
   return made
 
 
-def fill(path, value_of, text="response"):
-  """Fill a form in as a person does who sees the columns alone."""
-  with open(path, encoding="utf-8-sig", newline="") as file:
-    rows = list(csv.DictReader(file))
-  for row in rows:
-    row[list(row)[-1]] = value_of(row)
-  with open(path, "w", encoding="utf-8-sig", newline="") as file:
-    writer = csv.DictWriter(file, list(rows[0]), delimiter=";")  # as some spreadsheets write it
-    writer.writeheader()
-    writer.writerows(rows)
-  return rows
-
-
 def by_word(row):
   return f"{GRADES[row['response'].split()[-1]]:.0f}"
 
@@ -133,7 +119,7 @@ def test_a_person_chooses_through_a_blind_form(session):
   assert lines[0] == "row,prompt,response,grade" and "epoch" not in form.read_text()
   names = [line.split(",")[0] for line in lines[1:]]
   assert names == sorted(names)  # hashes: the order says nothing of epochs or prompts
-  seen = fill(form, by_word)
+  seen = filled_in(form, by_word)
   assert len({(row["prompt"], row["response"]) for row in seen}) == 8  # 12 answers, equal ones are asked about once
   filled = form.read_bytes()
   text = filled.decode("utf-8-sig")
@@ -164,7 +150,7 @@ def test_epochs_are_compared_with_the_one_before(session, by):
       one, other = (GRADES[row[side].split()[-1]] for side in ("a", "b"))
       return "a" if one > other else "b" if other > one else "tie"
 
-    fill(session.run.dir / "forms/choice.csv", better)
+    filled_in(session.run.dir / "forms/choice.csv", better)
     chosen = choice.build(session, epochs(session), options)
   manifest = layout.load_manifest(session.run.dir / "choice")
   assert [row["mean"] for row in manifest["epochs"]] == [0.0, 0.375, 0.375] and chosen.epoch == 6
@@ -259,7 +245,7 @@ def test_answers_are_compared_with_other_models_by_judges_and_people(session, tm
     return "tie"
 
   for rater, value_of in ((1, better), (2, always_tie)):
-    fill(s.run.dir / f"forms/compare-alpaca.human_{rater}.csv", value_of)
+    filled_in(s.run.dir / f"forms/compare-alpaca.human_{rater}.csv", value_of)
   found = compare.build(s, answered, options)
   shares = {made.name.rpartition(".")[2]: [row.share for row in made.read()] for made in found}
   assert shares == {"long": [0.5] * 4, "human_1": [1.0, 0.0, 0.5, 1.0], "human_2": [0.5] * 4}
@@ -282,7 +268,7 @@ def test_answers_are_sorted_into_levels_by_a_judges_score_or_a_person(session):
   with pytest.raises(Waiting, match=r"3 of 3 rows of .*audit-answers\.csv have no level \(fail, pass, excellent\)"):
     audit.build(s, answered, person, "answers")
   word = {"good": "Excellent", "fine": "pass", "poor": "fail"}
-  seen = fill(s.run.dir / "forms/audit-answers.csv", lambda row: word[row["response"].split()[-1]])
+  seen = filled_in(s.run.dir / "forms/audit-answers.csv", lambda row: word[row["response"].split()[-1]])
   audit.build(s, answered, person, "answers")
   levels = layout.load_manifest(s.run.dir / "round_06/audit-answers")["levels"]
   told = [row["response"].split()[-1] for row in seen]
@@ -342,7 +328,7 @@ def test_a_form_comes_back_as_it_was_whatever_its_texts(tmp_path):
   texts = ["=1+1", "- a list\n- of two", 'say "hi", then; go\ton', "Zürich — 東京"]
   form.write([Row(f"r{i}", ("ask", text)) for i, text in enumerate(texts)])
   assert form.read([f"r{i}" for i in range(4)]) == {}
-  rows = fill(form.path, lambda row: row["row"][1:] if row["row"] != "r0" else " 6 ")
+  rows = filled_in(form.path, lambda row: row["row"][1:] if row["row"] != "r0" else " 6 ")
   assert [row["response"].strip() for row in rows] == [text.strip() for text in texts]
   assert rows[0]["response"].startswith(" =")  # no spreadsheet takes it for a formula
   assert form.read([f"r{i}" for i in range(4)]) == {"r0": 6.0, "r1": 1.0, "r2": 2.0, "r3": 3.0}
