@@ -1,6 +1,7 @@
 """The recipes LIMA, ISARA and SPA whole: what they leave behind, on one host and on two, killed in every stage."""
 
 import collections
+import json
 import shutil
 import socket
 import subprocess
@@ -14,13 +15,15 @@ from report_run import written
 from sessions import filled_in
 
 from alma_jax import start, sweeps
+from alma_jax.corpus.normalise import prompt_id
 from alma_jax.errors import UserError, Waiting
+from alma_jax.mini import truth
 from alma_jax.runtime import training
 from alma_jax.runtime.batches import compact
 from alma_jax.runtime.host import Checkpoint
 from alma_jax.runtime.metrics import StepLog
 from alma_jax.store import layout, shards
-from alma_jax.store.records import Answer, Judgment, Pair, Prompt, Response
+from alma_jax.store.records import Answer, Grade, Judgment, Pair, Prompt, Response
 from alma_jax.store.runs import Stage, load_manifest, read_stage
 from alma_jax.text import chat
 from alma_jax.tools import export
@@ -91,7 +94,7 @@ def test_a_run_killed_before_every_manifest_and_in_every_training_makes_what_one
   monkeypatch.setattr(Stage, "finish", dying)
   monkeypatch.setattr(StepLog, "write", interrupted)
   config, wanted = tiny_recipes.configs(data)[name], {stage.name for stage in layout.stages(one / name)}
-  for section in {"sft", "policy"} & config.keys():
+  for section in {"sft", "policy"} & set(config):
     config[section].checkpoint_every = 2
   for _ in range(3 * len(wanted)):
     try:
@@ -111,11 +114,44 @@ def test_a_run_killed_before_every_manifest_and_in_every_training_makes_what_one
 def test_a_recipe_says_its_stages_and_its_report_has_its_own_figures(name, one, data):
   recipe = start.recipe_of(config := tiny_recipes.configs(data)[name])
   made, planned = {stage.name for stage in layout.stages(one / name)}, set(recipe.stages(start.checked_options(config)))
-  # Log-probs of references belong to their trainings; what follows LIMA's choice has a round that nobody knows before.
-  later = ("/reference_", "/eval-test", "/compare-", "/audit-")
-  assert planned == {of for of in made if not any(word in of for word in later)} and made
+  # Log-probs of references belong to their trainings, what follows LIMA's choice has a round that nobody knows before,
+  # and which sets have the fields that a judge reads is seen when they are read.
+  others = ("/reference_", "/eval-test", "/compare-", "/audit-", ".mc", "categories-choices")
+  planned, made = ({of for of in names if not any(word in of for word in others)} for names in (planned, made))
+  assert planned == made != set()
   page = written(one / name)
   assert SECTIONS[name] in page and "could not be made" not in page
+
+
+def turn(text):
+  return [{"role": "user", "content": text}]
+
+
+def test_isara_reports_seen_and_unseen_categories_harm_and_multiple_choice(one, data, tmp_path):
+  """By brute force on the grades, and by the code that trains on the choices."""
+  config, place = tiny_recipes.configs(data)["isara"], one / "isara/round_02"
+  scores, kinds = {"seen": [], "unseen": []}, set()
+  for row in read_stage(place / "eval.truth", Grade):
+    asked = next(x for x in read_stage(place / "eval", Answer) if x.prompt_id == row.prompt_id)
+    kinds.add(kind := truth.category({"messages": asked.messages}))
+    scores["seen" if kind == "country" else "unseen"].append(row.score)
+  report = layout.read_json(place / "categories.truth" / layout.REPORT)
+  assert set(report["by"]) == kinds and len(kinds) > 1 and report["by"]["country"]["seen"]
+  for half, values in scores.items():
+    assert report[half]["score"]["mean"] == pytest.approx(np.mean(values))
+    assert report[half]["harmful"]["mean"] == pytest.approx(np.mean(np.array(values) < 5))
+  s = tiny_recipes.session(tmp_path, config)
+  rows = [json.loads(line) for line in (data / "choices.jsonl").read_text().splitlines()]
+  sequences = [
+    compact(*chat.encode_example(s.host.tokenizer, s.host.chat, turn(row["prompt"]), text))
+    for row in rows
+    for text in row["choices"]
+  ]
+  policy = Checkpoint("policy", place / "policy/model", "")
+  found = training.sequence_logprobs(s, policy, sequences, s.options.policy).reshape(len(rows), -1)
+  wanted = {prompt_id(turn(row["prompt"])): best == 1 for row, best in zip(rows, found.argmax(axis=1), strict=True)}
+  assert {row.prompt_id: row.score for row in read_stage(place / "eval-choices.mc", Grade)} == wanted
+  assert len(set(wanted.values())) == 2
 
 
 def test_the_chosen_epoch_is_what_other_commands_take(one, tmp_path):

@@ -31,9 +31,11 @@ def write_data(directory):
   for name, count in ROWS.items():
     file = directory / f"{name}.jsonl"
     lines = file.read_text().splitlines(keepends=True)
-    file.write_text("".join(lines[:: len(lines) // count][:count]))
-  answered = [json.loads(line) | {"response": "answer: lyon france ."} for line in file.read_text().splitlines()]
-  (directory / "others.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answered))
+    file.write_text("".join(lines[:: len(lines) // count - 1][:count]))  # kinds of prompts alternate
+  rows = [json.loads(line) for line in file.read_text().splitlines()]
+  texts = [f"answer: {word} ." for word in ("lyon france", "rice", "chess")]
+  for name, more in (("others", {"response": texts[0]}), ("choices", {"choices": texts, "answer": 1})):
+    (directory / f"{name}.jsonl").write_text("".join(json.dumps(row | more) + "\n" for row in rows))
 
 
 def configs(data):
@@ -54,6 +56,8 @@ def configs(data):
   c.audit.prompts = 3
   c = found["isara"]
   c.data.pairs, c.alpha, c.feedback_rounds = 16, 0.0, 1
+  c.categories.update(dict(seeds=("country",), judge="truth", harmful="below", bound=5.0))
+  c.eval.update(dict(judges=("truth=mini", "mc=rules:multiple_choice"), sets=(f"choices={data / 'choices.jsonl'}",)))
   c.prompts.update(SAMPLED | dict(draws=48, shots=(2, 2)))
   c.neighbours.shots = c.eval.shots = 2
   c.responses.update(SAMPLED)
