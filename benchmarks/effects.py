@@ -27,14 +27,13 @@ Not among the default parts:
 
 import argparse
 import json
-import os
 import pathlib
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from benchmarks import workers
 from benchmarks.effects_arms import ARMS, CONTROLS, Arm, Base, keep, make, result_path
 
 ROOT = pathlib.Path(__file__).parent
@@ -81,7 +80,9 @@ def main() -> None:
   if flags.worker is None:
     plan(flags, todo)
   if flags.what == "run":
-    work(flags, todo) if flags.workers == 1 or flags.worker is not None else share(flags)
+    work(flags, todo) if flags.workers == 1 or flags.worker is not None else workers.share(
+      "benchmarks.effects", flags.workers
+    )
 
 
 def bases(names: str) -> list[Base]:
@@ -98,11 +99,6 @@ def bases(names: str) -> list[Base]:
   ]
 
 
-def seeds(text: str) -> list[int]:
-  low, dash, high = text.partition("-")
-  return list(range(int(low), int(high) + 1)) if dash else [int(seed) for seed in text.split(",")]
-
-
 def wanted(parts: str) -> list[str]:
   """The names of the results that these parts need, each once, the default first."""
   return list(dict.fromkeys(name for part in parts.split(",") for name in PARTS[part]))
@@ -110,7 +106,7 @@ def wanted(parts: str) -> list[str]:
 
 def missing(flags: Any) -> Iterator[tuple[Base, int, str]]:
   """What is to be made: for every seed and base the results that are not there."""
-  for seed in seeds(flags.seeds):
+  for seed in workers.seeds(flags.seeds):
     for base in bases(flags.bases):
       for name in wanted(flags.parts):
         if not result_path(RESULTS / flags.size, base, seed, name).exists():
@@ -132,22 +128,10 @@ def plan(flags: Any, todo: Sequence[tuple[Base, int, str]]) -> None:
     print(f"  {name:20} {count:4} x {costs.get(name, known):5.0f} CPU s{'' if name in costs else ' (a guess)'}")
 
 
-def share(flags: Any) -> None:
-  """Starts the workers and waits for all of them."""
-  command = [sys.executable, "-m", "benchmarks.effects", *sys.argv[1:]]
-  started = [subprocess.Popen([*command, f"--worker={i}"]) for i in range(flags.workers)]
-  if any(process.wait() for process in started):
-    sys.exit("a worker failed; the same command goes on")
-
-
 def work(flags: Any, todo: Sequence[tuple[Base, int, str]]) -> None:
   """Makes what is missing, or a worker's share of it: its own seeds, in one warm process on one core."""
-  if flags.worker is not None and hasattr(os, "sched_setaffinity"):  # before the first array: JAX counts the cores then
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[flags.worker % len(cores)]})
-  os.environ |= {"TQDM_DISABLE": "1"}
-  all_seeds = seeds(flags.seeds)
-  mine = [x for x in todo if flags.worker is None or all_seeds.index(x[1]) % flags.workers == flags.worker]
+  workers.begin(flags.worker)
+  mine = [x for x in todo if workers.mine(flags, x[1])]
   arms = {arm.name: arm for arm in (*ARMS, *CONTROLS)}
   for i, (base, seed, name) in enumerate(mine, start=1):
     began, place = time.monotonic(), flags.workdir / f"{base.name}_{seed:02d}"

@@ -124,13 +124,14 @@ def mini() -> Config:
   c.engine.update(dict(slots=128, rows=128))
   tiny: dict[str, Any] = dict(fit_rows=False, batch=32, row_length=64, warmup=0.1, weight_decay=0.0, beta2=0.98)
   c.sft = training(1e-3, 0.0, epochs=6, **tiny)
-  c.dpo = preferences(3e-4, 0.0, epochs=6, **tiny)
-  c.policy = refined(1e-4, 0.0, **tiny | dict(batch=8), window=4)  # with 3e-4 and the next line left out, answers
-  c.trainset.truncated = False  # grow to the limit of 16 tokens in iteration 2, and the score falls by half
-  c.split.parts = (192, 256, 320)
-  c.seeds.held_out = 24
-  c.responses.update(sampling(1.0, 1.0, max_new_tokens=16, max_prompt_tokens=32, n=4))
+  c.dpo = preferences(3e-4, 0.0, epochs=3, nll_weight=1.0, **tiny)
+  c.policy = refined(1e-4, 0.0, **tiny | dict(batch=16), window=4)
+  c.trainset.truncated = False
+  c.split.parts = (400, 800, 1200)
+  c.seeds.held_out = 100
+  c.responses.update(sampling(0.7, 1.0, max_new_tokens=16, max_prompt_tokens=32))
   c.agreement.gold = "mini"
-  c.eval.update(sampling(0.0, 1.0, max_new_tokens=16, max_prompt_tokens=32))
+  # Sampled answers, as people see them: what the policy is surer of shows in them, and not in greedy ones
+  c.eval.update(sampling(0.7, 1.0, max_new_tokens=16, max_prompt_tokens=32))
   c.eval.judges = ("truth=mini",)
   return c

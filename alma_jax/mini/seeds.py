@@ -6,8 +6,8 @@
   sft.jsonl           96 rows   prompt, response           written with care, yet not flawless
   judge.jsonl   about 1,000 rows prompt, response, score    544 prompts, 2 samples of the models themselves to each
   eval.jsonl         576 rows   prompt                     three of each kind for every city; the same for every seed
-  preferences.jsonl   96 rows   prompt, chosen, rejected   two samples; chosen is better by the ground truth
-  prompts.jsonl      768 rows   prompt                     unlabelled prompts of their own
+  preferences.jsonl  400 rows   prompt, chosen, rejected   two samples; chosen is better by the ground truth
+  prompts.jsonl    2,400 rows   prompt                     unlabelled prompts of their own
 
 The annotated samples come with the base model: `annotate.py` drew them from the base, which continued examples, and
 from models fine-tuned on demonstrations of their own, and wrote their ground truth beside them. The scores of
@@ -29,7 +29,8 @@ from alma_jax.mini import CHECKPOINT, corpus, world
 from alma_jax.mini.world import Chatter, Task
 
 ANNOTATIONS = "annotations.jsonl.gz"  # beside the base model's weights
-SFT, ANNOTATED, PREFERENCES, UNLABELLED = 96, 544, 96, 768
+SFT, ANNOTATED, PREFERENCES, UNLABELLED = 96, 544, 400, 2400
+RESERVED = 96  # preference pairs whose prompts no other file takes; the other pairs have prompts that none has taken
 EVAL_EACH, RESULTS_EACH = 3, 12  # evaluation prompts for every kind and city
 SAFE = 48  # demonstrations of refusals
 
@@ -123,15 +124,16 @@ def make(
   shown = annotated(base)
   rng.shuffle(shown)
   judge, shown = shown[:annotations], shown[annotations:]
-  pairs = [x for x in shown if len({sample.worth for sample in x[1]}) > 1 and all(s.text for s in x[1])][:PREFERENCES]
-  taken |= {key(prompt) for prompt, _ in (*judge, *pairs)}
+  pairs = [x for x in shown if len({sample.worth for sample in x[1]}) > 1 and all(s.text for s in x[1])]
+  taken |= {key(prompt) for prompt, _ in (*judge, *pairs[:RESERVED])}
   files: dict[str, Rows] = {
     "sft": demonstrations(rng, SFT, taken, chatter=chatter),
     "judge": [row for prompt, samples in judge for row in _annotations(rng, prompt, samples)],
     "eval": [{"prompt": prompt} for prompt, _ in eval_prompts(chatter)],
-    "preferences": [_preference(prompt, samples) for prompt, samples in pairs],
     "prompts": [{"prompt": prompt} for prompt, _ in fresh_prompts(rng, UNLABELLED, taken, chatter=chatter)],
   }
+  pairs = pairs[:RESERVED] + [x for x in pairs[RESERVED:] if key(x[0]) not in taken]
+  files["preferences"] = [_preference(prompt, samples) for prompt, samples in pairs[:PREFERENCES]]
   return write(directory, files)
 
 
