@@ -60,6 +60,7 @@ def config(tmp_path_factory):
     c.data[name] = str(directory / f"{name}.jsonl")
     (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
   c.split.parts, c.shards, c.seeds.held_out, c.agreement.gold = PARTS, 3, 4, "rules:length"
+  c.responses.n = 4
   return c
 
 
