@@ -1,8 +1,10 @@
-"""Every program of a run, compiled for machines that are not here: what each takes and sends, and what is refused.
+r"""Every program of a run, compiled for machines that are not here: what each takes and sends, and what is refused.
 
   python -m benchmarks.compiled --output=compiled.jsonl                            the whole matrix: hours
   python -m benchmarks.compiled --output=compiled.jsonl --only=llama3_8b@v6e:2x4   one machine
   python -m benchmarks.compiled --output=small.jsonl --only=llama3_8b@v6e:2x4 --depth=2 --stages=dpo,pool/clusters
+  python -m benchmarks.compiled --output=decode.jsonl --only=llama3_8b@v6e:2x4 --depth=4 --slots=256 \
+    --stages=round_02/responses
 
 TPUs' compiler comes with 'alma_jax[plan]', that of GPUs with 'alma_jax[gpu]'; neither needs a device. The programs are
 those of configs/alma.py at full depth, or of a model cut to --depth layers, on the config's mesh. Every program is a
@@ -11,7 +13,9 @@ go on. At the end all lines are printed as a table, with the seconds that each p
 the compilers' default effort instead of the lowest, at which TPUs may all-reduce what the default reduce-scatters.
 
 What to expect: peaks below what is usable, nothing sent in sampling and reading, and weights that are gathered, not
-all-reduced. At low effort a training step takes a TPU's compiler half a minute to two CPU minutes.
+all-reduced. A decode loop's row also says what its step takes from and to a device's memory, as plan/traffic.py counts
+it, with responses of the plan's mean length and every row of prompts full. At low effort a training step takes a TPU's
+compiler half a minute to two CPU minutes.
 """
 
 import argparse
@@ -49,6 +53,7 @@ def main() -> None:
   parser.add_argument("--only", default=",".join(MATRIX), help="model@topology, several with commas")
   parser.add_argument("--stages", default=",".join((*STAGES, *METHODS)), help="stages, dpo, grpo")
   parser.add_argument("--depth", type=int, default=0, help="layers; 0: all")
+  parser.add_argument("--slots", type=int, default=0, help="of sampling; 0: as many as fit")
   parser.add_argument("--effort", choices=("low", "default"), default="low")
   options = parser.parse_args()
   began, done = time.monotonic(), {_key(row): row for row in _rows(options.output)}
@@ -72,10 +77,11 @@ def _cell(cell: str, options: argparse.Namespace, done: dict[Any, Row]) -> Itera
   with devices.described(topology.parse(word), effort) as there:
     compilers = devices.compilers(topology.parse(word))
     for name in options.stages.split(","):
-      machine, work = _work(model, word, size, name, options.depth)
+      machine, work = _work(model, word, size, name, options)
       fixed = dict(
-        model=model, topology=word, depth=machine.c.depth, effort=options.effort, compilers=compilers, stage=name
-      )
+        model=model, topology=word, depth=machine.c.depth, effort=options.effort, compilers=compilers, stage=name,
+        slots=options.slots or None,
+      )  # fmt: skip
       if any(row["stage"] == name and _key(row)[:-1] == _key(fixed)[:-1] and row["last"] for row in done.values()):
         continue
       programs = compiled.programs_of(machine, work, there)
@@ -89,6 +95,7 @@ def _cell(cell: str, options: argparse.Namespace, done: dict[Any, Row]) -> Itera
           peak=made.peak,
           usable=machine.topology.chip.memory,
           sent=hlo.sent(made.collectives),
+          moved=made.moved,
           collectives=hlo.summary(made.collectives),
           largest=[dataclasses.asdict(c) for c in made.collectives[:5]],
           refused=made.refused,
@@ -97,23 +104,24 @@ def _cell(cell: str, options: argparse.Namespace, done: dict[Any, Row]) -> Itera
         )
 
 
-def _work(model: str, word: str, size: str, name: str, depth: int) -> tuple[Machine, Work]:
+def _work(model: str, word: str, size: str, name: str, options: argparse.Namespace) -> tuple[Machine, Work]:
   """A stage of the config on this machine; `dpo` and `grpo` are its policies by that method."""
   given = [f"--config=configs/alma.py:{size}", f"--model={model}", f"--topology={word}"]
   overrides = []
   if name in METHODS:
     overrides = [f"--config.trainset.method={name}"]
     overrides += ["--config.responses.checkpoints=('latest',)"] if name == "grpo" else []
+  overrides += [f"--config.engine.slots={options.slots}"] if options.slots else []
   stage = "round_02/policy" if name in METHODS else name
   made = plan.made(plan.FLAGS.values([*given, f"--stages={stage}"]), overrides)
   machine = made.machine
-  if depth:
-    machine = dataclasses.replace(machine, c=dataclasses.replace(shapes.shape(model), depth=depth))
+  if options.depth:
+    machine = dataclasses.replace(machine, c=dataclasses.replace(shapes.shape(model), depth=options.depth))
   return machine, made.steps[0].work
 
 
 def _key(row: Row) -> tuple[Any, ...]:
-  names = ("model", "topology", "depth", "effort", "compilers", "stage", "program")
+  names = ("model", "topology", "depth", "slots", "effort", "compilers", "stage", "program")
   return tuple(row.get(name) for name in names)
 
 
@@ -129,6 +137,8 @@ def _rows(path: pathlib.Path) -> Iterator[Row]:
 def _line(row: Row) -> str:
   cut = f" ({row['depth']} layers)" if row["depth"] != shapes.shape(row["model"]).depth else ""
   what = row["refused"] or row["collectives"]
+  if moved := row.get("moved"):
+    what += f"; {moved / 1e9:.4g} GB from and to memory"
   peak = "does not compile" if row["refused"] else f"{row['peak'] / GIB:.2f}"
   return (
     f"| {row['model']}{cut} | {row['topology']} | {row['stage']} {row['program']} | {peak} |"

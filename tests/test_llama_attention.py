@@ -280,10 +280,11 @@ def test_no_row_has_a_key_for_the_few_queries():
 
 
 def test_steps_are_the_live_blocks_of_all_rows_in_order():
-  rows, blocks, count = attention_decode_tpu._steps(jnp.asarray([3, 0, 4, 1, 0]), 2, 2)
-  assert count == 5
-  assert list(zip(rows[:5].tolist(), blocks[:5].tolist(), strict=True)) == [(0, 0), (0, 1), (2, 0), (2, 1), (3, 0)]
-  assert rows.shape == blocks.shape == (10,) and rows.max() <= 4 and blocks.max() <= 1  # all within the arrays
+  steps, count = attention_decode_tpu._steps(jnp.asarray([0, 3, 0, 4, 1, 0]), 2, 2)
+  assert count == 8 and steps.shape == (3, 12)
+  # A row without keys names the block that is there; the first row, which has none before it, block 0.
+  assert steps[:, :8].tolist() == [[0, 1, 1, 2, 3, 3, 4, 5], [0, 1, 1, 1, 3, 3, 4, 4], [0, 0, 1, 1, 0, 1, 0, 0]]
+  assert steps[:2].max() <= 5 and steps[2].max() <= 1  # all within the arrays
 
 
 @pytest.mark.parametrize(("T", "K"), [(1, 8), (16, 1)])

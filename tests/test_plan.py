@@ -213,9 +213,9 @@ def test_the_slots_of_a_decode_step_take_at_least_what_the_compilers_say(word, d
   assert gib <= found / 2**30 <= 1.08 * gib
 
 
-@pytest.mark.parametrize("depth, gb", [(4, 15.6), (8, 25.2)])
+@pytest.mark.parametrize("depth, gb", [(4, 8.20), (8, 12.4)])
 def test_a_decode_step_moves_what_the_compilers_say(depth, gb):
-  # What the compiler counts, with the ten passes of top-p that it counts once, without the copies before the loop.
+  # `traffic.moved` of the compiled program, with 350 live keys in a slot and 200 in a prompt's row.
   m = machine("v6e:2x4", dataclasses.replace(LLAMA, depth=depth))
   found = estimate.decoding_bytes(m, answers(), shapes_for(256, 1024, 200), 350.0)
   assert found / 1e9 == pytest.approx(gb, rel=0.15)

@@ -17,7 +17,7 @@ from alma_jax.engine import losses
 from alma_jax.engine.choose import Decoding
 from alma_jax.engine.optimizer import Optimizer
 from alma_jax.llama import sharding
-from alma_jax.plan import compiled, devices, estimate, hlo, meshes, programs, shapes, table, topology
+from alma_jax.plan import compiled, devices, estimate, hlo, meshes, programs, shapes, table, topology, traffic
 from alma_jax.plan.assumptions import Given, assumptions
 from alma_jax.plan.work import Clustering, Reading, Sampling, Training
 from alma_jax.runtime import host, training
@@ -113,6 +113,67 @@ def test_collectives_are_counted_as_often_as_loops_run():
   assert hlo.summary(hlo.collectives(LOOPS)).startswith("3 x all-gather 1.15e-06 GB, 12 x collective-permute")
   assert hlo.loops(LOOPS) == {"outer_body": 3, "inner_body": 12}
   assert sum("collective-permute-start" in line for line in hlo.lines_in_loops(LOOPS)) == 1
+
+
+STEP = """HloModule decode
+
+%table (a: f32[64,8], b: s32[4]) -> f32[4,8] {
+  %a = f32[64,8]{1,0} parameter(0)
+  %b = s32[4]{0} parameter(1)
+  ROOT %rows = f32[4,8]{1,0} gather(%a, %b), offset_dims={1}
+}
+
+%put (c: bf16[4,256,2,128], d: s32[4], e: bf16[4,2,128]) -> bf16[4,256,2,128] {
+  %c = bf16[4,256,2,128]{3,2,1,0} parameter(0)
+  %d = s32[4]{0} parameter(1)
+  %e = bf16[4,2,128]{2,1,0} parameter(2)
+  ROOT %s = bf16[4,256,2,128]{3,2,1,0} scatter(%c, %d, %e), to_apply=%set
+}
+
+%often (x.1: f32[100]) -> f32[100] {
+  %x.1 = f32[100]{0} parameter(0)
+  ROOT %y.1 = f32[100]{0} negate(%x.1)
+}
+
+%rare (x.2: f32[100]) -> f32[100] {
+  %x.2 = f32[100]{0} parameter(0)
+  %y.2 = f32[100]{0} negate(%x.2)
+  ROOT %z.2 = f32[100]{0} negate(%y.2)
+}
+
+%step (p: (bf16[4,256,2,128], f32[64,8], s32[4], bf16[4,2,128], f32[100])) -> (bf16[4,256,2,128]) {
+  %p = (bf16[4,256,2,128]{3,2,1,0}, f32[64,8]{1,0}, s32[4]{0}, bf16[4,2,128]{2,1,0}, f32[100]{0}) parameter(0)
+  %cache = bf16[4,256,2,128]{3,2,1,0} get-tuple-element(%p), index=0
+  %embed = f32[64,8]{1,0} get-tuple-element(%p), index=1
+  %at = s32[4]{0} get-tuple-element(%p), index=2
+  %new = bf16[4,2,128]{2,1,0} get-tuple-element(%p), index=3
+  %z = f32[100]{0} get-tuple-element(%p), index=4
+  %looked.up = f32[4,8]{1,0} fusion(%embed, %at), kind=kCustom, calls=%table
+  %written = bf16[4,256,2,128]{3,2,1,0} fusion(%cache, %at, %new), kind=kCustom, calls=%put
+  %flat = bf16[4,512,128]{2,1,0} bitcast(%written)
+  %on.chip = f32[100]{0:T(128)S(1)} copy(%z)
+  %branch = f32[100]{0} conditional(%z, %z, %z), branch_computations={%often, %rare}
+  %few = (bf16[4,1,2,128]{3,2,1,0}, f32[4,1,2]{2,1,0}) custom-call(%at, %new, %flat, %flat), metadata={op_name="attention_over_few_2/pallas_call"}
+  ROOT %out = (bf16[4,256,2,128]{3,2,1,0}) tuple(%written)
+}
+
+ENTRY %main (a.1: f32[8]) -> f32[8] {
+  %a.1 = f32[8]{0} parameter(0)
+  ROOT %loop = f32[8]{0} while(%a.1), condition=%c.1, body=%step, backend_config={"known_trip_count":{"n":"16"}}
+}
+"""  # noqa: E501
+
+
+def test_what_a_step_of_a_loop_moves():
+  looked_up = 2 * 4 * 8 * 4 + 16  # four rows are read and written, and where they stand
+  written = 2 * 4 * 2 * 128 * 2 + 16 + 4 * 2 * 128 * 2  # places read and written, where, and what
+  few = 16 + 2 * 2048 + 4 * 2 * 4  # lengths; queries and results; log-sum-exps
+  keys = 2 * 4 * 2 * 128 * 2  # of a token in all rows
+  rest = looked_up + written + 400 + 800 + few  # the copy to the chip is read only; the branch that moves least
+  assert traffic.moved(STEP, {1: 0}) == rest + keys * 128  # half a block: min(256, 512) keys are one
+  assert traffic.moved(STEP, {1: 100}) == rest + keys * 228
+  assert traffic.moved(STEP, {1: 200}) == rest + keys * 256
+  assert traffic.moved("ENTRY %main (a: f32[8]) -> f32[8] {\n}\n", {}) == 0
 
 
 def test_a_program_on_the_devices_that_are_here():
@@ -299,6 +360,21 @@ def test_a_decode_step_gathers_no_prefixes(tpu):
 @pytest.mark.parametrize("name", ["sft step", "dpo step", "grpo step"])
 def test_steps_gather_in_bf16_and_reduce_to_shares(tpu, name):
   trains_well(tpu[name][2], SMALL, sharding.abstract_mesh(8, data=1, fsdp=-1))
+
+
+@needs_libtpu
+def test_a_decode_step_reads_what_is_live(tpu):
+  text, shape, c = tpu["responses decode"][2], programs._shapes(WORKS[3], 32), SMALL
+  lines = list(hlo.lines_in_loops(text))
+  assert sum("custom-call(" in line and "attention_over_few" in line for line in lines) == 2 * c.depth
+  layer = 2 * shape.slots * 128 * c.kv_heads * c.head_dim  # bytes of the keys of a layer
+  copied = [hlo.sizes(line.partition(" copy(")[0]) for line in lines if " copy(" in line]
+  assert max(copied, default=0) < layer / 2  # no cache, no scores
+  weights = 2 * (c.parameters - c.vocab * c.width)  # the embedding is looked up
+  token = 4 * c.depth * c.kv_heads * c.head_dim
+  keys = token * (shape.slots * 128 + shape.rows * 192)
+  logits = 4 * c.vocab * shape.slots
+  assert traffic.moved(text, {1: 64, shape.tile: 128}) <= 1.15 * (weights + keys) + 20 * logits
 
 
 @needs_libtpu

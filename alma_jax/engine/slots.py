@@ -120,22 +120,27 @@ def bytes_of(
 ) -> int:
   """What a call holds on each device beside the weights, and what it works with. TPUs lay out anew, for a segment, the
   weights of queries, keys and values, and the prompts' keys where their attention is plain XLA's."""
-  c, dtype = model.c, model.embed.get_value().dtype
-  itemsize = dtype.itemsize
+  c, itemsize = model.c, model.embed.get_value().dtype.itemsize
   ways = 1 if mesh is None else mesh.shape["tensor"]
   cached = token_bytes(model, mesh) * (shapes.slots * decoding.max_new_tokens + shapes.rows * shapes.room)
   logits = 4 * c.vocab // (ways if c.vocab % ways == 0 else 1)
   prefill = PREFILL_ROWS * shapes.room * (4 * c.width + 3 * c.ffn // ways) * itemsize
   working, turned = max(prefill, 3 * logits * shapes.slots), 0
   if (target or platform()) == "tpu":
-    share, heads = ways if c.kv_heads % ways == 0 else 1, 2 * c.kv_heads + c.heads
-    q = shapes.rows, shapes.tile, c.heads // share, c.head_dim
-    k = shapes.rows, shapes.room, c.kv_heads // share, c.head_dim
-    turned = c.depth * c.width * heads // share * c.head_dim * itemsize
-    if chosen("over", "tpu", dtype, q, k) is None:
+    share = ways if c.kv_heads % ways == 0 else 1
+    turned = c.depth * c.width * (2 * c.kv_heads + c.heads) // share * c.head_dim * itemsize
+    if not reads_what_is_live(model, shapes.tile, shapes.room, mesh, "tpu"):
       turned += shapes.rows * shapes.room * token_bytes(model, mesh)
     working = max(prefill, 5 * logits * shapes.slots)  # its top-p works with more copies
   return cached + logits * (shapes.slots + shapes.rows) + working + turned
+
+
+def reads_what_is_live(model: Llama, T: int, S: int, mesh: Mesh | AbstractMesh | None, target: str) -> bool:
+  """Whether attention over rows of S keys, T queries in each, has a kernel that skips the places without a token."""
+  c, ways = model.c, 1 if mesh is None else mesh.shape["tensor"]
+  share = ways if c.kv_heads % ways == 0 else 1
+  q, k = (1, T, c.heads // share, c.head_dim), (1, S, c.kv_heads // share, c.head_dim)
+  return chosen("over", target, model.embed.get_value().dtype, q, k) in ("decode_tpu", "nvidia")
 
 
 def token_bytes(model: Llama, mesh: Mesh | AbstractMesh | None) -> int:

@@ -18,7 +18,7 @@ import jax
 
 from alma_jax.errors import UserError
 from alma_jax.plan import assumptions as shares
-from alma_jax.plan import hlo
+from alma_jax.plan import hlo, traffic
 from alma_jax.plan.estimate import Machine, Step, estimate, estimated, with_options
 from alma_jax.plan.hlo import Collective
 from alma_jax.plan.programs import Program, key, planned_training, programs
@@ -38,6 +38,7 @@ class Made:
   seconds: float = 0.0  # that it took
   refused: str = ""  # why there is no such program
   part: bool = True  # of the stage's step
+  moved: float = 0.0  # bytes that a step of a decode loop takes from and to memory, by `traffic.moved`
 
 
 Hear = Callable[[str], object]  # the name of a program that is done
@@ -90,9 +91,10 @@ def made_of(program: Program, stage: str, platform: str) -> Made:
   except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError, TypeError) as error:
     said = str(error).strip().splitlines() or [type(error).__name__]
     return Made(name, refused=f"{program.name}: {said[0][:300]}", seconds=time.monotonic() - began)
-  collectives = tuple(hlo.collectives(found.as_text()))
+  text = found.as_text()
   peak, took = peak_of(found, platform) + program.beside, time.monotonic() - began
-  return Made(name, peak, collectives, seconds=took, part=program.part)
+  moved = traffic.moved(text, program.live) if program.live else 0.0
+  return Made(name, peak, tuple(hlo.collectives(text)), seconds=took, part=program.part, moved=moved)
 
 
 def _possible(step: Step) -> bool:

@@ -19,9 +19,19 @@ import numpy as np
 from jax.sharding import AbstractMesh
 
 from alma_jax.engine import buckets, points
-from alma_jax.engine.slots import Load, Shapes, SlotsError, bytes_of, shapes_for, slots_that_fit, token_bytes
+from alma_jax.engine.slots import (
+  Load,
+  Shapes,
+  SlotsError,
+  bytes_of,
+  reads_what_is_live,
+  shapes_for,
+  slots_that_fit,
+  token_bytes,
+)
 from alma_jax.llama import model as llama
 from alma_jax.llama import sharding
+from alma_jax.llama.attention_decode_tpu import block
 from alma_jax.llama.config import LlamaConfig
 from alma_jax.llama.model import Llama
 from alma_jax.plan import assumptions as shares
@@ -40,8 +50,9 @@ from alma_jax.runtime.shapes import Shape
 from alma_jax.runtime.training import USEFUL
 
 NEAR = 0.9  # of a slot's mean length is what its token at work has behind it: lognormal lengths
-SCORES = {"gpu": 0, "cpu": 4, "tpu": 4}  # times fp32 attention scores do
+SCORES = 4  # times fp32 attention scores do, where they are not kept on the chip
 CHOOSING = {"greedy": 7, "temperature": 8, "filtered": 37}  # times fp32 logits do
+FILTERED_TPU = 23  # likewise, by `traffic.moved`
 K_MEANS_BLOCK = {"gpu": 16384, "tpu": 2048}  # points that a centroid meets each time it is read; see engine/nearest.py
 K_MEANS_SCORE = 12  # bytes of memory traffic for each score where they go through memory
 REMAT = {"none": 1.0, "products": 1.0, "full": 4 / 3}  # times a step's arithmetic
@@ -440,18 +451,28 @@ def shapes_of(machine: Machine, work: Sampling, slots: int) -> Shapes:
 
 
 def decoding_bytes(machine: Machine, work: Sampling, shapes: Shapes, new: float) -> float:
-  """The bytes that one token of all slots takes from and to a device's memory, as the programs are today: on TPUs and
-  CPUs attention reads every place of a slot and of a prefix, cuDNN those that hold a token."""
-  c, o, platform, tensor = machine.c, work.options, machine.platform, machine.tensor
+  """The bytes that one token of all slots takes from and to a device's memory, as the programs are today: kernels read
+  the places that hold a token, on TPUs in blocks; plain XLA reads every place of a slot and of a prefix."""
+  c, o, tensor = machine.c, work.options, machine.tensor
   keys, longest = token_bytes(machine.shape, machine.local_mesh), o.decoding.max_new_tokens
   weights = (machine.layers + machine.head) * machine.itemsize / tensor
-  own = shapes.slots * keys * (NEAR * new if platform == "gpu" else longest)
-  prefix = shapes.rows * keys * (work.prompt_tokens if platform == "gpu" else shapes.room)
-  scores = shapes.rows * shapes.tile * shapes.room + shapes.slots * longest
-  scores *= SCORES[platform] * 4 * c.heads / tensor * c.depth
+  own, own_scores = _looked_at(machine, 1, longest, NEAR * new)
+  prefix, prefix_scores = _looked_at(machine, shapes.tile, shapes.room, work.prompt_tokens)
+  read = keys * (shapes.slots * own + shapes.rows * prefix)
+  scores = shapes.slots * own_scores + shapes.rows * shapes.tile * prefix_scores
+  scores *= SCORES * 4 * c.heads / tensor * c.depth
   filtered = o.decoding.top_p < 1 or o.decoding.top_k > 0
   how = "greedy" if o.decoding.temperature == 0 else "filtered" if filtered else "temperature"
-  return weights + own + prefix + scores + CHOOSING[how] * 4 * c.vocab * shapes.slots / tensor
+  passes = FILTERED_TPU if how == "filtered" and machine.platform == "tpu" else CHOOSING[how]
+  return weights + read + scores + passes * 4 * c.vocab * shapes.slots / tensor
+
+
+def _looked_at(machine: Machine, T: int, S: int, live: float) -> tuple[float, float]:
+  """Of a row of S keys, so many of which are live: how many T queries read, and how many scores go through memory."""
+  if not reads_what_is_live(machine.shape, T, S, machine.local_mesh, machine.platform):
+    return S, S
+  heads = machine.c.kv_heads // machine.tensor if machine.c.kv_heads % machine.tensor == 0 else machine.c.kv_heads
+  return (min(S, live + block(S, heads) / 2) if machine.platform == "tpu" else live), 0
 
 
 def _forward(machine: Machine, tokens: float, context: float, layers: int = 0) -> float:

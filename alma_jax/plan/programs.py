@@ -9,7 +9,7 @@ config lets in. The Step is the quick plan's, whose rows and slots these program
 import contextlib
 import dataclasses
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -39,6 +39,7 @@ class Program:
   make: Callable[[], Any]  # lowers and compiles
   beside: int = 0  # bytes that are on each device beside the program's own
   part: bool = True  # of the stage's step; other programs run now and then
+  live: Mapping[int, float] | None = None  # what attention finds in its rows, for `traffic.moved`: keys, by queries
 
 
 def programs(machine: Machine, step: Step, devices: Sequence[Any]) -> list[Program]:
@@ -163,7 +164,10 @@ def _sampling(machine: Machine, work: Sampling, mesh: Mesh, slots: int) -> Itera
 
   yield Program("prefill", prefill, part=False)
   yield Program("refill", refill, machine.model_bytes, part=False)
-  yield Program("decode", decode)
+  new = work.tokens / max(1, work.rows)
+  # Prompts as long as they may be; where a slot reads a row of its own, both calls have one query.
+  live = {1: new, shapes.tile: float(shapes.room)} if shapes.tile > 1 else {1: (new + shapes.room) / 2}
+  yield Program("decode", decode, live=live)
 
 
 # Judging and embedding
