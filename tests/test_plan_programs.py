@@ -364,7 +364,7 @@ def test_steps_gather_in_bf16_and_reduce_to_shares(tpu, name):
 
 @needs_libtpu
 def test_a_decode_step_reads_what_is_live(tpu):
-  text, shape, c = tpu["responses decode"][2], programs._shapes(WORKS[3], 32), SMALL
+  text, c, shape = tpu["responses decode"][2], SMALL, estimate.shapes_of(machine("v6e:2x4"), WORKS[3], 32)
   lines = list(hlo.lines_in_loops(text))
   assert sum("custom-call(" in line and "attention_over_few" in line for line in lines) == 2 * c.depth
   layer = 2 * shape.slots * 128 * c.kv_heads * c.head_dim  # bytes of the keys of a layer

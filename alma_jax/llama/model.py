@@ -479,6 +479,8 @@ def decode(
     (keys, values), (prefix_keys, prefix_values) = own
 
     def attend(q: Array, k: Array, v: Array) -> tuple[Array, KeysValues]:
+      if platform() == "tpu":  # both calls read it, and XLA would make it for each of them
+        q = jax.lax.optimization_barrier(q)
       written = put(keys, counts, k[:, 0]), put(values, counts, v[:, 0])
       new = attention.over(q, *written, counts + 1)
       old = (attention.over if tiles is None else attention.over_tiles)(grouped(q), prefix_keys, prefix_values, lengths)
