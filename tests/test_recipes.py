@@ -66,7 +66,11 @@ def test_two_processes_make_what_one_makes(one, data, tmp_path):
     )
     for i in range(2)
   ]  # fmt: skip
-  outputs = [process.communicate(timeout=400)[0] for process in processes]
+  try:
+    outputs = [process.communicate(timeout=900)[0] for process in processes]
+  finally:
+    for process in processes:
+      process.kill()
   assert [process.returncode for process in processes] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
   for name in NAMES:
     assert small_run.artefacts(tmp_path / name) == small_run.artefacts(one / name)

@@ -18,10 +18,10 @@ from alma_jax.errors import RunError
 from alma_jax.judges import contract
 from alma_jax.judges.contract import Judge
 from alma_jax.options import Checked, ConfigError, option, refuse, spread
-from alma_jax.runtime import alarms, tracking, training
-from alma_jax.runtime.host import Checkpoint, EngineOptions, Host, ModelOptions
+from alma_jax.runtime import training
+from alma_jax.runtime.host import Checkpoint, Host
 from alma_jax.runtime.sampling import ManyOptions
-from alma_jax.runtime.session import MeshOptions
+from alma_jax.runtime.session import RunOptions
 from alma_jax.runtime.session import Session as AnySession
 from alma_jax.stages import (
   clusters,
@@ -61,16 +61,10 @@ class ResponseOptions(Checked):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(Checked):
-  """What a config of this recipe sets; each stage's Options say what is allowed."""
+class Options(RunOptions):
+  """What a config of this recipe sets, beside RunOptions; each stage's Options say what is allowed."""
 
-  recipe: str
-  seed: int = option(0, least=0)
   feedback_rounds: int = option(least=0, most=1000)  # rounds 2, 3, ...; round 1 is the initial SFT
-  shards: int = option(least=1)  # parts per stage: the unit of resuming and of splitting over hosts
-  model: ModelOptions
-  mesh: MeshOptions
-  engine: EngineOptions
   data: human.Options
   sft_seeds: tuple[int, ...] = option(least=0)  # one initial model for each order of the data
   sft: training.Options
@@ -86,8 +80,6 @@ class Options(Checked):
   dpo: training.PreferenceOptions
   grpo: training.GrpoOptions
   eval: evaluation.Options
-  alarms: alarms.Options
-  track: tracking.Kind = option("", practical=True)  # "trackio" or "wandb"; beside TensorBoard's files
 
   def __post_init__(self) -> None:
     super().__post_init__()

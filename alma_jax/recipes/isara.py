@@ -17,11 +17,11 @@ from typing import Literal, TypeAlias
 
 from alma_jax import names
 from alma_jax.options import Checked, ConfigError, option, refuse, spread
-from alma_jax.runtime import alarms, tracking, training
-from alma_jax.runtime.host import Checkpoint, EngineOptions, Host, ModelOptions
+from alma_jax.runtime import training
+from alma_jax.runtime.host import Checkpoint, Host
 from alma_jax.runtime.sampling import ManyOptions
 from alma_jax.runtime.sampling import Options as SamplingOptions
-from alma_jax.runtime.session import MeshOptions
+from alma_jax.runtime.session import RunOptions
 from alma_jax.runtime.session import Session as AnySession
 from alma_jax.stages import categories, drafts, evaluation, neighbours, pairs, policy, prompts, responses
 from alma_jax.stages import data as human
@@ -67,16 +67,10 @@ class AnswerOptions(Checked):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(Checked):
-  """What a config of this recipe sets; each stage's Options say what is allowed."""
+class Options(RunOptions):
+  """What a config of this recipe sets, beside RunOptions; each stage's Options say what is allowed."""
 
-  recipe: str
-  seed: int = option(0, least=0)
   feedback_rounds: int = option(least=0, most=1000)  # the most iterations: rounds 2, 3, ...
-  shards: int = option(least=1)  # parts per stage: the unit of resuming and of splitting over hosts
-  model: ModelOptions
-  mesh: MeshOptions
-  engine: EngineOptions
   data: DataOptions
   categories: categories.Options
   writer: Literal["latest", "base"] = "latest"  # who writes questions and answers
@@ -90,8 +84,6 @@ class Options(Checked):
   policy_seed: int = option(100, least=0)
   policy: training.MixedOptions
   eval: evaluation.Options
-  alarms: alarms.Options
-  track: tracking.Kind = option("", practical=True)  # "trackio" or "wandb"; beside TensorBoard's files
 
 
 Session: TypeAlias = AnySession[Options]
@@ -228,7 +220,9 @@ def stages(by_round: Mapping[int, Options]) -> dict[str, float]:
 def plan(by_round: Mapping[int, Options]) -> Iterator[str]:
   """What a run would do, a line for each kind of work."""
   o = by_round[0]
-  yield f"D_0       {len(seeds_of(o)):,} pairs; {o.sft.epochs:g} epochs on them alone are the control"
+  found = len(seeds_of(o))
+  said = f"{found:,} pairs" if found else f"at most {o.data.pairs or MOST} pairs of data.sft"
+  yield f"D_0       {said}; {o.sft.epochs:g} epochs on them alone are the control"
   for round, r in sorted(by_round.items()):
     if round:
       yield (

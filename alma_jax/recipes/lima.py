@@ -20,10 +20,10 @@ from alma_jax.judges import human as people
 from alma_jax.judges import pairwise
 from alma_jax.judges.contract import Judge, by_name
 from alma_jax.keys import key_of
-from alma_jax.options import Checked, ConfigError, option, refuse
-from alma_jax.runtime import alarms, tracking, training
-from alma_jax.runtime.host import Checkpoint, EngineOptions, Host, ModelOptions
-from alma_jax.runtime.session import MeshOptions
+from alma_jax.options import ConfigError, option, refuse
+from alma_jax.runtime import training
+from alma_jax.runtime.host import Checkpoint, Host
+from alma_jax.runtime.session import RunOptions
 from alma_jax.runtime.session import Session as AnySession
 from alma_jax.stages import audit as audits
 from alma_jax.stages import choice, compare, evaluation, judge, loss, policy
@@ -49,15 +49,9 @@ class DataOptions(human.Sources):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(Checked):
-  """What a config of this recipe sets; each stage's Options say what is allowed."""
+class Options(RunOptions):
+  """What a config of this recipe sets, beside RunOptions; each stage's Options say what is allowed."""
 
-  recipe: str
-  seed: int = option(0, least=0)
-  shards: int = option(least=1)  # parts per stage: the unit of resuming and of splitting over hosts
-  model: ModelOptions
-  mesh: MeshOptions
-  engine: EngineOptions
   data: DataOptions
   sft_seed: int = option(1, least=0)
   sft: training.Options
@@ -67,8 +61,6 @@ class Options(Checked):
   compare: compare.Options
   audit: audits.Options
   safety: audits.Options
-  alarms: alarms.Options
-  track: tracking.Kind = option("", practical=True)  # "trackio" or "wandb"; beside TensorBoard's files
 
   def __post_init__(self) -> None:
     super().__post_init__()

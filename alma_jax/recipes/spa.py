@@ -17,10 +17,10 @@ from alma_jax import names
 from alma_jax.judges import contract, implicit
 from alma_jax.llama import weights
 from alma_jax.options import Checked, ConfigError, option, refuse
-from alma_jax.runtime import alarms, tracking, training
-from alma_jax.runtime.host import Checkpoint, EngineOptions, Host, ModelOptions, content_of, model_directory
+from alma_jax.runtime import training
+from alma_jax.runtime.host import Checkpoint, Host, content_of, model_directory
 from alma_jax.runtime.sampling import ManyOptions
-from alma_jax.runtime.session import MeshOptions
+from alma_jax.runtime.session import RunOptions
 from alma_jax.runtime.session import Session as AnySession
 from alma_jax.stages import agreement, evaluation, judgments, policy, preferences, responses, split, trainset
 from alma_jax.stages import data as human
@@ -54,16 +54,10 @@ class JudgeOptions(Checked):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(Checked):
-  """What a config of this recipe sets; each stage's Options say what is allowed."""
+class Options(RunOptions):
+  """What a config of this recipe sets, beside RunOptions; each stage's Options say what is allowed."""
 
-  recipe: str
-  seed: int = option(0, least=0)
   feedback_rounds: int = option(least=0, most=1000)  # iterations: rounds 2, 3, ...
-  shards: int = option(least=1)  # parts per stage: the unit of resuming and of splitting over hosts
-  model: ModelOptions
-  mesh: MeshOptions
-  engine: EngineOptions
   data: DataOptions
   sft_model: str = ""  # the directory of an SFT model; empty: model.path is fine-tuned on data.sft
   sft: training.Options
@@ -77,8 +71,6 @@ class Options(Checked):
   policy_seed: int = option(100, least=0)
   policy: training.RefinedOptions  # on the model's own pairs; `mix` halves from one iteration to the next
   eval: evaluation.Options
-  alarms: alarms.Options
-  track: tracking.Kind = option("", practical=True)  # "trackio" or "wandb"; beside TensorBoard's files
 
 
 Session: TypeAlias = AnySession[Options]

@@ -8,14 +8,14 @@ inside a stage.
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import jax
 from ml_collections import ConfigDict
 
 from alma_jax import options as options_lib
-from alma_jax.options import Checked, refuse
-from alma_jax.runtime import alarms
+from alma_jax.options import Checked, option, refuse
+from alma_jax.runtime import alarms, tracking
 from alma_jax.runtime.display import Display
 from alma_jax.runtime.host import Checkpoint, EngineOptions, Host, ModelOptions
 from alma_jax.store import layout, shards
@@ -40,23 +40,18 @@ class MeshOptions(Checked):
         refuse(name, getattr(self, name), "must be at least 1, or -1 for what the other axes leave")
 
 
-class RunOptions(Protocol):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunOptions(Checked):
   """What the Options of every recipe have."""
 
-  @property
-  def seed(self) -> int: ...
-
-  @property
-  def shards(self) -> int: ...  # parts per stage: the unit of resuming and of splitting over hosts
-
-  @property
-  def model(self) -> ModelOptions: ...
-
-  @property
-  def engine(self) -> EngineOptions: ...
-
-  @property
-  def alarms(self) -> alarms.Options: ...
+  recipe: str
+  seed: int = option(0, least=0)
+  shards: int = option(least=1)  # parts per stage: the unit of resuming and of splitting over hosts
+  model: ModelOptions
+  mesh: MeshOptions
+  engine: EngineOptions
+  alarms: alarms.Options
+  track: tracking.Kind = option("", practical=True)  # "trackio" or "wandb"; beside TensorBoard's files
 
 
 O = TypeVar("O", bound=RunOptions)
