@@ -252,6 +252,8 @@ def test_answers_are_compared_with_other_models_by_judges_and_people(session, tm
   manifest = layout.load_manifest(s.run.dir / "round_06/compare-alpaca.human_1")
   outcomes = {word: of["value"] for word, of in manifest["outcomes"].items()}
   assert outcomes == {"win": 0.5, "tie": 0.25, "lose": 0.25} and manifest["model"] == "alpaca"
+  with pytest.raises(UserError, match=r"judges is empty, and against names answers"):
+    compare.Options(against=(f"alpaca={file}",))
   bad = compare.Options(against=(f"alpaca={tmp_path / 'none.jsonl'}",), judges=("human",))
   with pytest.raises(UserError, match=r"none\.jsonl"):
     compare.check(s.host, bad)

@@ -204,7 +204,7 @@ def plan(by_round: Mapping[int, Options]) -> Iterator[str]:
   judges = ", ".join(o.eval.named_judges) or "the judge that chooses"
   yield f"eval      {o.eval.n} answers to each test prompt, graded by {judges}"
   for model in o.compare.files:
-    yield f"compare   with {model}, by {', '.join(o.compare.judges) or 'nobody: set compare.judges'}"
+    yield f"compare   with {model}, by {', '.join(o.compare.judges)}"
   for name, options in {"audit": o.audit, "safety": o.safety}.items():
     if options.judge:
       yield f"{name:<9} {options.asked}: {', '.join(options.levels)}, by {options.judge}"

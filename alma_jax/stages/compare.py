@@ -17,7 +17,7 @@ from alma_jax.errors import RunError, waited
 from alma_jax.evals import answers
 from alma_jax.judges import human, pairwise
 from alma_jax.judges.contract import Answered, check_missing
-from alma_jax.options import Checked, labelled, option
+from alma_jax.options import Checked, ConfigError, labelled, option
 from alma_jax.runtime.host import Host
 from alma_jax.runtime.session import Session
 from alma_jax.store import layout, shards, statistics
@@ -40,6 +40,8 @@ class Options(Checked):
     for spec in self.named_judges.values():
       names.check(names.EVALUATORS, spec, "judges")
     labelled("against", self.against)
+    if self.against and not self.judges:
+      raise ConfigError("judges is empty, and against names answers to compare with: say who compares, or 'human'")
 
   @property
   def named_judges(self) -> dict[str, str]:
