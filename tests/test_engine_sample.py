@@ -296,6 +296,17 @@ def test_other_prompts_and_another_checkpoint_compile_nothing(devices):
   assert compiled_sizes() == sizes
 
 
+def test_on_a_mesh_of_one_device_every_shape_of_prefill_compiles_once(monkeypatch, caplog):
+  one = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "tensor"))
+  model, fill, shapes = on_mesh(unrolled(), one, sharding.DECODE), sample._fill, set()
+  monkeypatch.setattr(sample, "_fill", lambda *x, mesh: shapes.add(x[3].shape) or fill(*x, mesh=mesh))
+  requests = many_samples(1, 30, length=(17, 30))
+  with jax.log_compiles():
+    found = sample.sample(model, requests, WARM, Limits(13, 21), one)
+  assert sum("Compiling jit(_fill)" in line for line in caplog.messages) == len(shapes) == 2
+  assert found == sample.sample(unrolled(), requests, WARM, Limits(13, 21))
+
+
 def test_a_segment_updates_the_cache_where_it_is():
   # Deep, so that what one layer works with is small beside the whole cache.
   c = dataclasses.replace(CONFIG, depth=8)

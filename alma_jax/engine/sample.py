@@ -349,6 +349,9 @@ class _Sampler:
     self.model, self.requests, self.decoding, self.shapes, self.mesh = model, requests, decoding, shapes, mesh
     self.ways = replicas(mesh)
     self.state: State = _empty(model, shapes, decoding, mesh)
+    weights = model.embed.get_value().sharding
+    if mesh is None and isinstance(weights, NamedSharding):  # as every later state, or the first prefill compiles twice
+      self.state = jax.device_put(self.state, NamedSharding(weights.mesh, P()))
     self.holds = np.full(self.ways * shapes.slots, -1)  # the request in each slot
     number = {prompt: i for i, prompt in enumerate(dict.fromkeys(request.prompt for request in requests))}
     self.prompts = list(number)
