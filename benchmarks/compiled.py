@@ -5,12 +5,15 @@ r"""Every program of a run, compiled for machines that are not here: what each t
   python -m benchmarks.compiled --output=small.jsonl --only=llama3_8b@v6e:2x4 --depth=2 --stages=dpo,pool/clusters
   python -m benchmarks.compiled --output=decode.jsonl --only=llama3_8b@v6e:2x4 --depth=4 --slots=256 \
     --stages=round_02/responses
+  python -m benchmarks.compiled --output=small.jsonl --against-quick                  what quick plans say of them
 
 TPUs' compiler comes with 'alma_jax[plan]', that of GPUs with 'alma_jax[gpu]'; neither needs a device. The programs are
 those of configs/alma.py at full depth, or of a model cut to --depth layers, on the config's mesh. Every program is a
 line of the output as soon as it is compiled, and the same versions do not compile it again: start the same command to
 go on. At the end all lines are printed as a table, with the seconds that each program took. --effort=default asks for
 the compilers' default effort instead of the lowest, at which TPUs may all-reduce what the default reduce-scatters.
+--against-quick compiles nothing: it prints, for every stage in the output, the most memory that a program takes beside
+what the quick plan says, whole and without weights and optimizer state, which are known to the byte.
 
 What to expect: peaks below what is usable, nothing sent in sampling and reading, and weights that are gathered, not
 all-reduced. A decode loop's row also says what its step takes from and to a device's memory, as plan/traffic.py counts
@@ -28,9 +31,11 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from alma_jax.plan import compiled, devices, hlo, shapes, topology
+from alma_jax.engine.train import least_bytes
+from alma_jax.llama import sharding
+from alma_jax.plan import compiled, devices, estimate, hlo, programs, shapes, topology
 from alma_jax.plan.estimate import Machine
-from alma_jax.plan.work import Work
+from alma_jax.plan.work import Training, Work
 from alma_jax.tools import plan
 
 GIB = 2**30
@@ -55,7 +60,12 @@ def main() -> None:
   parser.add_argument("--depth", type=int, default=0, help="layers; 0: all")
   parser.add_argument("--slots", type=int, default=0, help="of sampling; 0: as many as fit")
   parser.add_argument("--effort", choices=("low", "default"), default="low")
+  parser.add_argument("--against-quick", action="store_true", help="compare what is there with quick plans")
   options = parser.parse_args()
+  if options.against_quick:
+    for line in _against_quick(_rows(options.output)):
+      print(line)
+    return
   began, done = time.monotonic(), {_key(row): row for row in _rows(options.output)}
   for cell in options.only.split(","):
     for row in _cell(cell, options, done):
@@ -84,15 +94,16 @@ def _cell(cell: str, options: argparse.Namespace, done: dict[Any, Row]) -> Itera
       )  # fmt: skip
       if any(row["stage"] == name and _key(row)[:-1] == _key(fixed)[:-1] and row["last"] for row in done.values()):
         continue
-      programs = compiled.programs_of(machine, work, there)
-      for at, program in enumerate(programs):
+      found = programs.programs(machine, estimate.estimate(machine, work), there)
+      for at, program in enumerate(found):
         if _key(fixed | dict(program=program.name)) in done:
           continue
         made = compiled.made_of(program, name, machine.platform)
         yield fixed | dict(
           program=program.name,
-          last=at == len(programs) - 1,
+          last=at == len(found) - 1,
           peak=made.peak,
+          remat=made.remat,
           usable=machine.topology.chip.memory,
           sent=hlo.sent(made.collectives),
           moved=made.moved,
@@ -118,6 +129,40 @@ def _work(model: str, word: str, size: str, name: str, options: argparse.Namespa
   if options.depth:
     machine = dataclasses.replace(machine, c=dataclasses.replace(shapes.shape(model), depth=options.depth))
   return machine, made.steps[0].work
+
+
+def _against_quick(rows: Iterator[Row]) -> Iterator[str]:
+  """A table of stages: the largest of their compiled programs, and the quick plan's figure for the same remat."""
+  stages: dict[tuple[Any, ...], Row] = {}
+  for row in rows:
+    if not row["refused"]:
+      of = _key(row)[:-1]
+      worst = max(row, stages.get(of, row), key=_peak)
+      stages[of] = worst | {"remat": row.get("remat") or stages.get(of, row).get("remat")}
+  yield "| model | machine | stage | compiled GiB | quick | | beside the weights | quick | |"
+  yield "|---|---|---|---|---|---|---|---|---|"
+  for row in stages.values():
+    size, cut = "70b" if row["model"] == "llama3_70b" else "8b", dict(depth=row["depth"], slots=row.get("slots") or 0)
+    machine, work = _work(row["model"], row["topology"], size, row["stage"], argparse.Namespace(**cut))
+    if isinstance(work, Training) and row["remat"]:
+      work = estimate.with_options(work, remat=row["remat"])
+    step = estimate.estimate(machine, work)
+    lies, how = machine.held, f"{step.slots} slots" if step.slots else ""
+    if isinstance(work, Training) and step.shape and step.mesh:
+      o, shape = work.options, step.shape
+      mesh = sharding.abstract_mesh(machine.topology.devices, **dataclasses.asdict(step.mesh))
+      objective = dataclasses.replace(o.objective(machine.dtype), remat="full")
+      lies = least_bytes(machine.c, mesh, o.optimizer, objective, 0)
+      how = f"{step.remat}, {shape.rows} x {shape.length}"
+    stage = f"{row['stage']} ({row['program']}) {how}".rstrip()
+    cells = [f"{row['model']}, {row['depth']} layers", row["topology"], stage]
+    for made, quick in ((row["peak"], step.peak), (row["peak"] - lies, step.peak - lies)):
+      cells += [f"{made / GIB:.2f}", f"{quick / GIB:.2f}", f"{quick / made - 1:+.0%}"]
+    yield f"| {' | '.join(cells)} |"
+
+
+def _peak(row: Row) -> int:
+  return row["peak"]
 
 
 def _key(row: Row) -> tuple[Any, ...]:

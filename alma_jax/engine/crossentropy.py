@@ -127,10 +127,15 @@ def _tile(model: llama.Llama, targets: Array) -> int:
   mesh = jax.sharding.get_abstract_mesh()
   ways = 1 if holds_all_rows(targets.shape[0]) else replicas(mesh)
   shared = 1 if mesh.empty or model.c.vocab % mesh.shape["tensor"] else mesh.shape["tensor"]
-  places, each = targets.size // ways, 4 * model.c.vocab // shared
+  return tile_of(targets.size // ways, model.c.vocab // shared, platform())
+
+
+def tile_of(places: int, vocab: int, target: str) -> int:
+  """`_tile` of so many places of a device with its share of the vocabulary; `target`: its platform, in JAX's words."""
+  each = 4 * vocab
   if places * each <= DENSE_BYTES:
     return 0
-  return max(1, min(TILE_BYTES[platform()] // each, places, max(LEAST_PLACES[platform()], places // TILES)))
+  return max(1, min(TILE_BYTES[target] // each, places, max(LEAST_PLACES[target], places // TILES)))
 
 
 def _on_own_rows(model: llama.Llama, f: Callable[..., Array], targets: Array, rows: int = 3) -> Callable[..., Array]:

@@ -9,6 +9,7 @@ and the bytes that it sends.
 
 import concurrent.futures
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -16,13 +17,14 @@ from typing import Any
 
 import jax
 
+from alma_jax.engine import train
 from alma_jax.errors import UserError
 from alma_jax.plan import assumptions as shares
 from alma_jax.plan import hlo, traffic
-from alma_jax.plan.estimate import Machine, Step, estimate, estimated, with_options
+from alma_jax.plan.estimate import Machine, Step, estimated, with_options
 from alma_jax.plan.hlo import Collective
-from alma_jax.plan.programs import Program, key, planned_training, programs
-from alma_jax.plan.work import Scoring, Training, Work, steps
+from alma_jax.plan.programs import Program, key, programs
+from alma_jax.plan.work import Training, steps
 
 AT_ONCE = 2  # programs; a compiler uses more than one core only at times
 
@@ -83,7 +85,7 @@ def peak_of(found: Any, platform: str) -> int:
 
 def made_of(program: Program, stage: str, platform: str) -> Made:
   """The program, compiled. What its compiler, or its lowering, refuses is told."""
-  began, name = time.monotonic(), f"{stage} {program.name}"
+  began, name, remat = time.monotonic(), f"{stage} {program.name}", None
   try:
     found = program.make()
   except UserError as error:
@@ -91,10 +93,12 @@ def made_of(program: Program, stage: str, platform: str) -> Made:
   except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError, TypeError) as error:
     said = str(error).strip().splitlines() or [type(error).__name__]
     return Made(name, refused=f"{program.name}: {said[0][:300]}", seconds=time.monotonic() - began)
+  if isinstance(found, train.Plan):
+    found, remat = found.step, found.remat
   text = found.as_text()
   peak, took = peak_of(found, platform) + program.beside, time.monotonic() - began
   moved = traffic.moved(text, program.live) if program.live else 0.0
-  return Made(name, peak, tuple(hlo.collectives(text)), seconds=took, part=program.part, moved=moved)
+  return Made(name, peak, tuple(hlo.collectives(text)), remat, seconds=took, part=program.part, moved=moved)
 
 
 def _possible(step: Step) -> bool:
@@ -103,27 +107,8 @@ def _possible(step: Step) -> bool:
 
 
 def _tasks(machine: Machine, step: Step, devices: Sequence[Any]) -> list[Callable[[], Made]]:
-  platform, stage, tasks = machine.platform, step.work.stage, []
-  if isinstance(step.work, Training) and not isinstance(step.work, Scoring):
-    tasks.append(lambda: _trained(machine, step, devices))
-
-  def task(program: Program) -> Callable[[], Made]:
-    return lambda: made_of(program, stage, platform)
-
-  return [*tasks, *(task(program) for program in programs(machine, step, devices))]
-
-
-def _trained(machine: Machine, step: Step, devices: Sequence[Any]) -> Made:
-  remat = ""
-
-  def make() -> Any:
-    nonlocal remat
-    plan = planned_training(machine, step, devices)
-    remat = plan.remat
-    return plan.step
-
-  made = made_of(Program("step", make), step.work.stage, machine.platform)
-  return dataclasses.replace(made, remat=remat or None)
+  found = programs(machine, step, devices)
+  return [functools.partial(made_of, program, step.work.stage, machine.platform) for program in found]
 
 
 def _with(machine: Machine, step: Step, made: Sequence[Made]) -> Step:
@@ -148,12 +133,3 @@ def _with(machine: Machine, step: Step, made: Sequence[Made]) -> Step:
   return dataclasses.replace(
     base, fits=fits, peak=peak, collectives=collectives, helps=helps.rstrip("; "), compiled=True
   )
-
-
-def programs_of(machine: Machine, work: Work, devices: Sequence[Any]) -> list[Program]:
-  """The programs of a stage by their names, a training's step among them."""
-  step = estimate(machine, work)
-  found = programs(machine, step, devices)
-  if isinstance(work, Training) and not isinstance(work, Scoring):
-    found = [Program("step", lambda: planned_training(machine, step, devices).step), *found]
-  return found

@@ -484,11 +484,16 @@ def _forward(machine: Machine, tokens: float, context: float, layers: int = 0) -
 # Judging and embedding
 
 
+def tile_of(machine: Machine, work: Reading) -> int:
+  """How many rows of a call share a copy of their prefix's keys."""
+  return buckets.TILE if machine.engine.rows % buckets.TILE == 0 and work.rows >= buckets.TILE * work.prefixes else 1
+
+
 def _reading(machine: Machine, work: Reading) -> Step:
   c, chip, tensor = machine.c, machine.topology.chip, machine.tensor
   rows, width, longest = machine.engine.rows, work.tokens / max(1, work.rows), buckets.rounded(work.longest)
   before = buckets.rounded(work.longest_prefix) if work.prefixes else 0
-  working = reading_bytes(c, tensor, machine.itemsize, rows, longest, before)
+  working = reading_bytes(c, tensor, machine.itemsize, rows, longest, before, tile_of(machine, work))
   peak = machine.held + working
   flops = _forward(machine, work.tokens, width + 2 * work.prefix_tokens, work.layers)
   flops += _forward(machine, work.prefixes * work.prefix_tokens, work.prefix_tokens, work.layers)

@@ -1,56 +1,107 @@
-"""Bytes on each device, without compiling: the engine's own bounds, and what XLA was seen to keep beside them.
+"""Bytes on each device, without compiling: what lies there at the fullest moments of a program.
 
   training_bytes(c, mesh, "tpu", optimizer, objective, places=40 * 2048, passes=1)
   reading_bytes(c, tensor=1, itemsize=2, rows=32, width=512, before=256)
 
-The engine's `least_bytes` counts weights, moments and what layers keep. What comes on top was fitted to the compilers'
-figures for Llama-3-8B (jax 0.10.2): tests/test_plan.py holds the table, which the estimates meet within 15 %.
+A step is fullest at one of two moments. What they hold beside weights and moments, with i bytes a number:
+
+  the loss       the copy that computes, what the layers keep, the head in whole (i V D), its gradient in fp32 (4 V D),
+                 a tile of logits
+  a layer, back  the copy and its gradients, what the layers keep, everything inside one layer, its weights in whole:
+                 those at work, the next ones, and their gradient
+
+`python -m benchmarks.compiled --against-quick` compares them with the compilers' figures: docs/speed.md has its table.
 """
 
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
-from alma_jax.engine import buckets, train
-from alma_jax.engine.crossentropy import TILE_BYTES
+from alma_jax.engine import buckets, crossentropy, train
+from alma_jax.engine.losses import Preference
 from alma_jax.engine.optimizer import Optimizer
 from alma_jax.engine.train import Objective
+from alma_jax.llama.attention_reference import few_runs
 from alma_jax.llama.config import LlamaConfig
 
-SHARDED = 1.64  # times the weights that compute: their copy, and gradients that are not yet reduced
-# bytes of each number of the embedding: gathered tables and their gradients
-VOCABULARY = {"tpu": 3.1, "gpu": 7.2, "cpu": 7.2}
-FP32 = 2.25  # times what "none" keeps, because XLA keeps much of it in fp32
+RUNS = few_runs(2048)  # of one segment in a row
+WHOLE = 3  # times a layer's weights that are there in whole where fsdp spreads them
 
 
 def training_bytes(
   c: LlamaConfig, mesh: AbstractMesh, platform: str, o: Optimizer, objective: Objective, places: int, passes: int
 ) -> int:
   """What a step over `places` of rows in so many passes takes on each device at its peak."""
-  itemsize, own = jnp.dtype(objective.compute_dtype).itemsize, places // passes // mesh.size
-  tensor, ways = mesh.shape["tensor"], mesh.shape["fsdp"] * mesh.shape["tensor"]
+  i, tensor, fsdp = jnp.dtype(objective.compute_dtype).itemsize, mesh.shape["tensor"], mesh.shape["fsdp"]
+  ways, own = fsdp * tensor, places // passes // (mesh.shape["data"] * fsdp)
   state = train.least_bytes(c, mesh, o, objective, 0)
-  kept = train.least_bytes(c, mesh, o, objective, places // passes) - state
-  layer = own * train.kept_numbers(c, "none") * itemsize  # made again for one layer at a time
-  copies = SHARDED * itemsize * c.parameters / ways
-  added = 4 * c.parameters / ways if passes > 1 else 0  # the sum of the passes' gradients
-  tile = min(TILE_BYTES[platform], 2 * 4 * c.vocab * own)  # logits, and what follows from them
-  vocabulary = VOCABULARY[platform] * c.vocab * c.width / tensor
-  return int(state + kept * (FP32 if objective.remat == "none" else 1) + layer + copies + added + tile + vocabulary)
+  state += 4 * c.parameters // ways if passes > 1 else 0  # the sum of the passes' gradients
+  state += i * c.parameters // ways + i * own * c.width if objective.compares else 0  # the reference, and its states
+  copy = i * c.parameters // ways if i < 4 else 0
+  attention = platform, isinstance(objective.kind, Preference)
+  kept = own * c.depth * layer_bytes(c, objective.remat, i, tensor, *attention)
+  table = c.vocab * c.width // tensor
+  loss = 4 * table + (i * table if fsdp > 1 else 0) + logits_bytes(c, tensor, platform, own, i)
+  layer = own * layer_bytes(c, "none", i, tensor, *attention)
+  whole = WHOLE * i * layer_weights(c) // tensor if fsdp > 1 else 0
+  return int(state + copy + kept + max(loss, i * c.parameters // ways + layer + whole))
 
 
-def scoring_bytes(c: LlamaConfig, mesh: AbstractMesh, platform: str, itemsize: int, places: int) -> int:
-  """What log-probs of texts by the code that trains take: fp32 weights, the copy that computes, embedding and head in
-  whole rows, the activations of a layer, and a tile of logits."""
-  own, ways = places // mesh.size, mesh.shape["fsdp"] * mesh.shape["tensor"]
-  tables = 2 * itemsize * c.vocab * c.width // mesh.shape["tensor"]
-  layer = own * train.kept_numbers(c, "none") * itemsize
-  return (4 + itemsize) * c.parameters // ways + tables + layer + min(TILE_BYTES[platform], 2 * 4 * c.vocab * own)
+def layer_bytes(c: LlamaConfig, remat: str, i: int, tensor: int, platform: str = "tpu", forked: bool = False) -> int:
+  """What a layer keeps of each place for the backward pass. `tensor` divides heads and feed-forward numbers, but not
+  the stream. `forked`: rows of pairs, over which attention runs twice.
+
+    full       the layer's input
+    products   that, q, k, v, gate, up, and the stream between attention and the feed-forward part
+    none       of both norms the input and the normalised numbers in fp32, and the result; what attention keeps; gate,
+               its sigmoid and that from 1, silu, up, and their product
+
+  Attention keeps q before and after its kernel's layout, k, v and out. On GPUs k and v have all heads, and statistics
+  stand for each run that a row may have.
+  """
+  D, Q, K, F = c.width, c.heads * c.head_dim, c.kv_heads * c.head_dim, c.ffn
+  if remat == "full":
+    return D * i
+  if remat == "products":
+    return 2 * D * i + (Q + 2 * K + 2 * F) * i // tensor
+  attention = (4 * Q * i + 4 * RUNS * c.heads) if platform == "gpu" else (3 * Q + 2 * K) * i
+  attention = 2 * attention + Q * i if forked else attention
+  return 2 * D * (8 + i) + (attention + 6 * F * i) // tensor
 
 
-def reading_bytes(c: LlamaConfig, tensor: int, itemsize: int, rows: int, width: int, before: int = 0) -> int:
-  """What forward passes over rows of this width work with on each device, beside the weights; `before`: places of the
-  prefix that they follow, whose keys the engine holds for a wave of calls and copies for each of them."""
+def layer_weights(c: LlamaConfig) -> int:
+  """The numbers of a layer's weights."""
+  return (c.parameters - c.vocab * c.width * (1 if c.tied else 2)) // c.depth
+
+
+def logits_bytes(c: LlamaConfig, tensor: int, platform: str, places: int, i: int = 0) -> int:
+  """A tile of fp32 logits; on GPUs, whose products read their operands from memory, its gradient of i bytes beside."""
+  vocab = c.vocab // tensor
+  beside = i if platform == "gpu" else 0
+  return (4 + beside) * vocab * (crossentropy.tile_of(places, vocab, platform) or places)
+
+
+def scoring_bytes(c: LlamaConfig, mesh: AbstractMesh, platform: str, i: int, places: int) -> int:
+  """What log-probs of texts by the code that trains take: fp32 weights, the copy that computes, and either the head in
+  whole with a tile of logits or a layer's numbers with its weights in whole."""
+  tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
+  own, ways = places // (mesh.shape["data"] * fsdp), fsdp * tensor
+  head = i * c.vocab * c.width // tensor if fsdp > 1 else 0
+  layer = forward_bytes(c, tensor, i) * own + (2 * i * layer_weights(c) // tensor if fsdp > 1 else 0)
+  loss = head + logits_bytes(c, tensor, platform, own) + own * c.width * i
+  return (4 + (i if i < 4 else 0)) * c.parameters // ways + max(loss, layer)
+
+
+def forward_bytes(c: LlamaConfig, tensor: int, i: int) -> int:
+  """What a layer without a backward pass has of each place at most: gate and up, and the stream beside them."""
+  return (2 * c.width + 2 * c.ffn // tensor) * i
+
+
+def reading_bytes(
+  c: LlamaConfig, tensor: int, itemsize: int, rows: int, width: int, before: int = 0, wide: int = 1
+) -> int:
+  """What forward passes over rows of this width work with on each device, beside the weights. `before`: places of the
+  prefix that they follow, whose keys the engine holds for a wave of calls and copies for every `wide` rows of each."""
   heads = c.kv_heads // tensor if c.kv_heads % tensor == 0 else c.kv_heads
-  held = rows * (max(buckets.ROOM, before) + before) if before else 0
-  keys = 2 * c.depth * heads * c.head_dim * itemsize * held
-  return rows * width * (4 * c.width + 3 * c.ffn // tensor) * itemsize + keys
+  prefixes = max(rows, rows * buckets.ROOM // before) + rows // wide if before else 0
+  keys = 2 * c.depth * heads * c.head_dim * itemsize * prefixes * before
+  return rows * width * forward_bytes(c, tensor, itemsize) + keys

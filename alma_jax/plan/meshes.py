@@ -3,12 +3,13 @@
   for line in lines(plan, quick=False): print(line)
 
 All meshes are compared by analytic bounds. Without `quick` the few that seem best are compiled, at the compiler's
-default effort: at low effort a TPU's compiler gathers the embedding in fp32, and on 64 chips it sends whole gradients
-where the default reduces them to shares. A compiler may also choose otherwise than the bounds assume, whole weights
-all-reduced instead of gathered, which only its program shows.
+default effort: at low effort a TPU's compiler sends whole gradients on 64 chips where the default reduces them to
+shares. A compiler may also choose otherwise than the bounds assume, whole weights all-reduced instead of gathered,
+which only its program shows.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator
 
@@ -73,7 +74,7 @@ def lines(plan: Plan, quick: bool) -> Iterator[str]:
       for each in _chosen(found, given):
         began = time.monotonic()
         own, step = dataclasses.replace(machine, mesh=each.options), each.step
-        program = Program("step", lambda own=own, step=step: planned_training(own, step, there).step)
+        program = Program("step", functools.partial(planned_training, own, step, there))
         made.append(dataclasses.replace(each, made=compiled.made_of(program, work.stage, machine.platform)))
         yield f"{_line(made[-1], given)}  ({time.monotonic() - began:.0f} s)"
         if (of := made[-1].made) and not of.refused:

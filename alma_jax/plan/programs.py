@@ -8,6 +8,7 @@ config lets in. The Step is the quick plan's, whose rows and slots these program
 
 import contextlib
 import dataclasses
+import functools
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -24,7 +25,7 @@ from alma_jax.engine.train import TrainingTask
 from alma_jax.llama import model as llama
 from alma_jax.llama import sharding
 from alma_jax.plan.devices import local_mesh
-from alma_jax.plan.estimate import CHUNK, Machine, Step, shapes_of
+from alma_jax.plan.estimate import CHUNK, Machine, Step, shapes_of, tile_of
 from alma_jax.plan.work import Clustering, Reading, Sampling, Scoring, Training
 from alma_jax.runtime.batches import Examples, GradedResponses, Pairs, Rated
 from alma_jax.runtime.shapes import Shape
@@ -36,18 +37,20 @@ SCORES = 11  # next tokens that a judge reads
 @dataclasses.dataclass(frozen=True)
 class Program:
   name: str
-  make: Callable[[], Any]  # lowers and compiles
+  make: Callable[[], Any]  # lowers and compiles: a Compiled, or the train.Plan of a step
   beside: int = 0  # bytes that are on each device beside the program's own
   part: bool = True  # of the stage's step; other programs run now and then
   live: Mapping[int, float] | None = None  # what attention finds in its rows, for `traffic.moved`: keys, by queries
 
 
 def programs(machine: Machine, step: Step, devices: Sequence[Any]) -> list[Program]:
-  """The programs of a stage; a training's step is made by `planned_training` instead."""
+  """The programs of a stage."""
   work = step.work
+  if isinstance(work, Scoring):
+    return list(_logprobs(machine, step, work, devices))
   if isinstance(work, Training):
-    scores = work.forward or isinstance(work, Scoring)
-    return list(_logprobs(machine, step, work, devices)) if scores else []
+    more = _logprobs(machine, step, work, devices) if work.forward else ()
+    return [Program("step", functools.partial(planned_training, machine, step, devices)), *more]
   if isinstance(work, Clustering):
     return list(_clustering(machine, work, devices))
   mesh = local_mesh(machine.topology, devices, machine.tensor)
@@ -73,8 +76,7 @@ def key(machine: Machine, step: Step) -> Any:
   if isinstance(work, Sampling):
     return "sampling", work.options.decoding, shapes_of(machine, work, step.slots or 1)
   if isinstance(work, Reading):
-    tiled = work.rows >= buckets.TILE * work.prefixes
-    return "reading", work.longest, work.longest_prefix, tiled, work.layers, work.logprobs
+    return "reading", work.longest, work.longest_prefix, tile_of(machine, work), work.layers, work.logprobs
   return None
 
 
@@ -177,7 +179,7 @@ def _judging(machine: Machine, work: Reading, mesh: Mesh) -> Iterator[Program]:
   """Prefixes of a wave, and a call whose rows follow them."""
   c, rows, ways = machine.c, machine.engine.rows, sharding.replicas(mesh)
   before, longest = buckets.rounded(work.longest_prefix), buckets.rounded(work.longest)
-  wide = buckets.TILE if rows % buckets.TILE == 0 and work.rows >= buckets.TILE * work.prefixes else 1
+  wide = tile_of(machine, work)
   held = max(rows, rows * buckets.ROOM // before)
   model = _weights(machine, mesh, sharding.DECODE)
   heads = "tensor" if c.kv_heads % mesh.shape["tensor"] == 0 else None

@@ -135,7 +135,7 @@ def _stand_ins(config: Any, overrides: Sequence[str]) -> None:
 
 def _compiled(plan: table.Plan) -> table.Plan:
   """The plan with the compilers' figures; a bar shows how far they are."""
-  machine, began = plan.machine, time.monotonic()
+  machine, began, worked = plan.machine, time.monotonic(), time.process_time()
   with devices.described(machine.topology) as there:
     total = compiled.count(machine, plan.steps, there)
     with Display().bar(f"compiling for {machine.topology.name}", total, "programs") as bar:
@@ -145,8 +145,9 @@ def _compiled(plan: table.Plan) -> table.Plan:
         bar.update(1)
 
       steps = compiled.compiled(machine, plan.steps, there, hear)
-  took = f"{devices.compilers(machine.topology)}, low effort; {total} programs in {time.monotonic() - began:.0f} s"
-  return dataclasses.replace(plan, steps=steps, compilers=took)
+  took = f"{time.monotonic() - began:.0f} s, {time.process_time() - worked:.0f} s of a core"
+  how = f"{devices.compilers(machine.topology)}, low effort; {total} programs in {took}"
+  return dataclasses.replace(plan, steps=steps, compilers=how)
 
 
 def _chosen(works: list[Work], kinds: str | None) -> list[Work]:
