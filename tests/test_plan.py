@@ -186,6 +186,7 @@ COMPILED = [
   ("v6e:2x4", 32, "full", 32, 4096, 24.39),
   ("v6e:2x4", 32, "products", 40, 2048, 44.3),
   ("v6e:2x4", 4, "none", 8, 2560, 9.79),
+  ("v6e:2x4", 4, "none", 16, 8192, 25.81),
   ("v5e:4x4", 32, "full", 48, 2048, 13.03),
   ("v5e:4x4", 32, "products", 48, 2048, 27.3),
   ("v5e:8x8", 32, "full", 64, 2048, 6.08),
@@ -196,6 +197,8 @@ COMPILED = [
   ("h100:8", 8, "none", 16, 2048, 20.65),
   ("h100:8", 4, "none", 8, 2560, 10.75),
   ("h100:8", 4, "none", 16, 8192, 30.42),
+  ("h100:1", 4, "none", 10, 2048, 54.92),
+  ("h100:1", 4, "full", 32, 4096, 57.63),
 ]
 
 
@@ -285,8 +288,8 @@ def test_what_does_not_fit_says_what_would():
   assert estimate.estimate(v5e, sft()).helps == "--topology=v5e:4x4"
   assert estimate.estimate(v5e, answers()).helps == "config.engine.tensor=2"
   tight = estimate.estimate(machine("h100:8"), sft(batch=4096))
-  assert not tight.fits and tight.helps == "config.policy.passes=4"
-  assert estimate.estimate(machine("h100:8"), sft(batch=4096, passes=4)).fits
+  assert not tight.fits and tight.helps == "config.policy.passes=2"
+  assert estimate.estimate(machine("h100:8"), sft(batch=4096, passes=2)).fits
   one = estimate.estimate(machine("h100:8"), sft(batch=256, remat="none"))
   assert not one.fits and one.helps == "config.policy.remat='auto'"
   # a host of v5p has four chips

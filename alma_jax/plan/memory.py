@@ -7,8 +7,8 @@ A step is fullest at one of two moments. What they hold beside weights and momen
 
   the loss       the copy that computes, what the layers keep, the head in whole (i V D), its gradient in fp32 (4 V D),
                  a tile of logits
-  a layer, back  the copy and its gradients, what the layers keep, everything inside one layer, its weights in whole:
-                 those at work, the next ones, and their gradient
+  a layer, back  the copy and its gradients, what the layers keep, what is made again inside one layer (with all kept:
+                 its gradients alone), its weights in whole: those at work, the next ones, and their gradient
 
 `python -m benchmarks.compiled --against-quick` compares them with the compilers' figures: docs/speed.md has its table.
 """
@@ -24,6 +24,7 @@ from alma_jax.llama.attention_reference import few_runs
 from alma_jax.llama.config import LlamaConfig
 
 RUNS = few_runs(2048)  # of one segment in a row
+LANES = 128  # of a TPU: the last axis of an array is a multiple of it
 WHOLE = 3  # times a layer's weights that are there in whole where fsdp spreads them
 
 
@@ -41,7 +42,9 @@ def training_bytes(
   kept = own * c.depth * layer_bytes(c, objective.remat, i, tensor, *attention)
   table = c.vocab * c.width // tensor
   loss = 4 * table + (i * table if fsdp > 1 else 0) + logits_bytes(c, tensor, platform, own, i)
-  layer = own * layer_bytes(c, "none", i, tensor, *attention)
+  # With all kept, nothing of a layer is made again: there are the gradients of gate, up and stream.
+  inside = forward_bytes(c, tensor, i) if objective.remat == "none" else inside_bytes(c, i, tensor, *attention)
+  layer = own * inside
   whole = WHOLE * i * layer_weights(c) // tensor if fsdp > 1 else 0
   return int(state + copy + kept + max(loss, i * c.parameters // ways + layer + whole))
 
@@ -55,17 +58,26 @@ def layer_bytes(c: LlamaConfig, remat: str, i: int, tensor: int, platform: str =
     none       of both norms the input and the normalised numbers in fp32, and the result; what attention keeps; gate,
                its sigmoid and that from 1, silu, up, and their product
 
-  Attention keeps q before and after its kernel's layout, k, v and out. On GPUs k and v have all heads, and statistics
-  stand for each run that a row may have.
+  Attention keeps q, k, v and out in its kernel's layout, and out once more where layouts differ or two outs are joined.
+  On GPUs k and v have all heads, and statistics stand for each run that a row may have.
   """
   D, Q, K, F = c.width, c.heads * c.head_dim, c.kv_heads * c.head_dim, c.ffn
   if remat == "full":
     return D * i
   if remat == "products":
     return 2 * D * i + (Q + 2 * K + 2 * F) * i // tensor
-  attention = (4 * Q * i + 4 * RUNS * c.heads) if platform == "gpu" else (3 * Q + 2 * K) * i
-  attention = 2 * attention + Q * i if forked else attention
+  attention = (4 * Q * i + 4 * RUNS * c.heads) if platform == "gpu" else (2 * Q + 2 * K) * i
+  attention = (2 if forked else 1) * attention + (Q * i if forked or platform != "gpu" else 0)
   return 2 * D * (8 + i) + (attention + 6 * F * i) // tensor
+
+
+def inside_bytes(c: LlamaConfig, i: int, tensor: int, platform: str, forked: bool) -> int:
+  """What is there of each place while one layer goes backward. On GPUs that is less than the layer would keep: norms
+  are made anew where they are used, and one attention after the other."""
+  if platform != "gpu":
+    return layer_bytes(c, "none", i, tensor, platform, forked)
+  Q = c.heads * c.head_dim
+  return 4 * c.width * i + ((4 * Q + 5 * c.ffn) * i + 4 * RUNS * c.heads) // tensor
 
 
 def layer_weights(c: LlamaConfig) -> int:
@@ -97,11 +109,13 @@ def forward_bytes(c: LlamaConfig, tensor: int, i: int) -> int:
 
 
 def reading_bytes(
-  c: LlamaConfig, tensor: int, itemsize: int, rows: int, width: int, before: int = 0, wide: int = 1
+  c: LlamaConfig, tensor: int, itemsize: int, rows: int, width: int, before: int = 0, wide: int = 1, platform: str = ""
 ) -> int:
   """What forward passes over rows of this width work with on each device, beside the weights. `before`: places of the
-  prefix that they follow, whose keys the engine holds for a wave of calls and copies for every `wide` rows of each."""
-  heads = c.kv_heads // tensor if c.kv_heads % tensor == 0 else c.kv_heads
-  prefixes = max(rows, rows * buckets.ROOM // before) + rows // wide if before else 0
-  keys = 2 * c.depth * heads * c.head_dim * itemsize * prefixes * before
-  return rows * width * forward_bytes(c, tensor, itemsize) + keys
+  prefix that they follow, whose keys the engine makes and holds for a wave of calls, and copies for every `wide` rows
+  of each. A TPU that makes keys lays them out in whole lanes."""
+  heads, layer = c.kv_heads // tensor if c.kv_heads % tensor == 0 else c.kv_heads, forward_bytes(c, tensor, itemsize)
+  each, held = 2 * c.depth * heads * itemsize * before, max(rows, rows * buckets.ROOM // before) if before else 0
+  lanes = -(-c.head_dim // LANES) * LANES if platform == "tpu" else c.head_dim
+  made = held * (each * lanes + before * layer)
+  return max(made, rows * width * layer + (held + rows // wide) * each * c.head_dim)
