@@ -359,8 +359,9 @@ def test_a_decode_step_gathers_no_prefixes(tpu):
 
 @needs_libtpu
 @pytest.mark.parametrize("name", ["sft step", "dpo step", "grpo step"])
-def test_steps_gather_in_bf16_and_reduce_to_shares(tpu, name):
-  trains_well(tpu[name][2], SMALL, sharding.abstract_mesh(8, data=1, fsdp=-1))
+def test_steps_gather_in_bf16_and_never_branch(tpu, name):
+  # At low effort libtpu 0.0.42.1 all-reduces a table as small as this one; it reduces one of 8B's width to shares.
+  trains_well(tpu[name][2], SMALL, sharding.abstract_mesh(8, data=1, fsdp=-1), reduces_whole=True)
 
 
 @needs_libtpu
