@@ -223,6 +223,7 @@ SPA = Paper(
     Row("two iterations - DPO on people's pairs", ("default", "score 3"), ("default", "score 1")),
     Row("Table 7: SFT model - previous as reference", ("default", "score 3"), ("previous", "score 3")),
     Row("Table 7: SFT model - none as reference", ("default", "score 3"), ("none", "score 3")),
+    Row("no reference: two iterations - DPO on people's pairs", ("none", "score 3"), ("none", "score 1"), ""),
     Row("Table 6: expansion - DPO on people's pairs", ("expansion", "score 3"), ("expansion", "score 1")),
     Row("Table 6: self-refinement - expansion", ("refinement", "score 3"), ("expansion", "score 3")),
     Row("Table 6: noise detection - self-refinement", ("default", "score 3"), ("refinement", "score 3")),
@@ -240,6 +241,7 @@ SPA = Paper(
       for of, whom in (("held_out", "people"), ("gold", "the truth"))
       for r in (2, 3)
     ),
+    Row("no reference: agreement with the truth - 1/2", ("none", "gold 2"), paper="", less=0.5, digits=3),
   ),
   (layout.SEEDS, layout.sft_name(1), layout.round_name(0), layout.round_name(1)),
   spa,

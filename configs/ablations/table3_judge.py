@@ -5,6 +5,9 @@
 The paper compares judges by how often they agree with people; here each judge trains a policy and the ground truth
 scores the policy. 4 judges x 3 seeds, two rounds of feedback each. The fine-tuned judges' accuracy on the held-out
 annotations is in the manifest of each run's `judge` and `judge_distilled`.
+
+Last measured by `python -m benchmarks.effects run --parts=judges`, ten seeds, size mini_paper, pairs in the right
+order: base 3-shot .913, fine-tuned .936, with integer scores .890, self-distilled .932.
 """
 
 from collections.abc import Callable
