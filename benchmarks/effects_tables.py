@@ -173,7 +173,8 @@ def show(results: pathlib.Path) -> None:
       keys, d = differences(found, row)
       if keys:
         lines.append(line(row.what, summary(d), row.paper))
-        for base in names if len(names) > 1 else ():
+        of = sorted({base for base, _ in keys})
+        for base in of if len(of) > 1 else ():
           part = d[[key[0] == base for key in keys]]
           if len(part) > 1:
             lines.append(line(f"    base {base}", summary(part), row.paper))
@@ -230,9 +231,9 @@ def samples(found: Found) -> None:
       print(
         f"  N = {n:>3}   run's judge {mean_line(ours)}   undistilled {mean_line(tuned)}   truly best {mean_line(best)}"
       )
-    for low, high in (("1", "16"), ("16", "128")):
+    for low, high, paper in (("1", "16", "above"), ("16", "128", "equal")):
       d = np.array([t[how]["distilled"][high][0] - t[how]["distilled"][low][0] for t in told])
-      print(line(f"N = {high} minus N = {low}", summary(d), "above"))
+      print(line(f"N = {high} minus N = {low}", summary(d), paper))
 
 
 def coverage(found: Found) -> None:
