@@ -3,9 +3,10 @@
   python launch/sweep.py --config=configs/ablations/isara_oneshot.py --workdir=runs/isara_oneshot
 
 3 x 512 generated questions against 1 x 1,536, 3 seeds. The one large iteration is the paper's control: the same number
-of samples by the first model alone. Last measured, on an earlier base model:
-8.25 against 7.57 of ten points, paired over the seeds
-+0.68 +- 0.69 (+0.48, +0.99, +0.56), with 16.3 and 16.4 generated pairs for each human one.
+of samples by the first model alone.
+
+Last measured by `python -m benchmarks.papers run --paper=isara`, ten seeds: three iterations minus one of the same size
+-0.06 +- 0.19 of ten points, with 16.4 and 16.1 generated pairs for each human one.
 """
 
 from collections.abc import Callable
