@@ -76,7 +76,8 @@ def lima(run: pathlib.Path, config: Config) -> Numbers:
   choose, and of the one that the loss would choose, on the other prompts."""
   choice = layout.load_manifest(run / layout.CHOICE)
   first, last = choice["epochs"][0], choice["epochs"][-1]
-  numbers = {f"{name} {at['epoch']}": at[name] for at in (first, last) for name in ("loss", "mean") if name in at}
+  numbers = {f"{name} {at['epoch']}": at[name] for at in (first, last) for name in ("loss", "mean")}
+  numbers = {name: value for name, value in numbers.items() if value is not None}  # an arm may measure no loss
   chosen, lowest = choice["epoch"], choice.get("by_loss")
   numbers["test"] = tested(run, chosen)
   if lowest is not None:

@@ -6,10 +6,9 @@ The best 48 of the annotated answers as demonstrations, 48 answers of any qualit
 all, 3 seeds. On data of your own: `alma curate` with its rules and without them makes the two sets, and
 --config.data.sft names them.
 
-Last measured, on an earlier base model, by
-`python -m benchmarks.lima --parts=quality`, ten seeds, ground truth of the chosen epochs on 480 other
-prompts: the best 48 6.71 ± 0.23, 48 of any quality 6.42 ± 0.27, 192 of any quality 5.93 ± 0.17; paired, the best 48
-lead the 192 by 0.79 ± 0.30 and the other 48 by 0.29 ± 0.32.
+Last measured by `python -m benchmarks.papers run --paper=lima`, ten seeds, ground truth of the chosen epochs on 2,208
+other prompts: the best 48 6.53 +- 0.29, 48 of any quality 5.82 +- 0.25, 192 of any quality 5.43 +- 0.26; paired, the
+best 48 lead the 192 by 1.10 +- 0.28 and the other 48 by 0.72 +- 0.25.
 """
 
 from collections.abc import Callable
