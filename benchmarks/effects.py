@@ -22,7 +22,7 @@ The parts and their place in the paper:
 
 Not among the default parts:
   grpo         not in the paper: policy gradients on the latest model's responses
-  density      what the effect of prompts rests on: other pooling, no near-duplicates
+  density      what the effect of prompts rests on: another pooling
 """
 
 import argparse

@@ -67,8 +67,6 @@ ARMS = (
 )
 CONTROLS = (  # what the effect of diverse prompts rests on: fewer seeds, one base
   Arm("mean_pooling", {"embeddings.pooling": "mean"}, LATE, (LATE,), FROM_POOL),
-  Arm("near_duplicates_removed", {"prompts.similarity": 0.7}, LATE, (LATE,), FROM_POOL),
-  Arm("near_duplicates_removed_random", {"prompts.similarity": 0.7, "draw.method": "random"}, LATE, (LATE,), FROM_POOL),
 )
 
 

@@ -45,12 +45,6 @@ ROWS = {
   ),
   "What the effect of diverse prompts rests on": (
     Row("last token minus mean pooling, round 10", ("default", 10), ("mean_pooling", 10), ""),
-    Row(
-      "diverse minus random, near-duplicates removed, round 10",
-      ("near_duplicates_removed", 10),
-      ("near_duplicates_removed_random", 10),
-      "",
-    ),
   ),
   "Table 5: who writes the responses": (
     Row("three minus the latest only, round 6", ("default", 6), ("latest_only", 6)),
