@@ -131,7 +131,7 @@ def test_seed_files(tmp_path):
   rows = {name: _rows(path) for name, path in first.items()}
   counts = {name: len(found) for name, found in rows.items()}
   assert 960 < counts.pop("judge") < 1088  # 544 prompts; two equal samples are one row
-  assert counts == {"sft": 96, "eval": 576, "preferences": 96, "prompts": 768}
+  assert counts == {"sft": 96, "eval": 576, "preferences": 400, "prompts": 2400}
   for name in first:
     assert first[name].read_bytes() == again[name].read_bytes()
   assert first["eval"].read_bytes() == other["eval"].read_bytes()
