@@ -162,7 +162,6 @@ ISARA = Paper(
     Arm("default", like=""),
     Arm("one_shot", {"feedback_rounds": 1, "prompts.draws": 1536}),
     Arm("random_shots", {"feedback_rounds": 2, "neighbours.method": "random"}),
-    Arm("repeats", {"pairs.repeats": True}),
     *(
       Arm(kind, {"feedback_rounds": 2, "data.pairs": 8, "categories.seeds": (kind,)}, "")
       for kind in ("country", "food")
@@ -176,7 +175,6 @@ ISARA = Paper(
     Row("nearest - random shots, one iteration", ("default", "score 2"), ("random_shots", "score 2")),
     Row("nearest - random shots, two iterations", ("default", "score 3"), ("random_shots", "score 3")),
     Row("kept share, first - third iteration", ("default", "kept 2"), ("default", "kept 4"), digits=3),
-    Row("repeated answers kept - dropped, three iterations", ("repeats", "score 4"), ("default", "score 4"), ""),
     *(
       Row(f"pairs of {kind}: {of} kinds, two iterations - SFT", (kind, f"{of} 3"), (kind, f"{of} 1"))
       for kind in ("country", "food")

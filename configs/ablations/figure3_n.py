@@ -5,8 +5,8 @@
 N = 1, 4, 16, 64, 128 x 3 seeds, three rounds of feedback each. N = 1 trains on whatever the models wrote. The paper
 goes to 400: with configs/alma.py:8b a run for each --config.responses.n=1 .. 400.
 
-Last measured by `python -m benchmarks.effects run --parts=samples`, ten seeds, one round: the judge's choice among 1,
-16 and 128 samples 7.24, 9.82 and 9.87 (top-p 0.9); 6.67, 9.72 and 9.28 (top-p 1).
+Last measured by `python -m benchmarks.effects run --parts=samples`, ten seeds on each of two base models, one round:
+the judge's choice among 1, 16 and 128 samples 7.13, 9.77 and 9.76 (top-p 0.9); 6.56, 9.63 and 9.00 (top-p 1).
 """
 
 from collections.abc import Callable

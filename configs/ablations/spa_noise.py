@@ -4,6 +4,9 @@
 
 Two iterations with plain DPO and with self-refinement and noise detection, 4 shares of noise, 3 seeds. A larger share
 holds the turned pairs of a smaller one.
+
+Last measured by `python -m benchmarks.papers run --paper=spa`, 6, 6 and 5 seeds, 10, 20 and 30 % turned: with
+refinement minus without it +0.02 +- 0.09, -0.02 +- 0.05, +0.05 +- 0.08.
 """
 
 from collections.abc import Callable

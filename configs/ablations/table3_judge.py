@@ -6,8 +6,8 @@ The paper compares judges by how often they agree with people; here each judge t
 scores the policy. 4 judges x 3 seeds, two rounds of feedback each. The fine-tuned judges' accuracy on the held-out
 annotations is in the manifest of each run's `judge` and `judge_distilled`.
 
-Last measured by `python -m benchmarks.effects run --parts=judges`, ten seeds, size mini_paper, pairs in the right
-order: base 3-shot .913, fine-tuned .936, with integer scores .890, self-distilled .932.
+Last measured by `python -m benchmarks.effects run --parts=judges`, ten seeds on each of two base models, size
+mini_paper, pairs in the right order: base 3-shot .917, fine-tuned .944, with integer scores .904, self-distilled .941.
 """
 
 from collections.abc import Callable
