@@ -70,10 +70,14 @@ def make(paper: Paper, arm: Arm, seed: int, work: pathlib.Path) -> Numbers:
   if config.data.eval == "mini":
     results = [{"prompt": prompt} for prompt, _ in seeds.results_prompts()]
     config.data.eval = str(seeds.write(work / "data", {"results": results})["results"])
-  if arm.like and not place.exists():
+  if arm.like and like.is_dir() and not place.exists():
+    part = work / f"{arm.name}.part"  # all of them or none, however this ends
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
     for name in paper.shared:
       if (like / name).is_dir():
-        shutil.copytree(like / name, place / name)
+        shutil.copytree(like / name, part / name)
+    part.rename(place)
   said = io.StringIO()
   with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
     status = start.run(config, str(place))
