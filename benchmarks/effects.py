@@ -22,7 +22,10 @@ The parts and their place in the paper:
 
 Not among the default parts:
   grpo         not in the paper: policy gradients on the latest model's responses
-  density      what the effect of prompts rests on: another pooling
+  density      what the effect of prompts rests on: another pooling; and other worlds, see below
+
+A base of another world goes apart from the others: `pretrain --chatter=all` has chatter around rare prompts, too, and
+`--chatter=front` in front of the dense kind's alone. Run the parts growth and prompts with it.
 """
 
 import argparse
@@ -87,16 +90,16 @@ def main() -> None:
 
 def bases(names: str) -> list[Base]:
   """The bases that --bases names. A directory's name is the base's."""
-  from alma_jax.mini import CHECKPOINT
-  from alma_jax.mini.seeds import ANNOTATIONS
+  from alma_jax.mini import CHECKPOINT, PRETRAINED
 
+  found = []
   for name in names.split(","):
-    if name != "shipped" and not (pathlib.Path(name) / ANNOTATIONS).is_file():
+    place = CHECKPOINT if name == "shipped" else pathlib.Path(name)
+    if not (place / PRETRAINED).is_file():
       sys.exit(f"error: {name} holds no base model with its samples; python -m alma_jax.mini.pretrain --out={name}")
-
-  return [
-    Base(n, CHECKPOINT) if n == "shipped" else Base(pathlib.Path(n).name, pathlib.Path(n)) for n in names.split(",")
-  ]
+    chatter = json.loads((place / PRETRAINED).read_text())["chatter"]
+    found.append(Base("shipped" if place == CHECKPOINT else place.name, place, chatter))
+  return found
 
 
 def wanted(parts: str) -> list[str]:
@@ -137,6 +140,7 @@ def work(flags: Any, todo: Sequence[tuple[Base, int, str]]) -> None:
     began, place = time.monotonic(), flags.workdir / f"{base.name}_{seed:02d}"
     found = one(arms.get(name), base, seed, place, flags.size)
     about = {"base": base.name, "seed": seed, "arm": name, "size": flags.size}
+    about |= {} if base.chatter == "dense" else {"chatter": base.chatter}
     keep(result_path(RESULTS / flags.size, base, seed, name), about | found)
     print(f"{i}/{len(mine)}  {base.name} seed {seed} {name}: {time.monotonic() - began:.0f} s", flush=True)
 

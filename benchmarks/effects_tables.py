@@ -32,6 +32,7 @@ class Row:
   paper: Literal["above", "equal", ""] = "above"
 
 
+TABLE_4 = "Table 4: diverse prompts"
 ROWS = {
   "Figure 2: growth": (
     Row("initial SFT minus base 3-shot", ("default", 1), ("default", 0)),
@@ -39,7 +40,7 @@ ROWS = {
     Row("round 10 minus round 6", ("default", 10), ("default", 6)),
     Row("round 10 minus round 6, random prompts", ("random_prompts", 10), ("random_prompts", 6), ""),
   ),
-  "Table 4: diverse prompts": (
+  TABLE_4: (
     Row("diverse minus random, round 6", ("default", 6), ("random_prompts", 6)),
     Row("diverse minus random, round 10", ("default", 10), ("random_prompts", 10)),
   ),
@@ -67,6 +68,7 @@ ROWS = {
     Row("a random response minus initial SFT, round 6", ("no_judge", 6), ("default", 1), ""),
   ),
 }
+WORLDS: Mapping[world.Chatter, str] = {"all": "around all prompts", "front": "in front of the dense kind's alone"}
 JUDGES = (
   ("fine-tuned minus base 3-shot", "fine-tuned", "base 3-shot"),
   ("real-valued minus integer", "fine-tuned", "fine-tuned, integer"),
@@ -74,12 +76,13 @@ JUDGES = (
 )
 
 
-def load(results: pathlib.Path) -> dict[Key, dict[str, Any]]:
-  """What is kept, by base and seed, then by arm."""
+def load(results: pathlib.Path, chatter: world.Chatter = "dense") -> dict[Key, dict[str, Any]]:
+  """What is kept of the bases of one world, by base and seed, then by arm."""
   found: dict[Key, dict[str, Any]] = {}
   for path in sorted(results.glob("*.json")):
     result = json.loads(path.read_text())
-    found.setdefault((result["base"], result["seed"]), {})[result["arm"]] = result
+    if result.get("chatter", "dense") == chatter:
+      found.setdefault((result["base"], result["seed"]), {})[result["arm"]] = result
   return found
 
 
@@ -162,24 +165,33 @@ def show(results: pathlib.Path) -> None:
   print("difference of scores 0..10 by the ground truth; n, mean +- t over seeds, [bootstrap over seeds and prompts],")
   print("seeds above 0, smallest difference that is found 8 times in 10, and what that says of the paper's effect")
   for title, rows in ROWS.items():
-    lines = []
-    for row in rows:
-      keys, d = differences(found, row)
-      if keys:
-        lines.append(line(row.what, summary(d), row.paper))
-        of = sorted({base for base, _ in keys})
-        for base in of if len(of) > 1 else ():
-          part = d[[key[0] == base for key in keys]]
-          if len(part) > 1:
-            lines.append(line(f"    base {base}", summary(part), row.paper))
-    if lines:
-      print(f"\n{title}", *lines, sep="\n")
+    table(title, rows, found)
+  for chatter, where in WORLDS.items():
+    if other := load(results, chatter):
+      table(f"{TABLE_4}, where chatter stands {where}", ROWS[TABLE_4], other)
+      coverage(other)
   scores(found)
   judges(found)
   samples(found)
   coverage(found)
   budget(found)
   by_kind(found)
+
+
+def table(title: str, rows: Sequence[Row], found: Found) -> None:
+  """Prints the rows that there are results for, over all bases and for each."""
+  lines = []
+  for row in rows:
+    keys, d = differences(found, row)
+    if keys:
+      lines.append(line(row.what, summary(d), row.paper))
+      of = sorted({base for base, _ in keys})
+      for base in of if len(of) > 1 else ():
+        part = d[[key[0] == base for key in keys]]
+        if len(part) > 1:
+          lines.append(line(f"    base {base}", summary(part), row.paper))
+  if lines:
+    print(f"\n{title}", *lines, sep="\n")
 
 
 def mean_line(values: Sequence[float], digits: int = 2) -> str:

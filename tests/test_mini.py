@@ -11,7 +11,7 @@ import pytest
 
 from alma_jax.corpus.normalise import prompt_id
 from alma_jax.llama.weights import load
-from alma_jax.mini import corpus, pretrain, seeds, world
+from alma_jax.mini import PRETRAINED, corpus, pretrain, seeds, world
 from alma_jax.text.tokenizer import load_tokenizer
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -197,6 +197,7 @@ def test_checkpoint_is_small():
     "config.json",
     "generation_config.json",
     "model.safetensors",
+    "pretrained.json",
     "tokenizer.json",
     "tokenizer_config.json",
   }
@@ -208,6 +209,8 @@ def test_checkpoint_passes_the_gate():
   assert model.c == pretrain.config()
   found = pretrain.probe(model)
   assert pretrain.gate(found) is None, found
+  about = json.loads((pretrain.CHECKPOINT / PRETRAINED).read_text())
+  assert about["probe"] == pytest.approx(found, abs=0.01) and about["chatter"] == "dense"
 
 
 def test_gate_refuses():

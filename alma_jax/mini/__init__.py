@@ -3,3 +3,4 @@
 import pathlib
 
 CHECKPOINT = pathlib.Path(__file__).parent / "checkpoint"
+PRETRAINED = "pretrained.json"  # beside a base model's weights: how it was pretrained, and its probe

@@ -18,7 +18,7 @@ import pathlib
 import random
 import time
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -32,7 +32,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from alma_jax.llama import model as llama
 from alma_jax.llama.config import LlamaConfig
 from alma_jax.llama.weights import TextSide, save
-from alma_jax.mini import CHECKPOINT, annotate, corpus, world
+from alma_jax.mini import CHECKPOINT, PRETRAINED, annotate, corpus, world
 from alma_jax.text import packing
 
 LENGTH, ROWS = corpus.LONGEST, 32
@@ -266,6 +266,14 @@ def write(model: llama.Llama, out: str | os.PathLike[str]) -> None:
   (pathlib.Path(out) / "tokenizer_config.json").write_text(json.dumps(about, indent=2, allow_nan=False) + "\n")
 
 
+def note(
+  out: str | os.PathLike[str], steps: int, seed: int, chatter: world.Chatter, probed: Mapping[str, float]
+) -> None:
+  """Writes beside the model how it was pretrained, and its probe."""
+  about = dict(steps=steps, seed=seed, chatter=chatter, probe={name: round(value, 4) for name, value in probed.items()})
+  (pathlib.Path(out) / PRETRAINED).write_text(json.dumps(about, indent=2, allow_nan=False) + "\n")
+
+
 def main() -> None:
   if hasattr(os, "sched_setaffinity"):  # before the first array: JAX counts the cores then
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
@@ -281,6 +289,7 @@ def main() -> None:
   found = probe(model)
   for name, value in found.items():
     print(f"{name:16s} {value:.3f}")
+  note(flags.out, flags.steps, flags.seed, flags.chatter, found)
   why_not = gate(found)
   print(f"written to {flags.out}" + (f"; do not ship it: {why_not}" if why_not else "; fit to ship"))
 
