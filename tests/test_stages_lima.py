@@ -23,7 +23,7 @@ from alma_jax.runtime.host import Checkpoint, EngineOptions, Host, ModelOptions
 from alma_jax.stages import audit, choice, compare, evaluation
 from alma_jax.store import layout, shards
 from alma_jax.store.data import SeedRow
-from alma_jax.store.handles import Data
+from alma_jax.store.handles import Data, PromptSet
 from alma_jax.store.records import Answer, EpochGrade, Grade
 from alma_jax.store.runs import Artefact
 from alma_jax.store.statistics import Mean
@@ -231,6 +231,12 @@ def test_answers_are_compared_with_other_models_by_judges_and_people(session, tm
   with_ids = [dataclasses.replace(row, prompt_id=prompt_id(row.messages)) for row in mine.read()]
   answered = finished(s.run.stage("round_06/eval-test", {"of": "compare"}), with_ids, Answer)
   options = compare.Options(against=(f"alpaca={file}",), judges=("long=rules:length", "human"), raters=2)
+  asked = [
+    PromptSet("test", [SeedRow(({"role": "user", "content": p},), None, None, 0)], "") for p in ("x", PROMPTS[0])
+  ]
+  with pytest.raises(RunError, match=r"alpaca\.jsonl answers none of the 1 prompts of test"):  # before any training
+    compare.check_shared(options, asked[:1])
+  compare.check_shared(options, asked[1:])
   with pytest.raises(Waiting) as waiting:
     compare.build(s, answered, options)
   said = str(waiting.value).splitlines()

@@ -88,6 +88,7 @@ def run(s: Session) -> None:
   o = s.options
   data = human.build(s, o.data, sorted(o.eval.named_sets.values()))
   dev, *tests = prompt_sets(data, o)
+  compare.check_shared(o.compare, tests)
 
   # Training: 15 epochs, dropout that rises over the layers; the loss is no reason to stop   (section 3)
   sft = policy.sft(s, policy.Job(layout.sft_name(1), s.base, o.sft, o.sft_seed), data)

@@ -8,7 +8,7 @@ With two judges or raters the report has their tie-discounted agreement.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from alma_jax import names
@@ -21,6 +21,7 @@ from alma_jax.options import Checked, ConfigError, labelled, option
 from alma_jax.runtime.host import Host
 from alma_jax.runtime.session import Session
 from alma_jax.store import layout, shards, statistics
+from alma_jax.store.handles import PromptSet
 from alma_jax.store.records import Answer, Compared
 from alma_jax.store.runs import Artefact, Stage
 
@@ -64,6 +65,23 @@ def check(host: Host, options: Options) -> None:
     pairwise.made(host, options, spec, options.margin, f"compare.judges, {name}")
 
 
+def check_shared(options: Options, sets: Sequence[PromptSet]) -> None:
+  """Raise a RunError where a file answers none of the prompts that are asked: before anything is trained."""
+  for asked in sets:
+    if asked.name == options.asked:
+      mine = {prompt_id(row.messages) for row in asked.rows}
+      for file in options.files.values():
+        _shared(mine, _others(file), file, asked.name)
+
+
+def _shared(mine: Collection[str], theirs: Mapping[str, str], file: str, asked: str) -> list[str]:
+  """The prompts that the file answers, too, in the order of `mine`."""
+  common = [prompt for prompt in mine if prompt in theirs]
+  if not common:
+    raise RunError(f"compare.against: {file} answers none of the {len(mine):,} prompts of {asked}")
+  return common
+
+
 def build(s: Session[Any], answered: Artefact[Answer], options: Options) -> list[Artefact[Compared]]:
   """One artefact for each file and judge."""
   mine = {row.prompt_id: row for row in answered.read()}  # the first of several answers
@@ -97,9 +115,7 @@ def _compared(
   if stage.done:
     return Artefact(stage, Compared)
   theirs = _others(file)
-  common = [prompt for prompt in mine if prompt in theirs]
-  if not common:
-    raise RunError(f"compare.against: {file} answers none of the {len(mine):,} prompts of {answered.name}")
+  common = _shared(mine, theirs, file, answered.name)
   asked = common if judge is None or s.run.process == 0 else []  # an endpoint is asked by one host
   found = _shares(s, stage, {p: mine[p] for p in asked}, theirs, name, judge) if asked else []
   if stage.mine(1):
