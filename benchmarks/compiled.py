@@ -9,9 +9,10 @@ r"""Every program of a run, compiled for machines that are not here: what each t
 
 TPUs' compiler comes with 'alma_jax[plan]', that of GPUs with 'alma_jax[gpu]'; neither needs a device. The programs are
 those of configs/alma.py at full depth, or of a model cut to --depth layers, on the config's mesh. Every program is a
-line of the output as soon as it is compiled, and the same versions do not compile it again: start the same command to
-go on. At the end all lines are printed as a table, with the seconds that each program took. --effort=default asks for
-the compilers' default effort instead of the lowest, at which TPUs may all-reduce what the default reduce-scatters.
+line of the output as soon as it is compiled, and the same versions do not compile it again, nor for another stage that
+runs it: start the same command to go on. At the end all lines are printed as a table, with the seconds of a core that
+each program took. --effort=default asks for the compilers' default effort instead of the lowest, at which TPUs may
+all-reduce what the default reduce-scatters.
 --against-quick compiles nothing: it prints, for every stage in the output, the most memory that a program takes beside
 what the quick plan says, whole and without weights and optimizer state, which are known to the byte.
 
@@ -24,6 +25,7 @@ compiler half a minute to two CPU minutes.
 import argparse
 import dataclasses
 import datetime
+import hashlib
 import json
 import os
 import pathlib
@@ -66,15 +68,17 @@ def main() -> None:
     for line in _against_quick(_rows(options.output)):
       print(line)
     return
-  began, done = time.monotonic(), {_key(row): row for row in _rows(options.output)}
+  began, worked = time.monotonic(), time.process_time()
+  done = {_key(row): row for row in _rows(options.output)}
   for cell in options.only.split(","):
     for row in _cell(cell, options, done):
       with options.output.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
       done[_key(row)] = row
       print(_line(row), flush=True)
-  print(f"\n{len(done)} programs; this start took {time.monotonic() - began:.0f} s on {os.cpu_count()} cores\n")
-  print("| model | machine | program | peak GiB | usable | sent in a step | s |\n|---|---|---|---|---|---|---|")
+  took = f"{time.monotonic() - began:.0f} s on {os.cpu_count()} cores, {time.process_time() - worked:.0f} s of one"
+  print(f"\n{len(done)} programs; this start took {took}\n")
+  print("| model | machine | program | peak GiB | usable | sent in a step | CPU s |\n|---|---|---|---|---|---|---|")
   for row in done.values():
     print(_line(row))
 
@@ -94,13 +98,19 @@ def _cell(cell: str, options: argparse.Namespace, done: dict[Any, Row]) -> Itera
       )  # fmt: skip
       if any(row["stage"] == name and _key(row)[:-1] == _key(fixed)[:-1] and row["last"] for row in done.values()):
         continue
-      found = programs.programs(machine, estimate.estimate(machine, work), there)
+      step = estimate.estimate(machine, work)
+      found = programs.programs(machine, step, there)
+      like = hashlib.sha256(repr(programs.key(machine, step)).encode()).hexdigest()[:12]
       for at, program in enumerate(found):
-        if _key(fixed | dict(program=program.name)) in done:
+        own = fixed | dict(program=program.name, like=like)
+        if _key(own) in done:
           continue
+        if twin := next((row for row in done.values() if _same(row, own)), None):
+          yield twin | dict(stage=name, seconds=0.0)
+          continue
+        worked = time.process_time()
         made = compiled.made_of(program, name, machine.platform)
-        yield fixed | dict(
-          program=program.name,
+        yield own | dict(
           last=at == len(found) - 1,
           peak=made.peak,
           remat=made.remat,
@@ -110,7 +120,7 @@ def _cell(cell: str, options: argparse.Namespace, done: dict[Any, Row]) -> Itera
           collectives=hlo.summary(made.collectives),
           largest=[dataclasses.asdict(c) for c in made.collectives[:5]],
           refused=made.refused,
-          seconds=round(made.seconds, 1),
+          seconds=round(time.process_time() - worked, 1),
           date=datetime.date.today().isoformat(),
         )
 
@@ -139,8 +149,8 @@ def _against_quick(rows: Iterator[Row]) -> Iterator[str]:
       of = _key(row)[:-1]
       worst = max(row, stages.get(of, row), key=_peak)
       stages[of] = worst | {"remat": row.get("remat") or stages.get(of, row).get("remat")}
-  yield "| model | machine | stage | compiled GiB | quick | | beside the weights | quick | |"
-  yield "|---|---|---|---|---|---|---|---|---|"
+  yield "| model | machine | stage | compiled GiB | quick | | beside the weights | quick | | sent GB | quick | |"
+  yield "|---|---|---|---|---|---|---|---|---|---|---|---|"
   for row in stages.values():
     size, cut = "70b" if row["model"] == "llama3_70b" else "8b", dict(depth=row["depth"], slots=row.get("slots") or 0)
     machine, work = _work(row["model"], row["topology"], size, row["stage"], argparse.Namespace(**cut))
@@ -156,8 +166,11 @@ def _against_quick(rows: Iterator[Row]) -> Iterator[str]:
       how = f"{step.remat}, {shape.rows} x {shape.length}"
     stage = f"{row['stage']} ({row['program']}) {how}".rstrip()
     cells = [f"{row['model']}, {row['depth']} layers", row["topology"], stage]
-    for made, quick in ((row["peak"], step.peak), (row["peak"] - lies, step.peak - lies)):
-      cells += [f"{made / GIB:.2f}", f"{quick / GIB:.2f}", f"{quick / made - 1:+.0%}"]
+    pairs = [(row["peak"] / GIB, step.peak / GIB), ((row["peak"] - lies) / GIB, (step.peak - lies) / GIB)]
+    pairs += [(row["sent"] / 1e9, step.collective / 1e9)] if step.collective else []
+    for made, quick in pairs:
+      cells += [f"{made:.2f}", f"{quick:.2f}", f"{quick / made - 1:+.0%}" if made else ""]
+    cells += [""] * (12 - len(cells))
     yield f"| {' | '.join(cells)} |"
 
 
@@ -168,6 +181,11 @@ def _peak(row: Row) -> int:
 def _key(row: Row) -> tuple[Any, ...]:
   names = ("model", "topology", "depth", "slots", "effort", "compilers", "stage", "program")
   return tuple(row.get(name) for name in names)
+
+
+def _same(row: Row, own: Row) -> bool:
+  """True if a row is of the same program, of whatever stage."""
+  return row.get("like") == own["like"] and _key(row | dict(stage=own["stage"])) == _key(own)
 
 
 def _rows(path: pathlib.Path) -> Iterator[Row]:

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import importlib.util
 import re
+import sys
 import types
 
 import jax
@@ -24,6 +25,7 @@ from alma_jax.runtime import host, training
 from alma_jax.runtime.host import EngineOptions, ModelOptions
 from alma_jax.runtime.sampling import ManyOptions
 from alma_jax.runtime.session import MeshOptions
+from benchmarks import compiled as matrix
 from tests.compiled_programs import trains_well
 
 needs_libtpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="pip install 'alma_jax[plan]'")
@@ -211,6 +213,73 @@ def test_what_does_not_compile_is_a_row_with_its_message(capsys):
   assert table.as_json(table.Plan(m, [step]))["stages"][0]["fits"] is False
 
 
+# Layers that are not compiled
+
+
+def test_a_sampling_program_is_continued_to_all_layers(monkeypatch):
+  # What stands in a program of L layers is 3 + L; beside it lie a second model, on so large a device, and the refill's.
+  m = machine("v5p:2x2x2", dataclasses.replace(SMALL, depth=32), slots=0, tensor=0)
+  step, depths = estimate.estimate(m, WORKS[3]), []
+  assert m.others and step.slots
+
+  def made_of(program, stage, platform):
+    depth = depths[-1]
+    sends = (
+      hlo.Collective("all-reduce", "bf16[8,64]", 10.0 * 2 * depth, 2 * depth),
+      hlo.Collective("all-reduce", "f32[8,512]", 70.0, 1),
+    )
+    return compiled.Made(program.name, 3 + depth + program.beside, sends, moved=5.0 + 2 * depth, seconds=1.0)
+
+  real = compiled.programs
+
+  def remembered(small, step, devices):
+    found = real(small, step, devices)
+    return [dataclasses.replace(p, make=functools.partial(depths.append, small.c.depth)) for p in found]
+
+  def asked(program, stage, platform):
+    program.make()
+    return made_of(program, stage, platform)
+
+  monkeypatch.setattr(compiled, "programs", remembered)
+  monkeypatch.setattr(compiled, "made_of", asked)
+  found = [task() for task in compiled._tasks(m, step, jax.devices()[:4])]
+  assert [made.name for made in found] == ["prefill", "refill", "decode"] and depths == [*compiled.DEPTHS] * 3
+  for made in found:
+    beside = m.others + (m.model_bytes if made.name == "refill" else 0)
+    assert made.peak == pytest.approx(3 + 32 + beside, abs=20) and made.moved == 5 + 2 * 32 and made.seconds == 2
+    assert [(c.shape, c.bytes, c.times) for c in made.collectives] == [
+      ("bf16[8,64]", 640.0, 64), ("f32[8,512]", 70.0, 1),
+    ]  # fmt: skip
+  refused = compiled.Made("decode", refused="no room")
+  assert compiled.deep(found[0], refused, 32) is refused
+  shallow = dataclasses.replace(m, c=dataclasses.replace(SMALL, depth=8))
+  assert not compiled.in_line(shallow, step) and not compiled.in_line(m, estimate.estimate(m, WORKS[0]))
+
+
+def test_the_matrix_compiles_what_stages_share_once_and_goes_on(monkeypatch, tmp_path, capsys):
+  asked, output = [], tmp_path / "rows.jsonl"
+
+  def made_of(program, stage, platform):
+    asked.append((stage, program.name))
+    return compiled.Made(program.name, peak=2**30 * len(asked), remat="full")
+
+  @contextlib.contextmanager
+  def described(where, effort):
+    yield ()
+
+  monkeypatch.setattr(matrix.compiled, "made_of", made_of)
+  monkeypatch.setattr(matrix.devices, "described", described)
+  flags = [f"--output={output}", "--only=llama3_8b@v6e:2x4", "--stages=sft_1,sft_2,dpo"]
+  for _ in range(2):
+    monkeypatch.setattr(sys, "argv", ["compiled", *flags])
+    matrix.main()
+    assert asked == [("sft_1", "step"), ("dpo", "step")]
+    output.write_text(output.read_text() + '{"cut off')
+  rows = list(matrix._rows(output))
+  assert [(row["stage"], row["peak"] / 2**30) for row in rows] == [("sft_1", 1), ("sft_2", 1), ("dpo", 2)]
+  assert capsys.readouterr().out.count("| llama3_8b | v6e:2x4 | sft_2 step | 1.00 | 31.25 |") == 3
+
+
 # Copies of a model on a host
 
 
@@ -330,6 +399,10 @@ def test_every_program_compiles_for_tpus_and_takes_what_the_quick_plan_says(tpu)
   for work in WORKS[:1]:
     quick = estimate.estimate(m, work).peak
     assert compiled.peak_of(tpu[f"{work.stage} step"][1], "tpu") == pytest.approx(quick, rel=0.3)
+  for name in ("embeddings embed", "judgments prefixes"):  # JAX leaves the head out of them, and it lies beside
+    program, made, _ = tpu[name]
+    lies = made.memory_analysis().argument_size_in_bytes + program.beside - m.others
+    assert lies == pytest.approx(m.model_bytes, rel=0.01)
 
 
 @needs_libtpu

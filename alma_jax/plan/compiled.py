@@ -3,8 +3,9 @@
   with described(topology) as devices:
     steps = compiled(machine, steps, devices, bar)      # bar: hears of every program
 
-Stages that run the same programs are compiled once. Hours stay the roofline's, with the remat that the compiler took
-and the bytes that it sends.
+Stages that run the same programs are compiled once. Sampling's programs have every layer apart, which takes a compiler
+long: they are compiled with DEPTHS layers, and their figures lie on the line through both (`deep`). Hours stay the
+roofline's, with the remat that the compiler took and the bytes that it sends.
 """
 
 import concurrent.futures
@@ -24,9 +25,10 @@ from alma_jax.plan import hlo, traffic
 from alma_jax.plan.estimate import Machine, Step, estimated, with_options
 from alma_jax.plan.hlo import Collective
 from alma_jax.plan.programs import Program, key, programs
-from alma_jax.plan.work import Training, steps
+from alma_jax.plan.work import Sampling, Training, steps
 
 AT_ONCE = 2  # programs; a compiler uses more than one core only at times
+DEPTHS = 2, 4  # layers of sampling's programs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +109,56 @@ def _possible(step: Step) -> bool:
 
 
 def _tasks(machine: Machine, step: Step, devices: Sequence[Any]) -> list[Callable[[], Made]]:
-  found = programs(machine, step, devices)
-  return [functools.partial(made_of, program, step.work.stage, machine.platform) for program in found]
+  stage, platform = step.work.stage, machine.platform
+  if not in_line(machine, step):
+    return [functools.partial(made_of, found, stage, platform) for found in programs(machine, step, devices)]
+  cut = [_cut(machine, depth) for depth in DEPTHS]
+  pairs = zip(*(programs(small, step, devices) for small in cut), strict=True)
+
+  def made(pair: tuple[Program, Program]) -> Made:
+    first, second = (
+      made_of(dataclasses.replace(found, beside=found.beside - small.others), stage, platform)
+      for found, small in zip(pair, cut, strict=True)
+    )
+    found = deep(first, second, machine.c.depth)
+    return found if found.refused else dataclasses.replace(found, peak=found.peak + machine.others)
+
+  return [functools.partial(made, pair) for pair in pairs]
+
+
+def in_line(machine: Machine, step: Step) -> bool:
+  """True if a stage's programs are compiled with DEPTHS layers instead of all."""
+  return isinstance(step.work, Sampling) and machine.c.depth > 2 * DEPTHS[1]
+
+
+def _cut(machine: Machine, depth: int) -> Machine:
+  """The machine with a model of so many layers, which lies on as many devices as the whole one."""
+  engine = dataclasses.replace(machine.engine, tensor=machine.tensor)
+  return dataclasses.replace(machine, c=dataclasses.replace(machine.c, depth=depth), engine=engine)
+
+
+def deep(first: Made, second: Made, depth: int) -> Made:
+  """What a program of `depth` layers takes and sends, from those of DEPTHS layers: on the line through both."""
+  if first.refused or second.refused:
+    return first if first.refused else second
+  further = (depth - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
+
+  def line(a: float, b: float) -> float:
+    return a + further * (b - a)
+
+  pairs = [{(c.kind, c.shape): c for c in made.collectives} for made in (first, second)]
+  none = Collective("", "", 0.0, 0)
+  sent = []
+  for kind, shape in dict.fromkeys([*pairs[0], *pairs[1]]):
+    a, b = (found.get((kind, shape), none) for found in pairs)
+    sent.append(Collective(kind, shape, line(a.bytes, b.bytes), round(line(a.times, b.times))))
+  return dataclasses.replace(
+    second,
+    peak=int(line(first.peak, second.peak)),
+    collectives=tuple(sorted(sent, key=lambda c: -c.bytes)),
+    moved=line(first.moved, second.moved),
+    seconds=first.seconds + second.seconds,
+  )
 
 
 def _with(machine: Machine, step: Step, made: Sequence[Made]) -> Step:

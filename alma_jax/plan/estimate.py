@@ -147,6 +147,11 @@ class Machine:
     return self.model_bytes * models_that_stay(self.model_bytes, self.topology.chip.memory)
 
   @property
+  def others(self) -> int:
+    """Of those weights the ones beside the model at work."""
+    return self.held - self.model_bytes
+
+  @property
   def local_mesh(self) -> AbstractMesh:
     return sharding.abstract_mesh(self.topology.local, tensor=self.tensor)
 

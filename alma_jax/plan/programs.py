@@ -54,14 +54,13 @@ def programs(machine: Machine, step: Step, devices: Sequence[Any]) -> list[Progr
   if isinstance(work, Clustering):
     return list(_clustering(machine, work, devices))
   mesh = local_mesh(machine.topology, devices, machine.tensor)
-  others = machine.held - machine.model_bytes  # models that stay beside the one at work
   if isinstance(work, Sampling):
     made = _sampling(machine, work, mesh, step.slots or 1)
   elif isinstance(work, Reading):
     made = _judging(machine, work, mesh) if work.prefixes else _embedding(machine, work, mesh)
   else:
     return []
-  return [dataclasses.replace(program, beside=program.beside + others) for program in made]
+  return [dataclasses.replace(program, beside=program.beside + machine.others) for program in made]
 
 
 def key(machine: Machine, step: Step) -> Any:
@@ -69,7 +68,8 @@ def key(machine: Machine, step: Step) -> Any:
   work = step.work
   if isinstance(work, Training):
     o = work.options
-    how = o.objective(machine.dtype), dataclasses.replace(o.optimizer, learning_rate=1.0, final_learning_rate=0.0)
+    rate = dict(learning_rate=1.0, final_learning_rate=0.0, warmup=0.0, schedule="constant")
+    how = o.objective(machine.dtype), dataclasses.replace(o.optimizer, **rate)
     return "training", how, o.batch, step.shape, step.mesh, step.passes, bool(work.forward), type(work)
   if isinstance(work, Clustering):
     return "clustering", work.k, work.dims, min(work.rows, CHUNK * machine.topology.devices)
@@ -201,7 +201,7 @@ def _judging(machine: Machine, work: Reading, mesh: Mesh) -> Iterator[Program]:
         return score._score.lower(model, prefix, tokens, lengths, mesh=mesh).compile()
       return score._read.lower(model, prefix, tokens, lengths, columns, reads=1, mesh=mesh).compile()
 
-  yield Program("prefixes", prefixes, part=False)
+  yield Program("prefixes", prefixes, _head_bytes(machine), part=False)
   yield Program("read", read, held * before * token_bytes(machine.shape, mesh))
 
 
@@ -214,7 +214,12 @@ def _embedding(machine: Machine, work: Reading, mesh: Mesh) -> Iterator[Program]
     with _alone(mesh):
       return embed._pooled.lower(model, None, tokens, lengths, **how).compile()
 
-  yield Program("embed", pooled)
+  yield Program("embed", pooled, _head_bytes(machine))
+
+
+def _head_bytes(machine: Machine) -> int:
+  """The head's bytes on each device, which lie beside a program that reads no logits: JAX leaves them out of it."""
+  return 0 if machine.c.tied else machine.head * machine.itemsize // machine.tensor
 
 
 # K-means

@@ -147,6 +147,8 @@ def _compiled(plan: table.Plan) -> table.Plan:
       steps = compiled.compiled(machine, plan.steps, there, hear)
   took = f"{time.monotonic() - began:.0f} s, {time.process_time() - worked:.0f} s of a core"
   how = f"{devices.compilers(machine.topology)}, low effort; {total} programs in {took}"
+  if any(compiled.in_line(machine, step) for step in steps):
+    how += f"; those of sampling with {' and '.join(map(str, compiled.DEPTHS))} layers, in a line to {machine.c.depth}"
   return dataclasses.replace(plan, steps=steps, compilers=how)
 
 
