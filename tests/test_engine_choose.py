@@ -1,6 +1,9 @@
 """Token choice against exact distributions and transformers' logits processors."""
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from engine_models import assert_drawn_from, exact, log_softmax
@@ -8,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alma_jax.engine import choose as choose_
-from alma_jax.engine.choose import Decoding, DecodingError, choose, weights
+from alma_jax.engine import choose_tpu
+from alma_jax.engine.choose import Decoding, DecodingError, choose, disagreement, inverse_cdf, weights
 
 
 def choice(logits, uniform, decoding):
@@ -171,3 +175,76 @@ def test_draws_follow_the_weights(mixture):
 def test_values_outside_their_range_are_named(wrong):
   with pytest.raises(DecodingError, match=next(iter(wrong))):
     Decoding(**{"max_new_tokens": 8} | wrong)
+
+
+# ---- The kernel for TPUs, in its interpreter on a CPU
+
+
+@pytest.mark.parametrize(
+  "vocab, options",
+  [(61, dict(temperature=0.0)), (1300, dict(top_p=0.9)), (1300, dict(temperature=0.7, top_k=40, top_p=0.7))],
+  ids=str,
+)
+def test_the_kernel_draws_what_the_definition_draws(vocab, options):
+  decoding = Decoding(1, **options)
+  z, uniform = choose_._hard_rows(vocab)  # ties, equal, impossible and sure tokens; 12 rows: one step and a half
+  values = dict(temperature=decoding.temperature, top_k=decoding.top_k, top_p=decoding.top_p)
+  drawn = jax.jit(functools.partial(choose_tpu.drawn, **values, interpret=True))(z, uniform)
+  wanted = jax.jit(choose, static_argnums=2)(z, uniform, decoding)
+  np.testing.assert_array_equal(drawn[0], wanted[0])
+  np.testing.assert_allclose(drawn[1], wanted[1], atol=1e-5)
+  assert disagreement(lambda z, uniform, **_: drawn, vocab, **values) is None
+
+
+def test_a_kernel_that_draws_something_else_is_found():
+  options = dict(temperature=0.7, top_k=40, top_p=0.7)
+
+  def plain(z, uniform, **changed):
+    return choose(z, uniform, Decoding(1, **(options | changed)))
+
+  def check(**changed):
+    return disagreement(lambda z, uniform, **_: plain(z, uniform, **changed), 300, **options)
+
+  assert check() is None
+  for changed in (dict(temperature=1.0), dict(top_k=0), dict(top_p=0.9), dict(temperature=0.0)):
+    assert "whose part of the distribution does not hold" in check(**changed), changed
+  off = disagreement(lambda z, uniform, **_: (plain(z, uniform)[0], plain(z, uniform)[1] + 0.01), 300, **options)
+  assert off.startswith("the log-probability of row 0 is")
+
+
+def test_other_platforms_and_large_vocabularies_need_no_kernel(monkeypatch):
+  logits, uniform = jnp.zeros((8, 300)), jnp.zeros(8)
+
+  def plain(logits, uniform):
+    token = inverse_cdf(weights(logits, decoding), uniform)
+    top = logits.max(axis=-1, keepdims=True)
+    mass = jnp.exp(logits - top).sum(axis=-1)
+    return token, (jnp.take_along_axis(logits, token[:, None], axis=1) - top)[:, 0] - jnp.log(mass)
+
+  decoding = Decoding(1, temperature=0.8, top_p=0.9)
+  # CPUs run the program that they ran before there was a kernel.
+  found, wanted = (jax.make_jaxpr(f)(logits, uniform) for f in (functools.partial(choose, decoding=decoding), plain))
+  assert str(found) == str(wanted)
+  for platform in ("cpu", "gpu"):
+    monkeypatch.setattr(choose_, "platform", lambda platform=platform: platform)
+    assert choose_._kernel_for(logits, decoding) is None
+  monkeypatch.setattr(choose_, "platform", lambda: "tpu")
+  monkeypatch.setattr(choose_, "_spread_axes", lambda: ())
+  assert choose_._kernel_for(logits, decoding) is not None
+  choose_._warn.cache_clear()
+  with pytest.warns(UserWarning, match="plain XLA.*a vocabulary of 1,000,000 tokens does not fit"):
+    assert choose_._kernel_for(jax.ShapeDtypeStruct((8, 10**6), jnp.float32), decoding) is None
+
+
+def test_the_rules_are_applied_before_the_kernel(monkeypatch):
+  logits, uniform = choose_._hard_rows(61)
+  said, count = np.arange(61) % 2 == 0, np.arange(12) % 6
+  decoding = Decoding(8, (3, 60), temperature=0.0, repetition_penalty=1.3, min_new_tokens=4)
+  given = logits, uniform, decoding, np.broadcast_to(said, logits.shape), count
+  wanted = choose(*given)
+  greedy = functools.partial(choose_tpu.drawn, temperature=0.0, top_k=0, top_p=1.0, interpret=True)
+  monkeypatch.setattr(choose_, "_kernel_for", lambda *a: greedy)
+  found = choose(*given)
+  np.testing.assert_array_equal(found[0], wanted[0])
+  np.testing.assert_allclose(found[1], wanted[1], atol=1e-5)  # in the model's own distribution
+  assert (np.asarray(found[0]) != logits.argmax(axis=-1)).any()

@@ -119,9 +119,10 @@ def test_sampling_meets_its_kernels_on_every_mesh(mesh, platform):
   rows = array(mesh, ways * 2)
   fill = functools.partial(kernels, sample._fill, platform, model, state, None, array(mesh, ways * 2, T), rows, rows)
   assert fill(mesh=mesh) == {"tpu": 1, "cuda": 2}[platform]  # equal layers are one function on TPUs
-  # The prefixes and the cache of each layer, in kernels that read what is live.
-  decode = kernels(sample._segment, platform, model, state, tiles, decoding=decoding, steps=4, mesh=mesh)
-  assert decode == 4
+  text = lowered(sample._segment, platform, model, state, tiles, decoding=decoding, steps=4, mesh=mesh)
+  # The prefixes and the cache of each layer, in kernels that read what is live; and one that chooses tokens.
+  assert len(re.findall(KERNELS[platform], text)) == 4
+  assert text.count('kernel_name = "choose_token"') == {"tpu": 1, "cuda": 0}[platform]
 
 
 def test_judging_meets_its_kernels_on_every_mesh(mesh, platform):

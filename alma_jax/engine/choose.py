@@ -3,19 +3,31 @@
 The logits pass, in transformers' order, a repetition penalty, a minimum length, temperature, top-k and top-p; the token
 is then read off the cumulative distribution. No sort, no noise as wide as the vocabulary: the k-th largest weight and
 the edge of the nucleus are found by bisection on the bits of a float, and the inverse CDF looks at block sums first.
+On TPUs the kernel `engine.choose_tpu` does all of it in one reading of the logits. On GPUs plain XLA does it, and the
+edge alone takes ten readings: what finds more bits in one would be limited by arithmetic.
 
     token, logprob = choose(logits, uniform, Decoding(max_new_tokens=64, temperature=0.7, top_p=0.9))
 """
 
 import dataclasses
+import functools
+import importlib
+import math
+import warnings
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jax.sharding import PartitionSpec as P
 
 from alma_jax.errors import UserError
 from alma_jax.llama.sharding import platform
+from alma_jax.llama.trial import flaw_on
+
+Draw = Callable[[Array, Array], tuple[Array, Array]]  # logits [B, V], uniform [B] -> tokens [B], log-probabilities [B]
 
 
 class DecodingError(UserError):
@@ -62,7 +74,12 @@ def choose(
 
   `said` [B, V] marks the tokens that the penalty applies to, `count` [B] is how many have been drawn.
   """
-  if decoding.temperature == 0:
+  if (draw := _kernel_for(logits, decoding)) is not None:
+    z = _ruled(logits, decoding, said, count)
+    token, logprob = draw(z, uniform)
+    if z is logits:
+      return token, logprob
+  elif decoding.temperature == 0:
     token = _argmax(_ruled(logits, decoding, said, count))
   else:
     token = inverse_cdf(weights(logits, decoding, said, count), uniform)
@@ -196,3 +213,107 @@ def _argmax(z: Array) -> Array:
   blocks = _blocks(z, -jnp.inf)
   block = first(blocks.max(axis=-1))[:, None]
   return block[:, 0] * blocks.shape[-1] + first(jnp.take_along_axis(blocks, block[..., None], axis=1)[:, 0])
+
+
+# ---- The kernel for TPUs, and its check before first use
+
+
+def _kernel_for(logits: Array, decoding: Decoding) -> Draw | None:
+  """What draws from such logits in one reading of them, without the rules of `_ruled`; None: plain XLA must do it."""
+  if platform() != "tpu" or logits.dtype != jnp.float32:
+    return None
+  axes, options = _spread_axes(), (decoding.temperature, decoding.top_k, decoding.top_p)
+  wrong = _flaw(logits.shape[1], *options)
+  if axes is None:
+    wrong = "logits may be spread over devices without a mesh that says how"
+  _warn(wrong)
+  if axes is None or wrong is not None:
+    return None
+  draw = functools.partial(_kernel().drawn, **dict(zip(("temperature", "top_k", "top_p"), options, strict=True)))
+  return _on_each_device(draw, axes, len(logits))
+
+
+def _kernel() -> Any:
+  """Imported at its first use: it needs what JAX has for TPUs only, and a failure must reach `_flaw`."""
+  return importlib.import_module("alma_jax.engine.choose_tpu")
+
+
+def _spread_axes() -> tuple[str, ...] | None:
+  """The axes of the mesh in force that logits may be spread over, by rows or by tokens; None if that is unknown."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return () if jax.local_device_count() == 1 else None
+  return () if mesh.size == 1 else tuple(a for a in mesh.axis_names if a not in mesh.manual_axes)
+
+
+def _on_each_device(draw: Draw, axes: tuple[str, ...], rows: int) -> Draw:
+  """`draw` with whole rows on each device: its own share of them, or all of them where they cannot be shared evenly.
+
+  Logits that a tensor group holds by tokens are exchanged for that, each device's share of its rows once.
+  """
+  if not axes:
+    return draw
+  sizes = jax.sharding.get_abstract_mesh().shape
+  own = P(axes) if rows % math.prod(sizes[a] for a in axes) == 0 else P()
+  return jax.shard_map(draw, in_specs=(own, own), out_specs=(own, own), axis_names=set(axes), check_vma=False)
+
+
+@functools.cache
+def _flaw(V: int, temperature: float, top_k: int, top_p: float) -> str | None:
+  """Why the kernel cannot be used; None if it draws as the definition says, or if no TPU is here."""
+  if not _kernel().fits(V):
+    return f"a vocabulary of {V:,} tokens does not fit in a core's memory"
+  return flaw_on("tpu", lambda: disagreement(_kernel().drawn, V, temperature, top_k, top_p))
+
+
+def disagreement(
+  draw: Callable[..., tuple[Array, Array]], V: int, temperature: float, top_k: int, top_p: float
+) -> str | None:
+  """How a kernel differs from the definition, which is computed here in fp64 by sorting, on rows of every kind."""
+  z, uniform = _hard_rows(V)
+  options = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+  token, logprob = jax.device_get(jax.jit(functools.partial(draw, **options))(z, uniform))
+  for row, (x, u, t) in enumerate(zip(z.astype(np.float64), uniform.astype(np.float64), token, strict=True)):
+    if not 0 <= t < V:
+      return f"row {row} has the token {t}"
+    wanted = x[t] - x.max() - np.log(np.exp(x - x.max()).sum())
+    if not abs(logprob[row] - wanted) < 1e-3:
+      return f"the log-probability of row {row} is {logprob[row]:.6g}, not {wanted:.6g}"
+    w = _kept(x, temperature, top_k, top_p)
+    reach = np.cumsum(w) / w.sum()
+    # Sums that are rounded may move the edge of the nucleus by a token, and the places of all by its share.
+    if not (x[t] > -np.inf and reach[t] - w[t] / w.sum() - 1e-3 <= u <= reach[t] + 1e-3):
+      return f"row {row} has the token {t}, whose part of the distribution does not hold {u:.6g}"
+  return None
+
+
+def _hard_rows(V: int) -> tuple[np.ndarray, np.ndarray]:
+  """Logits [12, V] and uniform numbers: smooth rows, and those with ties, no difference, impossible and sure tokens."""
+  random = np.random.default_rng(0)
+  z = random.normal(size=(12, V)) * np.linspace(0.5, 5, 12)[:, None]
+  z[0], z[1], z[2] = 0.7, np.where(np.arange(V) == V // 2, 3.0, -np.inf), np.round(z[2])
+  z[3, random.random(V) < 0.5] = -np.inf
+  z[4, V - 1], z[5] = 60.0, np.arange(V) % 3 == 1
+  uniform = random.random(12)
+  uniform[-2:] = 0, 1 - 2.0**-24
+  return z.astype(np.float32), uniform.astype(np.float32)
+
+
+def _kept(x: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
+  """fp64 [V]: the weights of a row, zeros for what top-k and top-p leave out. Greedy keeps the first of the largest."""
+  if temperature == 0:
+    return np.eye(1, len(x), int(x.argmax()))[0]
+  w = np.exp((x - x.max()) / temperature)
+  if 0 < top_k < len(w):
+    w[w < np.sort(w)[-top_k]] = 0
+  if top_p < 1:
+    order = np.argsort(-w, kind="stable")  # of equal weights the lowest index comes first
+    before = np.cumsum(w[order]) - w[order]
+    w[order[1:][before[1:] >= top_p * w.sum()]] = 0
+  return w
+
+
+@functools.cache
+def _warn(wrong: str | None) -> None:
+  if wrong:
+    warnings.warn(f"tokens are chosen in plain XLA, which reads logits many times more: {wrong}", stacklevel=2)
