@@ -244,21 +244,22 @@ def test_reading_takes_what_the_compilers_say(word, work, gib):
 
 
 @pytest.mark.parametrize(
-  "word, depth, gib", [("v6e:2x4", 4, 9.22), ("v6e:2x4", 8, 15.78), ("h100:8", 4, 8.76), ("h100:8", 32, 53.39)]
+  "word, depth, gib", [("v6e:2x4", 4, 9.05), ("v6e:2x4", 8, 15.43), ("h100:8", 4, 8.76), ("h100:8", 32, 53.39)]
 )
-def test_the_slots_of_a_decode_step_take_at_least_what_the_compilers_say(word, depth, gib):
+def test_the_slots_of_sampling_take_at_least_what_the_compilers_say(word, depth, gib):
+  # The largest of its programs: on TPUs that is the prefill.
   m = machine(word, dataclasses.replace(LLAMA, depth=depth))
   decoding, shapes = answers().options.decoding, shapes_for(256, 1024, 200)
   found = m.model_bytes + bytes_of(m.shape, decoding, shapes, None, m.platform)
   assert gib <= found / 2**30 <= 1.08 * gib
 
 
-@pytest.mark.parametrize("depth, gb", [(4, 8.20), (8, 12.4)])
+@pytest.mark.parametrize("depth, gb", [(4, 5.46), (8, 9.60)])
 def test_a_decode_step_moves_what_the_compilers_say(depth, gb):
   # `traffic.moved` of the compiled program, with 350 live keys in a slot and 200 in a prompt's row.
   m = machine("v6e:2x4", dataclasses.replace(LLAMA, depth=depth))
   found = estimate.decoding_bytes(m, answers(), shapes_for(256, 1024, 200), 350.0)
-  assert found / 1e9 == pytest.approx(gb, rel=0.15)
+  assert found / 1e9 == pytest.approx(gb, rel=0.05)
 
 
 # More of anything

@@ -218,6 +218,11 @@ def _argmax(z: Array) -> Array:
 # ---- The kernel for TPUs, and its check before first use
 
 
+def reads_once(decoding: Decoding, V: int, target: str) -> bool:
+  """Whether logits of V tokens are read once on a platform: it has a kernel, which no device here shows to be wrong."""
+  return target == "tpu" and _flaw(V, decoding.temperature, decoding.top_k, decoding.top_p) is None
+
+
 def _kernel_for(logits: Array, decoding: Decoding) -> Draw | None:
   """What draws from such logits in one reading of them, without the rules of `_ruled`; None: plain XLA must do it."""
   if platform() != "tpu" or logits.dtype != jnp.float32:

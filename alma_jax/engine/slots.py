@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from jax.sharding import AbstractMesh, Mesh
 
 from alma_jax.engine import buckets
-from alma_jax.engine.choose import Decoding
+from alma_jax.engine.choose import Decoding, reads_once
 from alma_jax.errors import UserError
 from alma_jax.llama.attention import chosen
 from alma_jax.llama.model import Llama
@@ -131,7 +131,8 @@ def bytes_of(
     turned = c.depth * c.width * (2 * c.kv_heads + c.heads) // share * c.head_dim * itemsize
     if not reads_what_is_live(model, shapes.tile, shapes.room, mesh, "tpu"):
       turned += shapes.rows * shapes.room * token_bytes(model, mesh)
-    working = max(prefill, 5 * logits * shapes.slots)  # its top-p works with more copies
+    if not reads_once(decoding, c.vocab, "tpu"):
+      working = max(prefill, 5 * logits * shapes.slots)  # top-p in plain XLA works with more copies there
   return cached + logits * (shapes.slots + shapes.rows) + working + turned
 
 

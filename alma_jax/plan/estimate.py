@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import AbstractMesh
 
 from alma_jax.engine import buckets, points
+from alma_jax.engine.choose import Decoding, reads_once
 from alma_jax.engine.slots import (
   Load,
   Shapes,
@@ -51,8 +52,14 @@ from alma_jax.runtime.training import USEFUL
 
 NEAR = 0.9  # of a slot's mean length is what its token at work has behind it: lognormal lengths
 SCORES = 4  # times fp32 attention scores do, where they are not kept on the chip
-CHOOSING = {"greedy": 7, "temperature": 8, "filtered": 37}  # times fp32 logits do
-FILTERED_TPU = 23  # likewise, by `traffic.moved`
+CHOOSING = {
+  "greedy": 7,
+  "temperature": 8,
+  "filtered": 37,
+}  # times fp32 logits do in plain XLA, the head's writing included
+CHOOSING_ONCE = 2, 4  # where a kernel reads them once; a tensor group exchanges them first, written and read
+ACTIVATIONS = 44, 2  # times all heads' queries of a layer do and the feed-forward's inner numbers do, on TPUs
+RULES = 4  # more: ruled logits are written for the kernel and read, and the others read for the log-probability
 K_MEANS_BLOCK = {"gpu": 16384, "tpu": 2048}  # points that a centroid meets each time it is read; see engine/nearest.py
 K_MEANS_SCORE = 12  # bytes of memory traffic for each score where they go through memory
 REMAT = {"none": 1.0, "products": 1.0, "full": 4 / 3}  # times a step's arithmetic
@@ -466,10 +473,18 @@ def decoding_bytes(machine: Machine, work: Sampling, shapes: Shapes, new: float)
   read = keys * (shapes.slots * own + shapes.rows * prefix)
   scores = shapes.slots * own_scores + shapes.rows * shapes.tile * prefix_scores
   scores *= SCORES * 4 * c.heads / tensor * c.depth
-  filtered = o.decoding.top_p < 1 or o.decoding.top_k > 0
-  how = "greedy" if o.decoding.temperature == 0 else "filtered" if filtered else "temperature"
-  passes = FILTERED_TPU if how == "filtered" and machine.platform == "tpu" else CHOOSING[how]
-  return weights + read + scores + passes * 4 * c.vocab * shapes.slots / tensor
+  logits = _passes(o.decoding, machine) * 4 * c.vocab * shapes.slots / tensor
+  wide = (ACTIVATIONS[0] * c.heads * c.head_dim + ACTIVATIONS[1] * c.ffn) / tensor if machine.platform == "tpu" else 0
+  return weights + read + scores + logits + c.depth * shapes.slots * wide * machine.itemsize
+
+
+def _passes(decoding: Decoding, machine: Machine) -> int:
+  """How many times a step's logits go through memory."""
+  if reads_once(decoding, machine.c.vocab, machine.platform):
+    ruled = decoding.remembers or decoding.min_new_tokens > 0
+    return CHOOSING_ONCE[machine.tensor > 1] + (RULES if ruled else 0)
+  filtered = decoding.top_p < 1 or decoding.top_k > 0
+  return CHOOSING["greedy" if decoding.temperature == 0 else "filtered" if filtered else "temperature"]
 
 
 def _looked_at(machine: Machine, T: int, S: int, live: float) -> tuple[float, float]:
