@@ -234,11 +234,12 @@ def test_one_gpu_holds_a_whole_copy_and_its_gradients():
   [
     ("v6e:2x4", Reading("judgments", 10**6, 3e8, 0.0, 1024, 10**4, 500.0, 1140), 13.88),
     ("h100:8", Reading("judgments", 10**6, 3e8, 0.0, 1024, 10**4, 500.0, 1140), 13.82),
-    ("v6e:2x4", Reading("embeddings", 10**6, 2e8, 0.0, 2048), 14.33),
-    ("h100:8", Reading("embeddings", 10**6, 2e8, 0.0, 2048), 14.41),
+    ("v6e:2x4", Reading("embeddings", 10**6, 2e8, 0.0, 2048), 14.33 + 0.98),
+    ("h100:8", Reading("embeddings", 10**6, 2e8, 0.0, 2048), 14.41 + 0.98),
   ],
 )
 def test_reading_takes_what_the_compilers_say(word, work, gib):
+  # The head, 0.98 GiB, is no part of the embeddings' program, and lies beside it.
   step = estimate.estimate(machine(word, dataclasses.replace(LLAMA, depth=4)), work)
   assert step.peak / 2**30 == pytest.approx(gib, rel=0.07)
 
@@ -263,6 +264,14 @@ def test_a_decode_step_moves_what_the_compilers_say(depth, gb):
 
 
 # More of anything
+
+
+@pytest.mark.parametrize(
+  "word, remat, rows, width, gb", [("v6e:2x4", "products", 8, 2560, 50.8), ("h100:8", "none", 8, 2560, 40.4)]
+)
+def test_a_step_sends_what_the_compilers_say(word, remat, rows, width, gb):
+  found = estimate._exchanged(machine(word), abstract_mesh(8, data=1, fsdp=-1), rows * width, 1, remat)
+  assert found / 1e9 == pytest.approx(gb, rel=0.02)
 
 
 def test_more_work_takes_more_and_more_devices_take_less():

@@ -349,7 +349,7 @@ def training(machine: Machine, work: Training, as_is: bool = False) -> Step:
   n, useful = steps(work), metrics.operations(c, [round(length)])
   # Padding and the end of a row cost what tokens do; a reference model goes forward beside.
   executed = useful * fit.places / length * (REMAT[remat] + (1 / 3 if objective.compares else 0))
-  collective = _exchanged(machine, mesh, places, passes, objective.compares)
+  collective = _exchanged(machine, mesh, places, passes, remat, objective.compares)
   peak_rate, mfu = machine.peak * machine.topology.devices, machine.assumptions.mfu
   rate = peak_rate * machine.assumptions.training
   arithmetic = useful * min(o.batch, work.examples) / (peak_rate * mfu) if mfu else executed / rate
@@ -401,13 +401,22 @@ def _scoring(machine: Machine, work: Scoring, fit: Fitted) -> Step:
   )
 
 
-def _exchanged(machine: Machine, mesh: AbstractMesh, places: int, passes: int, compares: bool = False) -> float:
+def _exchanged(
+  machine: Machine, mesh: AbstractMesh, places: int, passes: int, remat: str = "none", compares: bool = False
+) -> float:
   """Bytes that a step sends from each device: along fsdp the layers' weights are gathered forward and backward, and
   embedding and head once each; their gradients are reduced to shares, along fsdp and once more along data; activations
-  go along tensor. A reference model is gathered once."""
+  go along tensor. A reference model is gathered once.
+
+  TPUs multiply a share of a layer's weights while the next ones come from both sides, which sends fsdp + 1 shares where
+  a gather sends fsdp - 1. With remat="full" what goes forward again is gathered, all but the last product."""
   data, fsdp, tensor = (mesh.shape[axis] for axis in sharding.AXES)
   layers, tables = machine.itemsize * machine.layers / tensor, machine.itemsize * 2 * machine.head / tensor
-  along_fsdp = (3 * layers + 2 * tables + (layers + tables if compares else 0)) * passes * (fsdp - 1) / fsdp
+  last = machine.itemsize * machine.c.depth * machine.c.ffn * machine.c.width / tensor
+  gathered = (layers - last if remat == "full" else 0) + 2 * tables + (tables if compares else 0)
+  windowed = (4 if compares else 3) * layers - (layers - last if remat == "full" else 0)
+  sent = fsdp + 1 if machine.platform == "tpu" and fsdp > 2 else fsdp - 1
+  along_fsdp = (gathered * (fsdp - 1) + windowed * sent) * passes / fsdp
   along_data = 2 * (layers + tables) / fsdp * (data - 1) / data
   own = places / (data * fsdp)
   along_tensor = 6 * machine.c.depth * own * machine.c.width * machine.itemsize * 2 * (tensor - 1) / tensor
