@@ -356,6 +356,42 @@ def test_runs_are_handed_to_cudnn_and_their_statistics_come_back_in_place(monkey
   segments = segments.at[2, 6:10].set(6)
   got = attention_nvidia._packed(5, q, k, v, segments)
   close(got, attention_reference.reference_causal(q, k, v, segments), 3e-6)
+  # In pieces of one row and one of two key heads
+  monkeypatch.setattr(attention_reference, "WORKSPACE", 5 * 12 * 2 * 9 * 4)
+  assert attention_reference.packed_piece(5, q.shape, 2) == (1, 1)
+  monkeypatch.setattr(
+    jax.lax, "map", lambda f, xs: jax.tree.map(lambda *x: jnp.stack(x), *(f(x) for x in zip(*xs, strict=True)))
+  )
+  close(attention_nvidia._packed(5, q, k, v, segments), got, 0)
+
+
+@pytest.mark.parametrize(
+  ("B", "T", "N", "K", "H", "wanted"),
+  [
+    (8, 2048, 32, 8, 128, (1, 8)),  # 8B on one GPU: 17 GB in one call, which is what refused the step
+    (4, 4096, 32, 8, 128, (1, 4)),
+    (2, 8192, 32, 8, 128, (1, 2)),
+    (8, 2048, 32, 8, 64, (2, 8)),
+    (6, 512, 8, 8, 64, (6, 8)),
+    (3, 1 << 20, 8, 2, 128, (1, 1)),
+  ],
+)
+def test_packed_rows_go_in_pieces_that_leave_room(B, T, N, K, H, wanted):
+  runs = attention_reference.few_runs(T)
+  rows, heads = attention_reference.packed_piece(runs, (B, T, N, H), K)
+  assert (rows, heads) == wanted
+  size = attention_reference.packed_workspace(runs, rows * T, N // K * heads, H)
+  assert (size <= attention_reference.WORKSPACE) == (T < 1 << 20)
+
+
+def test_pieces_lower_to_one_call_each_way_and_no_gradient_of_the_reference(hopper, monkeypatch):
+  monkeypatch.setattr(attention_reference, "WORKSPACE", 8 * 256 * 4 * 65 * 4)
+  q, k, v = example(2, 256, 256, 8, 2, 64, dtype=jnp.bfloat16)
+  text = lowered(gradient_of_out(functools.partial(attention_nvidia.causal, few=True), packed(2, 256)), "cuda", q, k, v)
+  assert cudnn_calls(text) == ["fmhaSoftmax", "fmhaSoftmaxBackward"]
+  piece = "tensor<1x256x4x64xbf16>"
+  assert len(re.findall(rf"@__cudnn.*\({piece}, {piece}, {piece}, .*tensor<8x4x256xf32>", text)) == 2
+  assert "stablehlo.exponential" not in text
 
 
 def test_a_batch_with_too_many_runs_goes_in_stripes(monkeypatch):

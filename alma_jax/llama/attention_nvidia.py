@@ -7,7 +7,9 @@ has changed, or disagrees with the reference on this device, `llama.attention` w
   causal   each run of one segment is a sequence of cuDNN's packed layout, padding too (needs compute capability 9.0).
            That layout takes a fixed number of runs per row; a batch with more of them in any row goes in stripes. The
            caller says which it is; for a caller that does not know, the device decides in every layer, which makes it
-           wait for the host and compiles both ways.
+           wait for the host and compiles both ways. The backward pass sums dq in fp32 over a whole row's length for
+           every run that a row may have: 17 GB for 8 rows of 2,048 with 32 heads of 128, which only a compilation on a
+           real device counts. So large batches go in pieces of rows, then of heads, of at most `WORKSPACE`.
   over     the G heads that share keys become queries of one head, so that keys are read once for all of them.
 """
 
@@ -25,6 +27,7 @@ from alma_jax.llama.attention_reference import (
   Attend,
   Attended,
   few_runs,
+  packed_piece,
   reference_over,
   striped_causal,
   with_gradient_of,
@@ -67,7 +70,31 @@ def _begins(segments: Array) -> Array:
 
 
 def _packed(runs: int, q: Array, k: Array, v: Array, segments: Array) -> Attended:
-  """Causal attention, a sequence per run. One row of T = 8 with runs = 4:
+  """Causal attention, a sequence per run, in pieces as large as the backward pass can afford."""
+  (B, T, N, H), K = q.shape, k.shape[2]
+  rows, heads = packed_piece(runs, q.shape, K)
+  if (rows, heads) == (B, K):
+    out, lse = _packed_piece(runs, q, k, v, segments)
+  else:
+
+    def split(x: Array) -> Array:  # [B, T, n, H] -> [pieces, rows, T, n of a piece, H]
+      x = x.reshape(B // rows, rows, T, K // heads, -1, H)
+      return jnp.moveaxis(x, 3, 1).reshape(-1, rows, T, *x.shape[4:])
+
+    def joined(x: Array) -> Array:  # [pieces, rows, T, n of a piece, ...] -> [B, T, N, ...]
+      x = x.reshape(B // rows, K // heads, *x.shape[1:])
+      return jnp.moveaxis(x, 1, 3).reshape(B, T, N, *x.shape[5:])
+
+    def piece(x: tuple[Array, Array, Array, Array]) -> Attended:
+      return _packed_piece(runs, *x)
+
+    each = jnp.repeat(segments.reshape(-1, rows, T), K // heads, axis=0)
+    out, lse = map(joined, jax.lax.map(piece, (split(q), split(k), split(v), each)))
+  return out, with_gradient_of(_lse_of(striped_causal), lse, q, k, v, segments)
+
+
+def _packed_piece(runs: int, q: Array, k: Array, v: Array, segments: Array) -> Attended:
+  """One call of cuDNN; its log-sum-exp has no gradient. One row of T = 8 with runs = 4:
 
   segments   1 1 1 2 2 0 0 0        starts    0 3 5 8 8     T fills up
   begins     x . . x . x . .        lengths   3 2 3 -1      -1: no such run
@@ -102,8 +129,7 @@ def _packed(runs: int, q: Array, k: Array, v: Array, segments: Array) -> Attende
   # `before[b]` runs of earlier rows, and a place stands at its distance from the start of its run.
   before = jnp.cumsum(count) - count[:, 0]
   at = place - jnp.take_along_axis(starts, run, axis=1)
-  lse = stats[before[:, None] + run, :, at]
-  return out, with_gradient_of(_lse_of(striped_causal), lse, q, k, v, segments)
+  return out, jax.lax.stop_gradient(stats[before[:, None] + run, :, at])
 
 
 @functools.cache

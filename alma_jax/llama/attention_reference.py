@@ -2,6 +2,7 @@
 
   reference_causal, reference_over   the contract of `llama.attention` in its plainest form
   striped_causal                     reference_causal without scores [B, N, T, T]
+  packed_piece                       how much at a time the fused kernels of GPUs get
   with_gradient_of                   a kernel's result with the gradient of the reference
 
 Back ends import this file and never `llama.attention`, which chooses among them.
@@ -17,6 +18,7 @@ from jax import Array
 
 NEVER = -1e30  # the score of a masked key, and the log-sum-exp over no keys: finite, so that no NaN arises
 STRIPE = 256  # queries per stripe where [T, T] scores would be large
+WORKSPACE = 2.2e9  # bytes that the backward pass of a GPU's fused kernel may take, a row of 2,048 of 8B's
 
 Attended = tuple[Array, Array]  # out [B, T, N, H] in v's dtype; log-sum-exp [B, T, N] in fp32
 Attend = Callable[[Array, Array, Array, Array], Attended]  # q, k, v, and segments [B, T] or lengths [B]
@@ -25,6 +27,30 @@ Attend = Callable[[Array, Array, Array, Array], Attended]  # q, k, v, and segmen
 def few_runs(T: int) -> int:
   """How many runs of one segment a row may have for the fused kernels of GPUs: each costs statistics [N, T]."""
   return max(2, min(T // 32, 64))
+
+
+def packed_piece(runs: int, q: tuple[int, ...], kv_heads: int) -> tuple[int, int]:
+  """How many rows and key/value heads of q [B, T, N, H] the fused kernels of GPUs get at a time, whose backward pass
+  takes `packed_workspace` for them: as many as `WORKSPACE` allows, and all heads before a second row.
+
+    runs 64, 8 rows of 2,048, 32 heads of 128 and 8 of keys     one row, all heads: 2.1 GB, not 17
+    the same with rows of 8,192                                 one row, 2 of keys (8 heads)
+  """
+  B, T, N, H = q
+
+  def fits(rows: int, heads: int) -> bool:
+    return packed_workspace(runs, rows * T, N // kv_heads * heads, H) <= WORKSPACE
+
+  for rows, heads in [(n, kv_heads) for n in range(B, 0, -1)] + [(1, n) for n in range(kv_heads, 0, -1)]:
+    if B % rows == 0 and kv_heads % heads == 0 and fits(rows, heads):
+      return rows, heads
+  return 1, 1
+
+
+def packed_workspace(runs: int, places: int, heads: int, head_dim: int) -> int:
+  """Bytes that cuDNN's backward pass over packed rows takes beside its results: dq in fp32, and a sum for each of its
+  rows, for as many runs of a whole row's length as there may be."""
+  return 4 * runs * places * heads * (head_dim + 1)
 
 
 def reference_causal(q: Array, k: Array, v: Array, segments: Array) -> Attended:

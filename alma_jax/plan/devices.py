@@ -13,6 +13,7 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import os
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -23,11 +24,13 @@ from jax.sharding import Mesh
 
 from alma_jax.errors import UserError
 from alma_jax.llama import sharding
+from alma_jax.llama.attention_reference import packed_workspace
 from alma_jax.plan.topology import Topology
 
-LOW, DEFAULT = -1.0, 0.0  # efforts of the compilers, in JAX's numbers
+LOW, DEFAULT = -1.0, 0.0  # efforts of the compilers, in JAX's numbers; from jax 0.11 on it has words
 CACHE = "jax_enable_compilation_cache"
 EFFORTS = "jax_exec_time_optimization_effort", "jax_memory_fitting_effort"
+LEVELS = "jax_optimization_level", "jax_memory_fitting_level"
 
 # What XLA asks of an H100 SXM, as it prints it for a live one (openxla/xla, xla/backends/gpu/target_config).
 H100 = """
@@ -61,7 +64,7 @@ def described(topology: Topology, effort: float = LOW) -> Iterator[Sequence[Any]
   """Yields the devices of the topology, for which programs can be lowered and compiled inside the block."""
   with contextlib.ExitStack() as stack:
     # What is compiled for absent devices can be written to a cache of compilations, but not read again.
-    values = dict.fromkeys(EFFORTS, effort) | {CACHE: False}
+    values = _effort(effort) | {CACHE: False}
     stack.callback(compilation_cache.reset_cache)
     for name, value in values.items():
       stack.callback(jax.config.update, name, getattr(jax.config, name))
@@ -84,6 +87,13 @@ def compilers(topology: Topology) -> str:
 def local_mesh(topology: Topology, devices: Sequence[Any], tensor: int) -> Mesh:
   """The mesh of one host, which sampling and reading run on."""
   return sharding.make_mesh(data=-1, tensor=tensor, devices=devices[: topology.local])
+
+
+def _effort(effort: float) -> dict[str, Any]:
+  """JAX's settings for this effort of its compilers, by name."""
+  if hasattr(jax.config, EFFORTS[0]):
+    return dict.fromkeys(EFFORTS, effort)
+  return dict.fromkeys(LEVELS, "O1") if effort < DEFAULT else {}
 
 
 def _version(package: str) -> str | None:
@@ -123,6 +133,26 @@ def _devices(topology: Topology) -> Sequence[Any]:
     ) from None
 
 
+class _WithWorkspace:
+  """JAX's module `mlir` for cuDNN's attention. How much the backward pass over packed rows takes beside its results is
+  asked of cuDNN on a real device alone; here it is a result of that size."""
+
+  def __init__(self, mlir: Any) -> None:
+    self._mlir = mlir
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self._mlir, name)
+
+  def custom_call(self, name: str, *args: Any, **options: Any) -> Any:
+    config = re.search(r'"?max_seg_per_batch"?\s*:\s*(\d+)', str(options.get("backend_config")))
+    if name.endswith("Backward") and config and int(config[1]) > 1:
+      ir, (B, N, T, H) = self._mlir.ir, options["result_types"][0].shape
+      size = packed_workspace(int(config[1]), B * T, N, H)
+      *results, none = options["result_types"]
+      options["result_types"] = [*results, ir.RankedTensorType.get((size,), none.element_type)]
+    return self._mlir.custom_call(name, *args, **options)
+
+
 @contextlib.contextmanager
 def _hopper() -> Iterator[None]:
   """cuDNN's attention asks the GPU at hand what it can: inside the block an H100 answers."""
@@ -139,6 +169,7 @@ def _hopper() -> Iterator[None]:
 
   answers = {
     "check_compute_capability": capable, "is_cuda_compute_capability_equal": equal, "check_cudnn_version": version,
+    "mlir": _WithWorkspace(cudnn.mlir),  # pyright: ignore[reportPrivateImportUsage]
   }  # fmt: skip
   before = {name: getattr(cudnn, name) for name in answers if hasattr(cudnn, name)}
   for name in before:
