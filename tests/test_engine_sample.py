@@ -9,7 +9,7 @@ import pytest
 from engine_models import CONFIG, assert_drawn_from, exact, logprobs, on_mesh, stacked, unrolled
 from fixtures.make_llama_fixtures import hf_model
 
-from alma_jax.engine import sample
+from alma_jax.engine import buckets, sample
 from alma_jax.engine.choose import Decoding
 from alma_jax.engine.sample import Limits, Request, SamplingHooks
 from alma_jax.engine.slots import (
@@ -296,15 +296,17 @@ def test_other_prompts_and_another_checkpoint_compile_nothing(devices):
   assert compiled_sizes() == sizes
 
 
-def test_on_a_mesh_of_one_device_every_shape_of_prefill_compiles_once(monkeypatch, caplog):
+@pytest.mark.parametrize(("little", "slots", "count"), [(0, 13, 2), (buckets.LITTLE, 11, 1)], ids=["much", "little"])
+def test_on_a_mesh_of_one_device_every_shape_of_prefill_compiles_once(little, slots, count, monkeypatch, caplog):
+  monkeypatch.setattr(buckets, "LITTLE", little)
   one = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "tensor"))
   model, fill, shapes = on_mesh(unrolled(), one, sharding.DECODE), sample._fill, set()
   monkeypatch.setattr(sample, "_fill", lambda *x, mesh: shapes.add(x[3].shape) or fill(*x, mesh=mesh))
   requests = many_samples(1, 30, length=(17, 30))
   with jax.log_compiles():
-    found = sample.sample(model, requests, WARM, Limits(13, 21), one)
-  assert sum("Compiling jit(_fill)" in line for line in caplog.messages) == len(shapes) == 2
-  assert found == sample.sample(unrolled(), requests, WARM, Limits(13, 21))
+    found = sample.sample(model, requests, WARM, Limits(slots, 21), one)
+  assert sum("Compiling jit(_fill)" in line for line in caplog.messages) == len(shapes) == count
+  assert found == sample.sample(unrolled(), requests, WARM, Limits(slots, 21))
 
 
 def test_a_segment_updates_the_cache_where_it_is():

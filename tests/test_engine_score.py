@@ -98,6 +98,23 @@ def test_eight_devices_read_what_one_does_and_a_second_call_compiles_nothing(row
   np.testing.assert_allclose(found[0], next_logprobs(stacked(), others[:1], COLUMNS, 2, Setup(8))[0], atol=1e-5)
 
 
+def test_little_work_runs_in_one_shape_and_much_in_several(monkeypatch, rows, read):
+  """Prefixes and suffixes of all lengths: one program each; the scores are those of any other shapes."""
+  shapes, prefixes, reading = [set(), set()], score._prefixes, score._read
+  monkeypatch.setattr(score, "_prefixes", lambda *x, mesh: shapes[0].add(x[1].shape) or prefixes(*x, mesh=mesh))
+  monkeypatch.setattr(
+    score, "_read", lambda *x, **to: shapes[1].add((x[1].kv[0].shape, x[2].shape)) or reading(*x, **to)
+  )
+  some = [row for row in rows if len(row[0]) <= 32 and len(row[1]) <= 32]
+  found = next_logprobs(stacked(), some, COLUMNS, 2, Setup(8))
+  assert shapes[0] == {(8, 32)} and len(shapes[1]) == 1
+  monkeypatch.setattr(buckets, "LITTLE", 0)
+  again = next_logprobs(stacked(), rows, COLUMNS, 2, Setup(8))
+  assert len(shapes[0]) > 1 and len(shapes[1]) > 1
+  np.testing.assert_allclose(again, read, atol=1e-5)
+  np.testing.assert_allclose(found, [x for x, row in zip(again, rows, strict=True) if row in some], atol=1e-5)
+
+
 def test_devices_ask_one_another_for_nothing(monkeypatch, rows, read):
   mesh = sharding.make_mesh(data=8)
   model = on_mesh(stacked(), mesh, sharding.DECODE)
@@ -217,20 +234,20 @@ sizes = st.dictionaries(st.integers(0, 40), st.lists(st.integers(1, 90), min_siz
 
 
 @settings(max_examples=100, deadline=None)
-@given(sizes, st.integers(1, 4), st.integers(1, 12), st.sampled_from([0, 64]))
-def test_waves_hold_every_row_once_on_the_replica_of_its_prefix(lengths, replicas, rows, before):
+@given(sizes, st.integers(1, 4), st.integers(1, 12), st.sampled_from([0, 64]), st.booleans())
+def test_waves_hold_every_row_once_on_the_replica_of_its_prefix(lengths, replicas, rows, before, fixed):
   grouped = {
     (name,) * (1 + name): [buckets.Suffix((0,) * n, [(name, i)]) for i, n in enumerate(found)]
     for name, found in lengths.items()
   }
   seen, held = [], collections.Counter()
   with mock.patch.object(buckets, "ROOM", 100):
-    waves = list(buckets.waves(grouped, replicas, rows, before))
+    waves = list(buckets.waves(grouped, replicas, rows, before, fixed))
   for wave in waves:
     P = len(wave.prefixes) // replicas
     most = max(rows, rows * 100 // (before + buckets.rounded(max(len(prefix or ()) for prefix in wave.prefixes))))
     assert P * replicas == len(wave.prefixes) and most >= P
-    assert P in (1, 4, most, *(rows * 2**i for i in range(7)))
+    assert rows == P if fixed else P in (1, 4, most, *(rows * 2**i for i in range(7)))
     held.update(wave.prefixes)
     for call in wave.calls:
       W = replicas * rows // len(call.prefixes)
@@ -249,3 +266,4 @@ def test_widths_are_few_and_waste_little():
   assert all(n <= width < max(n + 16, 1.5 * n) for n, width in enumerate(widths, 1))
   assert all(width < 1.125 * n + 8 for n, width in enumerate(widths, 1) if n > 448)
   assert {2**i for i in range(4, 13)} <= set(widths) and len(set(widths)) <= 36
+  assert [buckets.coarse(n) for n in (1, 32, 33, 128, 129)] == [32, 32, 128, 128, 512]

@@ -1,6 +1,7 @@
 """Rows of different lengths in calls of a few fixed shapes, so that few programs are compiled.
 
   rounded(100)    the width of a row of 100 tokens
+  coarse(100)     the same where compiling a program for each width would cost more than padding
   batches(...)    single rows, one width per batch
   waves(...)      rows that continue shared prefixes: which device holds which prefix, and which rows run together
 
@@ -11,7 +12,7 @@ import dataclasses
 import itertools
 import math
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +24,9 @@ SPARE = 1.125  # and only where tiles leave at most an eighth of all places empt
 ROOM = 1024  # tokens of prefixes that are held for every row of a call
 FEW = 4  # up to so many full batches of rows are few
 FINE, LEVELS, SAVING = 8, 3, 0.1  # few rows: what widths are multiples of, how many, what a further one must save
+# Operations of a call below which one program more costs more than padding. A CPU core compiles a prefill of three
+# layers in two seconds, about 2e11 operations; coarse shapes make up to eight times the work, and mostly twice.
+LITTLE = 2.5e10
 
 
 def rounded(length: int) -> int:
@@ -31,6 +35,18 @@ def rounded(length: int) -> int:
   octave = 1 << (max(length, 1) - 1).bit_length()
   step = min(max(STEP, octave // 4), max(64, octave // 16))
   return -(-max(length, 1) // step) * step
+
+
+def little(parameters: int, rows: Iterable[Sequence[int]]) -> bool:
+  """True if a call for these rows is so little work that few programs count for more than little padding."""
+  return 2 * parameters * sum(map(len, rows)) < LITTLE
+
+
+def coarse(length: int, least: int = 2 * STEP) -> int:
+  """The first of `least`, 4 x least, 16 x least, ... that holds the length."""
+  while least < length:
+    least *= 4
+  return least
 
 
 def padded(rows: Sequence[Sequence[int] | None], width: int, least: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -69,24 +85,26 @@ def levels(sizes: np.ndarray, most: int, saving: float) -> np.ndarray:
 
 
 def batches(
-  rows: Sequence[Sequence[int]], batch: int, unit: int = 1, least: int = 1, fit: bool = True
-) -> Iterator[Bucket]:
+  rows: Sequence[Sequence[int]], batch: int, unit: int = 1, least: int = 1, fit: bool = True,
+  width: Callable[[int], int] = rounded,
+) -> Iterator[Bucket]:  # fmt: skip
   """Yields Buckets that hold every row once, shortest first. Empty places have length `least`.
 
-  Many rows come in Buckets of `batch` places and rounded lengths, which every call for many rows has in common. FEW
-  times that or less come in up to LEVELS sizes that fit them, of at most `batch` places, in multiples of `unit`; unless
-  not `fit`, because such sizes, and so the last digits of results, follow the number of devices.
+  Many rows come in Buckets of `batch` places and lengths as `width` rounds them, which every call for many rows has in
+  common. FEW times that or less come in up to LEVELS sizes that fit them, of at most `batch` places, in multiples of
+  `unit`; unless not `fit`, because such sizes, and so the last digits of results, follow the number of devices.
   """
   if fit and 0 < len(rows) <= FEW * batch:
     yield from _fitted(rows, batch, unit, least)
     return
-  order = sorted(range(len(rows)), key=lambda i: (rounded(len(rows[i])), i))
-  for width, members in itertools.groupby(order, key=lambda i: rounded(len(rows[i]))):
+  widths = [width(len(row)) for row in rows]
+  order = sorted(range(len(rows)), key=lambda i: (widths[i], i))
+  for wide, members in itertools.groupby(order, key=widths.__getitem__):
     members = list(members)
     for start in range(0, len(members), batch):
       take = members[start : start + batch]
       filled = [*(rows[i] for i in take), *[None] * (batch - len(take))]
-      yield Bucket(take, *padded(filled, width, least))
+      yield Bucket(take, *padded(filled, wide, least))
 
 
 def _fitted(rows: Sequence[Sequence[int]], batch: int, unit: int, least: int) -> Iterator[Bucket]:
@@ -129,11 +147,14 @@ class Wave:
   calls: list[Call]
 
 
-def waves(grouped: Mapping[tuple[int, ...], list[Suffix]], replicas: int, rows: int, before: int = 0) -> Iterator[Wave]:
+def waves(
+  grouped: Mapping[tuple[int, ...], list[Suffix]], replicas: int, rows: int, before: int = 0, fixed: bool = False
+) -> Iterator[Wave]:
   """Yields the Waves of {prefix: its suffixes}; a replica runs `rows` rows per call.
 
   Up to W rows of one prefix and of like length form a tile, W = TILE or 1. Prefixes of like length, with suffixes of
   like length, share a wave, and in a wave the long tiles come first. `before`: tokens that precede every prefix.
+  `fixed`: every wave has places for `rows` prefixes on each replica, however few they are.
 
   Prefixes p with five rows and q with two, on one replica with rows = 8 and W = 4, so that a call has n = 2 tiles:
 
@@ -153,9 +174,9 @@ def waves(grouped: Mapping[tuple[int, ...], list[Suffix]], replicas: int, rows: 
 
   pieces.sort(key=size, reverse=True)
   while pieces:
-    most = max(rows, rows * ROOM // (before + rounded(len(pieces[0][0]))))
+    most = rows if fixed else max(rows, rows * ROOM // (before + rounded(len(pieces[0][0]))))
     now, pieces = pieces[: replicas * most], pieces[replicas * most :]
-    yield _wave(now, replicas, rows, most, W)
+    yield _wave(now, replicas, rows, (most if fixed else 1, most), W)
 
 
 def _tile_width(grouped: Mapping[tuple[int, ...], list[Suffix]], rows: int, before: int) -> int:
@@ -172,8 +193,11 @@ def _tiles(rows: list[Suffix], W: int) -> list[Tile]:
   return [ordered[at : at + W] for at in range(0, len(ordered), W)]
 
 
-def _wave(pieces: list[tuple[tuple[int, ...], list[Tile]]], replicas: int, rows: int, most: int, W: int) -> Wave:
-  """The Wave of these (prefix, tiles); each replica holds at most `most` prefixes."""
+def _wave(
+  pieces: list[tuple[tuple[int, ...], list[Tile]]], replicas: int, rows: int, places: tuple[int, int], W: int
+) -> Wave:
+  """The Wave of these (prefix, tiles); each replica has at least and at most so many `places` for prefixes."""
+  least, most = places
   held: list[dict[tuple[int, ...], int]] = [{} for _ in range(replicas)]  # prefix -> its place, for each replica
   tiles: list[list[tuple[int, Tile]]] = [[] for _ in range(replicas)]  # (place of the prefix, tile), for each replica
   # The prefix with most tiles first, each to the replica with the fewest tiles that still has room.
@@ -183,7 +207,7 @@ def _wave(pieces: list[tuple[tuple[int, ...], list[Tile]]], replicas: int, rows:
     tiles[to] += [(place, tile) for tile in found]
   for share in tiles:
     share.sort(key=lambda tile: len(tile[1][0].ids), reverse=True)
-  P, n = _few(max(map(len, held)), rows, most), rows // W
+  P, n = _few(max(least, *map(len, held)), rows, most), rows // W
   prefixes = [prefix for share in held for prefix in (*share, *[None] * (P - len(share)))]
   calls = [_call([share[at : at + n] for share in tiles], n, W) for at in range(0, max(map(len, tiles)), n)]
   return Wave(prefixes, calls)

@@ -93,8 +93,8 @@ def embeddings(
     if progress:
       progress(len(indices))
 
-  waiting = None
-  for take, tokens, lengths in buckets.batches(rows, batch * replicas(mesh), replicas(mesh), fit=fit):
+  waiting, width_of = None, buckets.coarse if buckets.little(model.c.parameters, rows) else buckets.rounded
+  for take, tokens, lengths in buckets.batches(rows, batch * replicas(mesh), replicas(mesh), fit=fit, width=width_of):
     how = dict(mesh=mesh, layers=kind.layers, pooling=kind.pooling)
     found = _pooled(model, kind.projection, tokens, lengths, **how)
     if waiting:  # the device works on the next batch meanwhile

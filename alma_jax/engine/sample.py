@@ -355,6 +355,8 @@ class _Sampler:
     self.holds = np.full(self.ways * shapes.slots, -1)  # the request in each slot
     number = {prompt: i for i, prompt in enumerate(dict.fromkeys(request.prompt for request in requests))}
     self.prompts = list(number)
+    # A single prompt is often one of many calls (a chat), whose padding adds up.
+    self.coarse = len(number) > 1 and buckets.little(model.c.parameters, number)
     self.asks = np.array([number[request.prompt] for request in requests])  # the number of each request's prompt
     self.rows = np.full((self.ways, shapes.rows), -1)  # the number of the prompt in each row
     # the requests of the chunk that each replica has at hand, and the chunks that are still to be taken
@@ -427,20 +429,27 @@ class _Sampler:
 
   def _fill(self, fills: list[list[_Fill]]) -> None:
     """One prefill for all replicas, each with its own fills."""
-    shapes, R = self.shapes, 1 if max(map(len, fills)) == 1 else PREFILL_ROWS
+    shapes, R = self.shapes, 1 if max(map(len, fills)) == 1 and not self.coarse else PREFILL_ROWS
     heads = tuple(mine[0].chunk.head if mine else () for mine in fills)
     rests, into = [], []
     for mine, start in zip(fills, heads, strict=True):
       free = R - len(mine)
       rests += [*(chunk.prompt[len(start) :] for _, chunk in mine), *[()] * free]
       into += [*(row for row, _ in mine), *[shapes.rows] * free]
-    tokens, lengths = _padded(rests, shapes.room)
+    tokens, lengths = self._padded(rests, buckets.STEP)
     head = None
     if any(heads):
       if self.heads != heads:
-        self.heads, self.heads_kv = heads, _head(self.model, *_padded(heads, shapes.room), mesh=self.mesh)
+        self.heads, self.heads_kv = heads, _head(self.model, *self._padded(heads, buckets.LONG), mesh=self.mesh)
       head = self.heads_kv, np.array([len(h) for h in heads], np.int32)
     self.state = _fill(self.model, self.state, head, tokens, lengths, np.array(into, np.int32), mesh=self.mesh)
+
+  def _padded(self, rows: Sequence[tuple[int, ...]], least: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [rows, width] and lengths; the width is one of few, and if it is coarse, at least `least`. An empty row
+    has length 1, and is not used."""
+    longest = max(map(len, rows))
+    width = buckets.coarse(longest, least) if self.coarse else buckets.rounded(longest)
+    return buckets.padded([row or None for row in rows], min(self.shapes.room, width), least=1)
 
   def _copy(self, copies: list[list[_Copy]]) -> None:
     """Copies of rows on all replicas, as many at a time as are prefilled."""
@@ -511,9 +520,3 @@ def _chunks(requests: Sequence[Request], size: int) -> Iterator[_Chunk]:
     for prompt in (prompts[i] for i in members):
       for start in range(0, len(of[prompt]), size):
         yield _Chunk(prompt, prompt[:length], of[prompt][start : start + size])
-
-
-def _padded(rows: Sequence[tuple[int, ...]], room: int) -> tuple[np.ndarray, np.ndarray]:
-  """Tokens [rows, width] and lengths; the width is one of few. An empty row has length 1, and is not used."""
-  width = min(room, buckets.rounded(max(map(len, rows))))
-  return buckets.padded([row or None for row in rows], width, least=1)

@@ -212,25 +212,25 @@ def _calls(
   held     [P]    those of a wave's prefixes, the opening included
   chosen   [n]    those that the tiles of one call continue, copied out of `held`
   """
-  ways = replicas(mesh)
+  ways, coarse = replicas(mesh), buckets.little(model.c.parameters, itertools.chain.from_iterable(rows))
+
+  def width(rows: Sequence[Ids | None]) -> int:
+    return (buckets.coarse if coarse else buckets.rounded)(max(len(row) for row in rows if row is not None))
+
   for opening, grouped in _grouped(rows, setup.common).items():
     shared, tokens = None, len(opening)
     if opening:
       shared = _prefixes(model, *buckets.padded([opening] * ways, len(opening)), None, mesh=mesh)
-    for wave in buckets.waves(grouped, ways, setup.batch, len(opening)):
-      held = _prefixes(model, *buckets.padded(wave.prefixes, _width(wave.prefixes)), shared, mesh=mesh)
+    for wave in buckets.waves(grouped, ways, setup.batch, len(opening), fixed=coarse):
+      held = _prefixes(model, *buckets.padded(wave.prefixes, width(wave.prefixes)), shared, mesh=mesh)
       tokens += sum(len(prefix) for prefix in wave.prefixes if prefix)
       for call in wave.calls:
         suffixes = [row and row.ids for row in call.rows]
-        arrays = buckets.padded(suffixes, _width(suffixes), least)
+        arrays = buckets.padded(suffixes, width(suffixes), least)
         tokens += sum(len(suffix) for suffix in suffixes if suffix)
         yield _Work(call.rows, (_chosen(held, call.prefixes, mesh=mesh), *arrays), tokens)
         tokens = 0
       del held  # before the next wave's are computed
-
-
-def _width(rows: Sequence[Ids | None]) -> int:
-  return buckets.rounded(max(len(row) for row in rows if row is not None))
 
 
 def _grouped(

@@ -188,7 +188,7 @@ def files(directory: Directory, head: Collection[str] | None = None, check: Chec
     c = dataclasses.replace(c, tied=True)  # no output head
   elif c.tied and NAMES["embed"][0] not in found and NAMES["head"][0] in found:
     found[NAMES["embed"][0]] = found.pop(NAMES["head"][0])  # safetensors' save_model keeps one name of a shared tensor
-  abstract = jax.eval_shape(lambda: llama.init(c, 0))
+  abstract = _shapes(c)
   leaves, tree = _flatten(abstract)
   wanted = []
   for path, param in leaves:
@@ -196,6 +196,12 @@ def files(directory: Directory, head: Collection[str] | None = None, check: Chec
     wanted.append(_Leaf(path, param, [name.format(layer) for layer in range(c.depth)] if _stacked(path) else [name]))
   _check(found, wanted, c, directory, head or ())
   return Files(abstract, found, wanted, tree)
+
+
+@functools.cache
+def _shapes(c: LlamaConfig) -> llama.Llama:
+  """A model of shapes without numbers; tracing it once serves all of a run's checkpoints."""
+  return jax.eval_shape(lambda: llama.init(c, 0))
 
 
 def _flatten(model: Any) -> tuple[list[tuple[str, nnx.Variable]], Any]:
