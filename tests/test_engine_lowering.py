@@ -1,8 +1,10 @@
 """Programs for accelerators on every kind of mesh, lowered on a CPU: the mesh alone says what they are for."""
 
+import dataclasses
 import functools
 import math
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +60,7 @@ def mesh(request, platform, monkeypatch):
     return
   # cuDNN's calls are lowered for a mesh with devices only: those of the CPU, as if they were H100s with cuDNN 9.10.
   for module in (attention, crossentropy, llama):
-    monkeypatch.setattr(module, "platform", lambda: "gpu")
+    monkeypatch.setattr(module, "platform", lambda *mesh: "gpu")
   monkeypatch.setattr(attention_nvidia.cudnn, "check_cudnn_version", lambda: 91000)
   monkeypatch.setattr(attention_nvidia.cudnn, "check_compute_capability", lambda capability: True)
   mesh = sharding.make_mesh(*request.param, devices=jax.devices()[: math.prod(request.param)])
@@ -107,7 +109,8 @@ def test_training_meets_its_kernels_on_every_mesh(mesh, platform, monkeypatch):
   assert "stablehlo.case" not in text and "stablehlo.if" not in text
 
 
-def test_sampling_meets_its_kernels_on_every_mesh(mesh, platform):
+def decoding(mesh, platform):
+  """A sampler's state, and its decode segment lowered."""
   model, decoding = weights(mesh, sharding.DECODE, unrolled=True), Decoding(max_new_tokens=128, stop_ids=(2,))
   shapes, ways = slots.shapes_for(16, T, 8), sharding.replicas(mesh)
   state = jax.eval_shape(lambda model: sample._empty(model, shapes, decoding, mesh), model)
@@ -116,13 +119,29 @@ def test_sampling_meets_its_kernels_on_every_mesh(mesh, platform):
   tiles = llama.Tiles(
     array(mesh, ways * shapes.rows, shapes.tile), array(mesh, ways * shapes.rows), array(mesh, ways * shapes.slots)
   )
+  text = lowered(sample._segment, platform, model, state, tiles, decoding=decoding, steps=4, mesh=mesh)
+  return state, text
+
+
+def test_sampling_meets_its_kernels_on_every_mesh(mesh, platform):
+  model, ways = weights(mesh, sharding.DECODE, unrolled=True), sharding.replicas(mesh)
+  state, text = decoding(mesh, platform)
   rows = array(mesh, ways * 2)
   fill = functools.partial(kernels, sample._fill, platform, model, state, None, array(mesh, ways * 2, T), rows, rows)
   assert fill(mesh=mesh) == {"tpu": 1, "cuda": 2}[platform]  # equal layers are one function on TPUs
-  text = lowered(sample._segment, platform, model, state, tiles, decoding=decoding, steps=4, mesh=mesh)
   # The prefixes and the cache of each layer, in kernels that read what is live; and one that chooses tokens.
   assert len(re.findall(KERNELS[platform], text)) == 4
   assert text.count('kernel_name = "choose_token"') == {"tpu": 1, "cuda": 0}[platform]
+
+
+@pytest.mark.parametrize("sizes", [(4, 1, 2), (1, 1, 1)])
+def test_narrow_heads_lie_side_by_side_in_the_cache_of_a_tpu(sizes, monkeypatch):
+  monkeypatch.setattr(sys.modules[__name__], "CONFIG", dataclasses.replace(CONFIG, head_dim=64))
+  mesh = elsewhere(sizes, "tpu")
+  with jax.sharding.use_abstract_mesh(mesh):
+    state, decode = decoding(mesh, "tpu")
+  assert state["cache"][0][0].shape[2:] == state["prefix"][1][1].shape[2:] == (4, 128)
+  assert len(re.findall(KERNELS["tpu"], decode)) == 4
 
 
 def test_judging_meets_its_kernels_on_every_mesh(mesh, platform):

@@ -273,6 +273,13 @@ def test_few_queries_over_the_live_blocks_of_each_row(T, N, K, dtype, monkeypatc
   assert not np.asarray(out[1]).any() and (np.asarray(lse[1]) == NEVER).all()
 
 
+def test_heads_side_by_side_are_heads():
+  assert attention.disagreement(INTERPRETED["few"], "over", jnp.bfloat16, 4, 64, (3, 2, 2)) is None
+  q, k, v = example(3, 2, 40, 8, 4, 64)
+  given = q, k.reshape(3, 40, 2, 128), v.reshape(3, 40, 2, 128), jnp.asarray([17, 0, 40])
+  np.testing.assert_array_equal(attention.over(*given)[0], attention.over(q, k, v, given[3])[0])  # taken apart
+
+
 def test_no_row_has_a_key_for_the_few_queries():
   q, k, v = example(3, 2, 8, 2, 1, 8)
   out, lse = INTERPRETED["few"](q, k, v, jnp.zeros(3, jnp.int32))
@@ -461,6 +468,13 @@ def test_who_is_chosen(call, platform, dtype, B, T, S, H, wanted):
   assert attention.chosen(call, platform, dtype, (B, T, 8, H), (B, S, 4, H)) == wanted
 
 
+def test_narrow_heads_lie_side_by_side_on_tpus():
+  assert attention.chosen("over", "tpu", BF16, (256, 1, 8, 64), (256, 512, 2, 128)) == "decode_tpu"
+  wanted = {("tpu", BF16, 4, 64): 2, ("tpu", BF16, 4, 128): 1, ("tpu", F32, 4, 64): 1, ("tpu", BF16, 3, 64): 1}
+  wanted |= {("cpu", BF16, 4, 64): 1, ("gpu", BF16, 4, 64): 1, ("tpu", BF16, 4, 16): 1}
+  assert {given: attention.side_by_side(*given) for given in wanted} == wanted
+
+
 @pytest.fixture
 def served(monkeypatch):
   """A back end for an accelerator that is the reference, off by a factor, and counts its traces."""
@@ -511,10 +525,10 @@ def test_a_back_end_with_a_fault_is_not_used_and_the_warning_says_why_once(fault
 
 
 def test_the_check_of_few_queries_has_their_shapes():
-  assert attention.disagreement(INTERPRETED["few"], "over", jnp.bfloat16, 2, 16, (1, 2)) is None
+  assert attention.disagreement(INTERPRETED["few"], "over", jnp.bfloat16, 2, 16, (1, 2, 1)) is None
   wrong = attention.disagreement(
     lambda q, k, v, n: attention_reference.reference_over(q, k, v, jnp.minimum(n, 128)),
-    "over", jnp.bfloat16, 2, 16, (1, 2),
+    "over", jnp.bfloat16, 2, 16, (1, 2, 1),
   )  # fmt: skip
   assert wrong is not None and wrong.startswith("its out differs")
 

@@ -88,8 +88,8 @@ def _empty(model: Llama, shapes: Shapes, decoding: Decoding, mesh: Mesh | None) 
   c, ways = model.c, replicas(mesh)
   slots, rows = shapes.slots * ways, shapes.rows * ways
   state = {
-    "cache": llama.new_cache(model, slots, decoding.max_new_tokens),
-    "prefix": llama.new_cache(model, rows, shapes.room),
+    "cache": llama.new_cache(model, slots, decoding.max_new_tokens, mesh),
+    "prefix": llama.new_cache(model, rows, shapes.room, mesh),
     "prefix_length": jnp.zeros(rows, jnp.int32),
     "prefix_logits": jnp.zeros((rows, c.vocab), jnp.float32),
     "logits": jnp.zeros((slots, c.vocab), jnp.float32),
@@ -139,7 +139,7 @@ def _fill(
       return jax.lax.dynamic_update_slice_in_dim(buffer, rest, before, axis=1)[:, :room]
 
     def put(old: Array, new: Array) -> Array:
-      return old.at[into].set(new, mode="drop")
+      return old.at[into].set(new.reshape(-1, *old.shape[1:]), mode="drop")
 
     new = {
       "prefix": jax.tree.map(put, state["prefix"], jax.tree.map(whole, kv, *(() if head is None else (head[0],)))),

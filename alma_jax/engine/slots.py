@@ -16,7 +16,7 @@ from alma_jax.engine import buckets
 from alma_jax.engine.choose import Decoding, reads_once
 from alma_jax.errors import UserError
 from alma_jax.llama.attention import chosen
-from alma_jax.llama.model import Llama
+from alma_jax.llama.model import Llama, cache_heads
 from alma_jax.llama.sharding import platform
 
 TILE = 16  # slots of one prompt that read its keys together
@@ -139,9 +139,10 @@ def bytes_of(
 def reads_what_is_live(model: Llama, T: int, S: int, mesh: Mesh | AbstractMesh | None, target: str) -> bool:
   """Whether attention over rows of S keys, T queries in each, has a kernel that skips the places without a token."""
   c, ways = model.c, 1 if mesh is None else mesh.shape["tensor"]
-  share = ways if c.kv_heads % ways == 0 else 1
-  q, k = (1, T, c.heads // share, c.head_dim), (1, S, c.kv_heads // share, c.head_dim)
-  return chosen("over", target, model.embed.get_value().dtype, q, k) in ("decode_tpu", "nvidia")
+  share, dtype = ways if c.kv_heads % ways == 0 else 1, model.embed.get_value().dtype
+  rows, wide = cache_heads(c, dtype, mesh, target)
+  q, k = (1, T, c.heads // share, c.head_dim), (1, S, rows // share, wide)
+  return chosen("over", target, dtype, q, k) in ("decode_tpu", "nvidia")
 
 
 def token_bytes(model: Llama, mesh: Mesh | AbstractMesh | None) -> int:

@@ -5,8 +5,9 @@
                               (`over_tiles`: the same for a sampler's tiles)
   merged(a, b)                attention over the union of the keys of two results
 
-q is [B, T, N, H]; k and v are [B, S, K, H] (grouped queries: G = N / K heads share a key/value head). Scores, softmax
-and the log-sum-exp [B, T, N] are fp32 for inputs of every dtype, so that two parts can be merged exactly. Everything
+q is [B, T, N, H]; k and v are [B, S, K, H] (grouped queries: G = N / K heads share a key/value head). For `over` they
+may have n heads side by side, [B, S, K / n, n H], as a cache on TPUs has them (`side_by_side`). Scores, softmax and the
+log-sum-exp [B, T, N] are fp32 for inputs of every dtype, so that two parts can be merged exactly. Everything
 but `over_tiles` can be differentiated.
 
 `llama.attention_reference` says the same in plain XLA. The tests compare every back end with it, and each back end of
@@ -28,11 +29,20 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
-from alma_jax.llama.attention_reference import Attend, Attended, reference_causal, reference_over, striped_causal
+from alma_jax.llama.attention_reference import (
+  Attend,
+  Attended,
+  apart,
+  reference_causal,
+  reference_over,
+  striped_causal,
+)
 from alma_jax.llama.sharding import BATCH, platform
 from alma_jax.llama.trial import flaw_on
 
 CACHE = 4 * 2**20  # bytes of scores (of keys and values when decoding) that plain XLA handles well on a CPU, measured
+
+LANES = 128  # numbers in a row of a TPU's tiles
 
 Call = Literal["causal", "over"]
 Shape = tuple[int, ...]
@@ -59,6 +69,13 @@ def over_tiles(q: Array, k: Array, v: Array, lengths: Array) -> Attended:
   return _computed("over", q, k, v, lengths)
 
 
+def side_by_side(platform: str, dtype: DTypeLike, K: int, H: int) -> int:
+  """How many heads of keys a cache has side by side, of K heads of H numbers on each device. On TPUs as many as fill a
+  row of tiles: narrower rows are filled up with zeros, or laid out anew for each use."""
+  n = max(1, LANES // H)
+  return n if platform == "tpu" and dtype == jnp.bfloat16 and H % 64 == 0 and K % n == 0 else 1
+
+
 def merged(a: Attended, b: Attended) -> Attended:
   """Attention over the keys of both parts, which share no key: each out counts by its share of exp(log_sum_exp)."""
   (out_a, lse_a), (out_b, lse_b) = a, b
@@ -73,7 +90,7 @@ def merged(a: Attended, b: Attended) -> Attended:
 def chosen(call: Call, platform: str, dtype: DTypeLike, q: Shape, k: Shape) -> str | None:
   """The back end for `call` on a platform in JAX's words: "cpu", "nvidia", "tpu" or "decode_tpu" (the files
   attention_*.py), or None for plain XLA. `q` and `k` are the shapes that a device holds."""
-  (B, T, N, H), (_, S, K, _) = q, k
+  (B, T, N, H), (_, S, K, wide) = q, k
   if platform == "cpu":
     decodes = call == "over" and T == 1
     return "cpu" if 4 * (2 * B * S * K * H if decodes else B * N * T * S) >= CACHE else None
@@ -83,20 +100,22 @@ def chosen(call: Call, platform: str, dtype: DTypeLike, q: Shape, k: Shape) -> s
     if T >= 128:
       return "tpu"
     # Heads that fill whole tiles: [S, K, H] lies as [S * K, H] does. The queries and their sums stay in VMEM.
-    few = H % 128 == 0 and (K in (1, 2, 4) or K % 8 == 0) and T * N <= 1024
+    few = wide % LANES == 0 and (K in (1, 2, 4) or K % 8 == 0) and T * N <= 1024
     return "decode_tpu" if call == "over" and few else None
   return None
 
 
 def _computed(call: Call, q: Array, k: Array, v: Array, seen: Array, few: bool | None = None) -> Attended:
   """The call through the chosen back end if it can be used here, else in plain XLA; `seen`: segments or lengths."""
-  target, axes, (B, T, N, H), (_, S, K, _) = platform(), _spread_axes(q.shape[0], k.shape[2]), q.shape, k.shape
+  target, axes, (B, T, N, H), (_, S, K, wide) = platform(), _spread_axes(q.shape[0], k.shape[2]), q.shape, k.shape
   ways = jax.sharding.get_abstract_mesh().shape["tensor"] if target == "tpu" and axes and "tensor" in axes else 1
-  name = chosen(call, target, q.dtype, (B, T, N // ways, H), (B, S, K // ways, H))
+  name = chosen(call, target, q.dtype, (B, T, N // ways, H), (B, S, K // ways, wide))
+  if name != "decode_tpu":
+    k, v = apart(k, H), apart(v, H)
   if name:
     flaw = "arrays may be spread over devices without a mesh that says how" if axes is None else None
     if name != "cpu":
-      sizes = (T, K // ways) if name == "decode_tpu" else None
+      sizes = (T, K // ways, wide // H) if name == "decode_tpu" else None
       flaw = flaw or _flaw(name, target, call, jnp.dtype(q.dtype), N // K, H, sizes)
       _warn(name, call, flaw)
     if axes is not None and flaw is None:
@@ -105,7 +124,7 @@ def _computed(call: Call, q: Array, k: Array, v: Array, seen: Array, few: bool |
         attend = functools.partial(attend, few=few)
       return _on_each_device(attend, axes)(q, k, v, seen)
   if call == "over":
-    return reference_over(q, k, v, seen)
+    return reference_over(q, apart(k, H), apart(v, H), seen)
   return (striped_causal if q.shape[1] > 1024 else reference_causal)(q, k, v, seen)
 
 
@@ -146,7 +165,7 @@ def _on_each_device(attend: Attend, axes: tuple[str, ...]) -> Attend:
 
 @functools.cache
 def _flaw(
-  name: str, target: str, call: Call, dtype: DTypeLike, G: int, H: int, sizes: tuple[int, int] | None = None
+  name: str, target: str, call: Call, dtype: DTypeLike, G: int, H: int, sizes: Shape | None = None
 ) -> str | None:
   """Why a back end cannot be used on the devices of the platform `target`; None if it agrees with the reference, or if
   no such device is here."""
@@ -154,27 +173,31 @@ def _flaw(
 
 
 def disagreement(
-  attend: Attend, call: Call, dtype: DTypeLike, G: int, H: int, sizes: tuple[int, int] | None = None
+  attend: Attend, call: Call, dtype: DTypeLike, G: int, H: int, sizes: Shape | None = None
 ) -> str | None:
   """The first of out, log-sum-exp and gradients in which `attend` differs from the reference on a small example.
 
-  `sizes`: its queries T and heads K of keys, for a back end that depends on them.
+  `sizes`: its queries T, the rows K that heads of keys lie in and how many lie in one, for a back end that depends on
+  them. G queries share a row.
   """
-  (T, K), S = sizes or (200, 2), 200
+  (T, K, side), S = sizes or (200, 2, 1), 200
   lengths = (0, 131) if sizes is None else (0, 131, 128, 1, S)
   B = len(lengths)
   random = np.random.default_rng(0)
-  q, k, v, d_out = (random.normal(size=(B, t, n, H)) for t, n in ((T, K * G), (S, K), (S, K), (T, K * G)))
+  queries, keys = (T, K * G), (S, K * side)
+  q, k, v, d_out = (random.normal(size=(B, *x, H)) for x in (queries, keys, keys, queries))
   q, k, v = (jnp.asarray(x, dtype) for x in (q, k, v))
   segments = np.repeat([[1, 2, 3, 0], [1, 1, 1, 0]], (70, 1, 109, 20), axis=1)
   seen = jnp.asarray(segments if call == "causal" else lengths, jnp.int32)
 
+  reference = reference_causal if call == "causal" else reference_over
+
   @functools.partial(jax.jit, static_argnums=0)
   def everything(attend: Attend, q: Array, k: Array, v: Array) -> tuple[Array, ...]:
-    (out, lse), pull = jax.vjp(lambda q, k, v: attend(q, k, v, seen), q, k, v)
+    rows = (B, S, K, side * H) if attend is not reference else k.shape
+    (out, lse), pull = jax.vjp(lambda q, k, v: attend(q, k.reshape(rows), v.reshape(rows), seen), q, k, v)
     return out, lse, *pull((jnp.asarray(d_out, out.dtype), jnp.zeros_like(lse)))
 
-  reference = reference_causal if call == "causal" else reference_over
   got, wanted = jax.device_get((everything(attend, q, k, v), everything(reference, q, k, v)))
   # Both sides round the same inputs: log-sum-exps agree nearly to fp32, the rest to a few roundings of the dtype.
   allowed = {"out": 0.02, "log-sum-exp": 1e-3, "gradient of q": 0.03, "gradient of k": 0.03, "gradient of v": 0.03}

@@ -11,6 +11,11 @@ prefetched and tells each step what to copy; the copy of the next block runs whi
 names the block before it, which is there, so that nothing is copied for it. Scores stay in the fast memory (VMEM) of a
 core. The kernels that come with JAX read pages that lie otherwise, heads first or keys beside values, and keep the
 log-sum-exp to themselves.
+
+Heads narrower than a row of tiles lie side by side in the cache, and count as one head here. Their queries have zeros
+where the other heads of the row are, and of what they find their own part is taken; n = 2:
+
+  row of keys     [ head 0 | head 1 ]     queries of head 0  [ q | 0 ]     of head 1  [ 0 | q ]
 """
 
 import functools
@@ -24,14 +29,16 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from alma_jax.llama.attention_reference import NEVER, Attended, reference_over, with_gradient_of
+from alma_jax.llama.attention_reference import NEVER, Attended, apart, reference_over, with_gradient_of
 
 LANES = 128
 
 
 def over(q: Array, k: Array, v: Array, lengths: Array, interpret: bool = False) -> Attended:
-  inputs = q, k, v, lengths
+  narrow = q.shape[3]
+  inputs = q, apart(k, narrow), apart(v, narrow), lengths
   q, k, v = (lax.stop_gradient(x) for x in (q, k, v))
+  q = _in_own_part(q, k.shape[3] // narrow, inputs[1].shape[2])
   (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
   size = block(S, K)
   steps, count = _steps(lengths, size, -(-S // size))
@@ -47,7 +54,7 @@ def over(q: Array, k: Array, v: Array, lengths: Array, interpret: bool = False) 
     return steps[0, i], 0, 0
 
   out, lse = pl.pallas_call(
-    functools.partial(_kernel, S=S, K=K),
+    functools.partial(_kernel, S=S, K=K, scale=narrow**-0.5),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=2,
       grid=(count,),
@@ -61,7 +68,26 @@ def over(q: Array, k: Array, v: Array, lengths: Array, interpret: bool = False) 
     name=f"attention_over_few_{K}",
   )(steps, lengths, q, k.reshape(B, S * K, H), v.reshape(B, S * K, H))
   lse = lse.reshape(B, K, T, N // K).transpose(0, 2, 1, 3).reshape(B, T, N)
+  out = _own_part(out, H // narrow, inputs[1].shape[2])
   return with_gradient_of(reference_over, (out, lse), *inputs)
+
+
+def _in_own_part(q: Array, n: int, K: int) -> Array:
+  """[B, T, N, n H]: queries [B, T, N, H] of K heads of keys, n of them side by side, and zeros beside them."""
+  if n == 1:
+    return q
+  B, T, N, H = q.shape
+  parts = q.reshape(B, T, K // n, n, N // K, 1, H) * jnp.eye(n, dtype=q.dtype)[:, None, :, None]
+  return parts.reshape(B, T, N, n * H)
+
+
+def _own_part(out: Array, n: int, K: int) -> Array:
+  """[B, T, N, H] of [B, T, N, n H], likewise."""
+  if n == 1:
+    return out
+  B, T, N, wide = out.shape
+  parts = out.reshape(B, T, K // n, n, N // K, n, wide // n)
+  return jnp.stack([parts[:, :, :, i, :, i] for i in range(n)], axis=3).reshape(B, T, N, wide // n)
 
 
 def block(S: int, K: int) -> int:
@@ -89,7 +115,7 @@ def _steps(lengths: Array, size: int, most: int) -> tuple[Array, Array]:
 
 def _kernel(
   steps: Array, lengths: Array, q: Array, k: Array, v: Array, out: Array, lse: Array,
-  queries: Array, sums: Array, top: Array, total: Array, *, S: int, K: int,
+  queries: Array, sums: Array, top: Array, total: Array, *, S: int, K: int, scale: float,
 ) -> None:  # fmt: skip
   """Takes in one block of keys. The state of a row are queries and sums of weighted values [K * T * G, H], and of each
   query the highest score so far and the sum of weights, in all lanes [K * T * G, 128]."""
@@ -123,7 +149,7 @@ def _kernel(
       scores = lax.dot_general(
         queries[mine].astype(k.dtype), keys, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
       )
-      scores = jnp.where(seen, scores * H**-0.5, NEVER)
+      scores = jnp.where(seen, scores * scale, NEVER)
       before = top[mine]
       higher = jnp.maximum(before, scores.max(axis=1, keepdims=True))
       # The old sums were relative to exp(before); `fade` makes them relative to exp(higher).

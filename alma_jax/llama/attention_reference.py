@@ -73,6 +73,11 @@ def reference_over(q: Array, k: Array, v: Array, lengths: Array) -> Attended:
   return _reference(q, k, v, (jnp.arange(k.shape[1]) < lengths[:, None])[:, None])
 
 
+def apart(x: Array, H: int) -> Array:
+  """[B, S, K, H]: keys or values of heads that may lie side by side, [B, S, K / n, n H]."""
+  return x if x.shape[3] == H else x.reshape(*x.shape[:2], -1, H)
+
+
 def striped_causal(q: Array, k: Array, v: Array, segments: Array) -> Attended:
   """`reference_causal`, STRIPE queries at a time: scores [B, N, STRIPE, T] live for one stripe, in both directions."""
   B, T = segments.shape

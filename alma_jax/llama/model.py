@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.sharding import AbstractMesh, Mesh
 
 from alma_jax.llama import attention
 from alma_jax.llama.attention_reference import Attended
@@ -420,14 +421,24 @@ def _with_prefix(own: Attended, q: Array, past: KeysValues | None, prefix: Prefi
 
 # ---- One token after another: decoding
 
-Cache = tuple[KeysValues, ...]  # per layer, K and V buffers [slots, capacity, K, H]
+Cache = tuple[KeysValues, ...]  # per layer, K and V buffers [slots, capacity, K / n, n H]: n heads side by side
 
 
-def new_cache(model: Llama, slots: int, capacity: int) -> Cache:
-  """A cache of zeros: masked entries are multiplied, so they must never be NaN."""
-  c, dtype = model.c, model.embed[...].dtype
-  shape = (slots, capacity, c.kv_heads, c.head_dim)
-  return tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(c.depth))
+def new_cache(model: Llama, slots: int, capacity: int, mesh: Mesh | AbstractMesh | None = None) -> Cache:
+  """A cache of zeros: masked entries are multiplied, so they must never be NaN. `mesh`: where it will be, if known."""
+  dtype = model.embed[...].dtype
+  shape = (slots, capacity, *cache_heads(model.c, dtype, mesh))
+  return tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(model.c.depth))
+
+
+def cache_heads(
+  c: LlamaConfig, dtype: Any, mesh: Mesh | AbstractMesh | None = None, target: str | None = None
+) -> tuple[int, int]:
+  """The last two sizes of a cache on a mesh's devices, or on those of the platform `target`: the rows that heads lie in
+  side by side, and the numbers of such a row."""
+  ways = 1 if mesh is None or c.kv_heads % mesh.shape["tensor"] else mesh.shape["tensor"]
+  n = attention.side_by_side(target or platform(mesh), dtype, c.kv_heads // ways, c.head_dim)
+  return c.kv_heads // n, n * c.head_dim
 
 
 @jax.tree_util.register_dataclass
@@ -478,10 +489,13 @@ def decode(
   def layer(x: Array, block: Block, own: tuple[KeysValues, KeysValues]) -> tuple[Array, KeysValues]:
     (keys, values), (prefix_keys, prefix_values) = own
 
+    def in_rows(x: Array) -> Array:  # [B, 1, K, H] as in the cache, [B, K / n, n H]
+      return x[:, 0].reshape(-1, *keys.shape[2:])
+
     def attend(q: Array, k: Array, v: Array) -> tuple[Array, KeysValues]:
       if platform() == "tpu":  # both calls read it, and XLA would make it for each of them
         q = jax.lax.optimization_barrier(q)
-      written = put(keys, counts, k[:, 0]), put(values, counts, v[:, 0])
+      written = put(keys, counts, in_rows(k)), put(values, counts, in_rows(v))
       new = attention.over(q, *written, counts + 1)
       old = (attention.over if tiles is None else attention.over_tiles)(grouped(q), prefix_keys, prefix_values, lengths)
       return attention.merged(new, jax.tree.map(single, old))[0], written

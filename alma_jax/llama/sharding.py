@@ -43,13 +43,13 @@ class MeshError(UserError):
 Result = TypeVar("Result")
 
 
-def platform() -> str:
-  """The platform that a program is traced for, in JAX's words: "cpu", "gpu" or "tpu".
+def platform(mesh: Mesh | AbstractMesh | None = None) -> str:
+  """The platform that a program is traced for, or that of a mesh's devices, in JAX's words: "cpu", "gpu" or "tpu".
 
   A mesh in force (jax.set_mesh, or inside jax.shard_map) gives that of its devices, so a program can be compiled for
   devices that are elsewhere; without a mesh it is that of JAX's default devices.
   """
-  device = jax.sharding.get_abstract_mesh().abstract_device
+  device = (mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh or jax.sharding.get_abstract_mesh()).abstract_device
   return jax.default_backend() if device is None else device.platform
 
 

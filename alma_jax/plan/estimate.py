@@ -500,7 +500,8 @@ def _looked_at(machine: Machine, T: int, S: int, live: float) -> tuple[float, fl
   """Of a row of S keys, so many of which are live: how many T queries read, and how many scores go through memory."""
   if not reads_what_is_live(machine.shape, T, S, machine.local_mesh, machine.platform):
     return S, S
-  heads = machine.c.kv_heads // machine.tensor if machine.c.kv_heads % machine.tensor == 0 else machine.c.kv_heads
+  heads = llama.cache_heads(machine.c, machine.shape.embed.get_value().dtype, machine.local_mesh, machine.platform)[0]
+  heads = heads // machine.tensor if machine.c.kv_heads % machine.tensor == 0 else heads
   return (min(S, live + block(S, heads) / 2) if machine.platform == "tpu" else live), 0
 
 
