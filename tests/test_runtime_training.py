@@ -463,17 +463,20 @@ def ragged(count):
   return data([(np.full(n, 7, np.int32), np.arange(n) >= n // 2) for n in lengths])
 
 
-@pytest.mark.parametrize("count", [60, 1000, 5000])
-def test_few_shapes_fit_ragged_data(count):
-  settings = options(batch=32, epochs=3.0, row_length=2048)
+@pytest.mark.parametrize(
+  ("count", "batch", "row_length"),
+  [(60, 32, 2048), (1000, 32, 2048), (5000, 32, 2048), (60, 16, 512), (1000, 16, 512), (60, 32, 512), (1000, 8, 2048)],
+)
+def test_few_shapes_fit_ragged_data(count, batch, row_length):
+  settings = options(batch=batch, epochs=3.0, row_length=row_length)
   batches = Batches(ragged(count), settings, 5, unit=1)
   assert batches.useful >= 0.85 and len(set(batches.shapes)) <= 4
   before = Batches(ragged(count), dataclasses.replace(settings, fit_rows=False), 5, unit=1)
   assert batches.useful > 1.05 * before.useful
   for step in (0, batches.steps - 1):
-    batch, plain = batches(step), before(step)
-    assert batch["tokens"].shape == batches.shapes[step][0] and contents(batch) == contents(plain)
-    assert batch["weights"].sum() == plain["weights"].sum()
+    made, plain = batches(step), before(step)
+    assert made["tokens"].shape == batches.shapes[step][0] and contents(made) == contents(plain)
+    assert made["weights"].sum() == plain["weights"].sum()
   # Each shape is that of the steps it was made for, and no smaller one would hold them.
   at = batches.largest()
   assert len(at) == len(set(batches.shapes)) and batches.shapes[at[0]] == max(batches.shapes)
@@ -509,8 +512,10 @@ def test_a_mesh_with_more_ways_than_rows_gets_larger_tensor_groups():
 
 @pytest.mark.parametrize("unit", [2, 6])
 def test_mesh_and_passes_divide_fitted_rows(unit):
-  for rows, length in (shape for (shape,) in Batches(ragged(60), options(row_length=512), 5, unit).shapes):
-    assert rows % unit == 0 and 300 <= length <= 1024
+  batches = Batches(ragged(60), options(row_length=512), 5, unit)
+  for step in range(batches.steps):
+    ((rows, length),) = batches.shapes[step]
+    assert rows % unit == 0 and max(batches.lengths(step)) <= length <= 1024
 
 
 def test_pairs_and_third_sequences_have_shapes_of_their_own():

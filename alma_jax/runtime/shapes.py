@@ -3,15 +3,16 @@
   shapes = fitted([[9, 4, 3], [2, 2]], row_length=12, unit=1)        [Shape(1, 16), Shape(1, 16)]
 
 Every shape is a program to compile, and a place that no example fills costs what a filled one does. `fitted` looks for
-the length of rows and for up to PROGRAMS numbers of rows with the fewest places in all; one more number of rows must
-save SAVING of them. Steps of 20, 12 and 11 full rows, on one device:
+the length of rows and for up to PROGRAMS numbers of rows, or the other way around, with the fewest places in all; one
+more program must save SAVING of them. Steps of 20, 12 and 11 full rows, on one device:
 
   one shape       20 20 20        60 places, of which 43 are filled
   two shapes      20 12 12        44
 """
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +23,8 @@ from alma_jax.text import packing
 PROGRAMS = 4
 SAVING = 0.01, 0.05  # of all places, in long and in short trainings
 SAMPLE = 48  # steps from which the length of rows is chosen
+FEW = 8  # rows for each of the unit up to which their length may vary
+ATTENTION = 2**15  # the length of a row at which attention over it costs about what all else does
 FINE = 16  # numbers of rows above this many times the unit are rounded: trainings of like size share their programs
 
 
@@ -46,39 +49,47 @@ def fitted(steps: Sequence[Sequence[int]], row_length: int, unit: int, programs:
   """A shape for each step, of at most `programs` different ones, with a multiple of `unit` rows. `steps` holds the
   lengths of each step's examples.
 
-  Either rows have one length of at most `row_length`, and their number varies; or, where a step has few rows for each
-  of the `unit`, their number stays and their length varies, up to twice `row_length`. Segments keep their positions.
+  Either rows have one length and their number varies; or, where a step has few rows for each of the `unit`, their
+  number stays and their length varies. No row is longer than twice `row_length`. Segments keep their positions.
   """
-  longest = max(max(lengths) for lengths in steps)
   some, saving = steps[:: -(-len(steps) // SAMPLE)], float(np.clip(3 / len(steps), *SAVING))
 
   def levels(sizes: np.ndarray) -> np.ndarray:
-    return buckets.levels(sizes, programs, saving)
+    """[steps] these numbers, each rounded up to one of a few levels."""
+    found = buckets.levels(sizes, programs, saving)
+    return found[np.searchsorted(found, sizes)]
 
-  def cost(sizes: np.ndarray) -> float:
-    found = levels(sizes)
-    return float(found[np.searchsorted(found, sizes)].sum()) * (1 + saving * (len(found) - 1))
+  def cost(shapes: Sequence[Shape]) -> float:
+    places = sum(shape.places * (1 + shape.length / ATTENTION) for shape in shapes)
+    return places * (1 + saving * (len(set(shapes)) - 1))
 
-  length = min(_lengths(longest, row_length), key=lambda length: length * cost(_rows(some, length, unit)))
-  rows = _rows(steps, length, unit)
-  best = length * cost(rows), [Shape(int(n), length) for n in levels(rows)[np.searchsorted(levels(rows), rows)]]
-  if unit > 1:
-    most = max(map(sum, steps)) / row_length / unit  # rows for each of the `unit`
-    for count in range(max(1, math.ceil(most / 2)), min(4, math.ceil(most)) + 1):
-      widths = _widths(steps, count * unit, 2 * row_length)
-      if widths is not None and (found := count * unit * cost(widths)) < best[0]:
-        to = levels(widths)
-        best = found, [Shape(count * unit, int(width)) for width in to[np.searchsorted(to, widths)]]
-  return best[1]
+  def by_rows(steps: Sequence[Sequence[int]], length: int) -> list[Shape]:
+    return [Shape(int(rows), length) for rows in levels(_rows(steps, length, unit))]
+
+  def by_widths(steps: Sequence[Sequence[int]], rows: int) -> list[Shape] | None:
+    widths = _widths(steps, rows, 2 * row_length)
+    return None if widths is None else [Shape(rows, int(width)) for width in levels(widths)]
+
+  longest = max(max(lengths) for lengths in steps)
+  ways: list[Callable[[Sequence[Sequence[int]]], list[Shape] | None]] = [
+    functools.partial(by_rows, length=length) for length in _lengths(longest, row_length)
+  ]
+  most = max(map(sum, some)) / row_length / unit  # rows for each of the `unit`
+  for count in range(max(1, math.ceil(most / 2)), min(FEW, math.ceil(2 * most)) + 1):
+    ways.append(functools.partial(by_widths, rows=count * unit))
+  costs = [math.inf if (found := way(some)) is None else cost(found) for way in ways]
+  # What suits the sample may have no room for another step; rows of a fixed length always have.
+  tried = (ways[i](steps) for i in np.argsort(costs, kind="stable"))
+  return next(found for found in tried if found is not None)
 
 
 def _lengths(longest: int, row_length: int) -> Iterator[int]:
-  """Lengths of rows that hold the longest example, a sixth apart or more, and `row_length`, which comes last."""
+  """Lengths of rows that hold the longest example, a sixth apart or more, up to twice `row_length`, which is one."""
+  yield row_length
   length = buckets.rounded(longest)
-  while length < row_length:
+  while length < 2 * row_length:
     yield length
     length = buckets.rounded(length + length // 6)
-  yield row_length
 
 
 def _rows(steps: Sequence[Sequence[int]], length: int, unit: int) -> np.ndarray:
@@ -92,12 +103,17 @@ def _rows(steps: Sequence[Sequence[int]], length: int, unit: int) -> np.ndarray:
 
 
 def _widths(steps: Sequence[Sequence[int]], rows: int, most: int) -> np.ndarray | None:
-  """[steps] the length that so many rows need for each step; None if one of them needs more than `most`."""
+  """[steps] the length that so many rows need for each step, in sixteenths; None if one of them needs over `most`."""
+
+  def rounded(length: int) -> int:
+    step = max(buckets.STEP, (1 << (length - 1).bit_length()) // FINE)
+    return -(-length // step) * step
+
   found = []
   for lengths in steps:
-    width = buckets.rounded(max(max(lengths), -(-sum(lengths) // rows)))
+    width = rounded(max(max(lengths), -(-sum(lengths) // rows)))
     while width <= most and len(packing.pack(lengths, width)) > rows:
-      width = buckets.rounded(width + 1)
+      width = rounded(width + 1)
     if width > most:
       return None
     found.append(width)
