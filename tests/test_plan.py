@@ -193,12 +193,12 @@ COMPILED = [
   ("v5p:2x2x2", 32, "products", 40, 2048, 51.5),
   ("v5p:2x2x2", 32, "none", 40, 2048, 105.3),
   ("h100:8", 8, "full", 16, 2048, 10.95),
-  ("h100:8", 8, "full", 32, 4096, 11.96),
-  ("h100:8", 8, "none", 16, 2048, 20.65),
-  ("h100:8", 4, "none", 8, 2560, 10.75),
-  ("h100:8", 4, "none", 16, 8192, 30.42),
-  ("h100:1", 4, "none", 10, 2048, 54.92),
-  ("h100:1", 4, "full", 32, 4096, 57.63),
+  ("h100:8", 8, "full", 32, 4096, 14.37),
+  ("h100:8", 8, "none", 16, 2048, 20.90),
+  ("h100:8", 4, "none", 8, 2560, 10.83),
+  ("h100:8", 4, "none", 16, 8192, 32.76),
+  ("h100:1", 4, "none", 10, 2048, 56.84),
+  ("h100:1", 4, "full", 32, 4096, 64.14),
 ]
 
 
@@ -222,11 +222,13 @@ def test_training_in_tensor_groups_takes_what_the_compilers_say(mesh, gib):
 
 
 def test_one_gpu_holds_a_whole_copy_and_its_gradients():
-  # 19 layers in 8 rows of 2,048, moments in bf16: 26.9 GB beside the state
+  # 19 layers in 8 rows of 2,048, moments in bf16: 27.8 GB beside the state (jax 0.11.2); pairs: 29.9
   c, o = dataclasses.replace(LLAMA, depth=19), dataclasses.replace(ADAM, moments="bfloat16")
   one = abstract_mesh(1, data=1)
-  found = memory.training_bytes(c, one, "gpu", o, FULL, 8 * 2048, 1) - least_bytes(c, one, o, FULL, 0)
-  assert found / 1e9 == pytest.approx(26.9, rel=0.07)
+  for kind, gb in (None, 27.8), (losses.Preference("dpo"), 29.9):
+    objective = dataclasses.replace(FULL, kind=kind)
+    found = memory.training_bytes(c, one, "gpu", o, objective, 8 * 2048, 1) - least_bytes(c, one, o, objective, 0)
+    assert found / 1e9 == pytest.approx(gb, rel=0.07)
 
 
 @pytest.mark.parametrize(
@@ -297,9 +299,9 @@ def test_what_does_not_fit_says_what_would():
   v5e = machine("v5e:2x2")
   assert estimate.estimate(v5e, sft()).helps == "--topology=v5e:4x4"
   assert estimate.estimate(v5e, answers()).helps == "config.engine.tensor=2"
-  tight = estimate.estimate(machine("h100:8"), sft(batch=4096))
+  tight = estimate.estimate(machine("h100:8"), sft(batch=3800))
   assert not tight.fits and tight.helps == "config.policy.passes=2"
-  assert estimate.estimate(machine("h100:8"), sft(batch=4096, passes=2)).fits
+  assert estimate.estimate(machine("h100:8"), sft(batch=3800, passes=2)).fits
   one = estimate.estimate(machine("h100:8"), sft(batch=256, remat="none"))
   assert not one.fits and one.helps == "config.policy.remat='auto'"
   # a host of v5p has four chips

@@ -8,7 +8,8 @@ A step is fullest at one of two moments. What they hold beside weights and momen
   the loss       the copy that computes, what the layers keep, the head in whole (i V D), its gradient in fp32 (4 V D),
                  a tile of logits
   a layer, back  the copy and its gradients, what the layers keep, what is made again inside one layer (with all kept:
-                 its gradients alone), its weights in whole: those at work, the next ones, and their gradient
+                 its gradients alone), its weights in whole: those at work, the next ones, and their gradient; on GPUs
+                 what cuDNN's attention takes to work with
 
 `python -m benchmarks.compiled --against-quick` compares them with the compilers' figures: docs/speed.md has its table.
 """
@@ -20,11 +21,12 @@ from alma_jax.engine import buckets, crossentropy, train
 from alma_jax.engine.losses import Preference
 from alma_jax.engine.optimizer import Optimizer
 from alma_jax.engine.train import Objective
-from alma_jax.llama.attention_reference import few_runs
+from alma_jax.llama.attention_reference import WORKSPACE, few_runs, packed_workspace
 from alma_jax.llama.config import LlamaConfig
 
 RUNS = few_runs(2048)  # of one segment in a row
 LANES = 128  # of a TPU: the last axis of an array is a multiple of it
+FORKED = 6  # times q that a GPU's attention over rows of pairs has beside, in the two orders and in pieces
 WHOLE = 3  # times a layer's weights that are there in whole where fsdp spreads them
 
 
@@ -45,6 +47,12 @@ def training_bytes(
   # With all kept, nothing of a layer is made again: there are the gradients of gate, up and stream.
   inside = forward_bytes(c, tensor, i) if objective.remat == "none" else inside_bytes(c, i, tensor, *attention)
   layer = own * inside
+  if platform == "gpu":
+    heads, both = c.heads // tensor, isinstance(objective.kind, Preference)
+    whole_batch, out = packed_workspace(RUNS, own, heads, c.head_dim), i * own * heads * c.head_dim
+    layer += min(int(WORKSPACE), whole_batch) + (FORKED * out if both else 0)
+    if whole_batch > WORKSPACE and objective.remat == "none":  # what is computed in pieces is kept twice
+      kept += c.depth * (1 + both) * out
   whole = WHOLE * i * layer_weights(c) // tensor if fsdp > 1 else 0
   return int(state + copy + kept + max(loss, i * c.parameters // ways + layer + whole))
 
