@@ -262,20 +262,37 @@ def check(a: Amounts) -> Iterator[Row]:
   platform = sharding.platform()
   for call in ("causal", "over"):
     T = a.row_length if call == "causal" else 1
-    q, k = (a.rows, T, c.heads, c.head_dim), (a.rows, a.row_length, c.kv_heads, c.head_dim)
+    q, apart = (a.rows, T, c.heads, c.head_dim), (a.rows, a.row_length, c.kv_heads, c.head_dim)
+    k = apart if call == "causal" else (*apart[:2], *llama.cache_heads(c, dtype()))
     name = attention.chosen(call, platform, dtype(), q, k)
     if name is None or target == "cpu":
       yield {"what": f"attention ({call})", "note": "plain XLA is chosen"}
       continue
-    flaw = attention._flaw(name, platform, call, jnp.dtype(dtype()), c.heads // c.kv_heads, c.head_dim)
+    sizes = (T, k[2], k[3] // c.head_dim) if name == "decode_tpu" else None
+    flaw = attention._flaw(name, platform, call, jnp.dtype(dtype()), c.heads // k[2], c.head_dim, sizes)
     yield {"what": f"attention ({call}), {name}", "note": flaw or "agrees with the reference"}
     back_end = getattr(attention._back_end(name), call)
     plain = attention_reference.striped_causal if call == "causal" else attention_reference.reference_over
     for what, attend in ((name, back_end), ("plain XLA", plain)):
       if not (flaw and what == name):
-        seconds = timed_attention(attend, call, q, k)
+        seconds = timed_attention(attend, call, q, k if what == name else apart)
         yield {"what": f"  {what}{', with gradients' if call == 'causal' else ''}", "seconds": seconds}
+  if target != "cpu":
+    yield choosing(c.vocab, platform)
   yield {"what": "the model in fp32 against the host's CPU", "note": against_cpu()}
+
+
+def choosing(vocab: int, platform: str) -> Row:
+  """How long 256 slots take to choose their tokens with top-p, and whether the kernel for that is right."""
+  decoding, random = choose.Decoding(max_new_tokens=1, temperature=0.8, top_p=0.95), jax.random.key(0)
+  logits, uniform = 3 * jax.random.normal(random, (256, vocab)), jax.random.uniform(random, (256,))
+  program = jax.jit(choose.choose, static_argnums=2)
+  jax.block_until_ready(program(logits, uniform, decoding))
+  with clock() as taken:
+    jax.block_until_ready([program(logits, uniform, decoding) for _ in range(10)])
+  flaw = choose._flaw(vocab, decoding.temperature, decoding.top_k, decoding.top_p) if platform == "tpu" else None
+  note = flaw or ("agrees with the definition" if platform == "tpu" else "plain XLA is chosen")
+  return {"what": "256 tokens by top-p", "seconds": taken[0] / 10, "note": note}
 
 
 def timed_attention(attend: Callable[..., Any], call: str, q: tuple[int, ...], k: tuple[int, ...]) -> float:
