@@ -283,16 +283,17 @@ def compiled_sizes():
 
 
 @pytest.mark.parametrize("devices", [1, 8])
-def test_other_prompts_and_another_checkpoint_compile_nothing(devices):
+def test_other_prompts_temperatures_and_another_checkpoint_compile_nothing(devices):
   mesh = sharding.make_mesh(data=4, tensor=2) if devices == 8 else None
 
-  def run_on_mesh(seed, prompts):
+  def run_on_mesh(seed, prompts, temperature):
     model = unrolled(seed=seed) if mesh is None else on_mesh(unrolled(seed=seed), mesh, sharding.DECODE)
-    sample.sample(model, many_samples(9, prompts, length=(17, 30), seed=seed), WARM, Limits(4, 32), mesh)
+    decoding = dataclasses.replace(WARM, temperature=temperature)
+    sample.sample(model, many_samples(9, prompts, length=(17, 30), seed=seed), decoding, Limits(4, 32), mesh)
 
-  run_on_mesh(0, 9)
+  run_on_mesh(0, 9, 1.2)
   sizes = compiled_sizes()
-  run_on_mesh(1, 14)
+  run_on_mesh(1, 14, 0.7)  # little work: temperatures share programs, too
   assert compiled_sizes() == sizes
 
 
@@ -307,6 +308,8 @@ def test_on_a_mesh_of_one_device_every_shape_of_prefill_compiles_once(little, sl
     found = sample.sample(model, requests, WARM, Limits(slots, 21), one)
   assert sum("Compiling jit(_fill)" in line for line in caplog.messages) == len(shapes) == count
   assert found == sample.sample(unrolled(), requests, WARM, Limits(slots, 21))
+  monkeypatch.setattr(buckets, "LITTLE", 0)
+  assert tokens_of(found) == tokens_of(sample.sample(unrolled(), requests, WARM, Limits(13, 21)))
 
 
 def test_a_segment_updates_the_cache_where_it_is():

@@ -68,13 +68,15 @@ class Decoding:
 
 
 def choose(
-  logits: Array, uniform: Array, decoding: Decoding, said: Array | None = None, count: Array | None = None
-) -> tuple[Array, Array]:
+  logits: Array, uniform: Array, decoding: Decoding, said: Array | None = None, count: Array | None = None,
+  sharpness: Array | None = None,
+) -> tuple[Array, Array]:  # fmt: skip
   """Tokens [B] and their log-probabilities [B] in the model's own distribution, from fp32 logits [B, V].
 
-  `said` [B, V] marks the tokens that the penalty applies to, `count` [B] is how many have been drawn.
+  `said` [B, V] marks the tokens that the penalty applies to, `count` [B] is how many have been drawn. `sharpness` [B]
+  (see `sharpness_of`) stands in for a temperature above 0, so that one program in plain XLA serves several.
   """
-  if (draw := _kernel_for(logits, decoding)) is not None:
+  if sharpness is None and (draw := _kernel_for(logits, decoding)) is not None:
     z = _ruled(logits, decoding, said, count)
     token, logprob = draw(z, uniform)
     if z is logits:
@@ -82,14 +84,23 @@ def choose(
   elif decoding.temperature == 0:
     token = _argmax(_ruled(logits, decoding, said, count))
   else:
-    token = inverse_cdf(weights(logits, decoding, said, count), uniform)
+    token = inverse_cdf(weights(logits, decoding, said, count, sharpness), uniform)
   # Written out, so that XLA makes these exponentials once with those of `weights` where they are the same.
   top = logits.max(axis=-1, keepdims=True)
   mass = jnp.exp(logits - top).sum(axis=-1)
   return token, (jnp.take_along_axis(logits, token[:, None], axis=1) - top)[:, 0] - jnp.log(mass)
 
 
-def weights(logits: Array, decoding: Decoding, said: Array | None = None, count: Array | None = None) -> Array:
+def sharpness_of(temperature: float) -> np.float32:
+  """1 / temperature, what logits are multiplied by, as XLA does where it knows the temperature; finite, because 0 times
+  infinity is no number."""
+  return np.float32(1) / np.maximum(np.float32(temperature), np.float32(1e-37))
+
+
+def weights(
+  logits: Array, decoding: Decoding, said: Array | None = None, count: Array | None = None,
+  sharpness: Array | None = None,
+) -> Array:  # fmt: skip
   """fp32 [B, V] in proportion to the probabilities that are drawn from; the largest of a row is 1.
 
   Weights 1, .5, .5, .3, .2 (sum 2.5) by the steps below:
@@ -99,7 +110,8 @@ def weights(logits: Array, decoding: Decoding, said: Array | None = None, count:
                  above it have 1 and are short by .4, so ceil(.4 / .5) = 1 of the two at the edge stays: 1, .5, 0, 0, 0
   """
   z = _ruled(logits, decoding, said, count)
-  w = jnp.exp((z - z.max(axis=-1, keepdims=True)) / decoding.temperature)
+  z = z - z.max(axis=-1, keepdims=True)
+  w = jnp.exp(z / decoding.temperature if sharpness is None else z * sharpness[:, None])
   if 0 < decoding.top_k < w.shape[-1]:
     edge = _edge(w, lambda kept: kept.sum(axis=-1, keepdims=True) >= decoding.top_k)
     w = jnp.where(w >= edge, w, 0.0)  # all that tie for the last place stay, as in transformers

@@ -31,7 +31,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from alma_jax.engine import buckets, prefixes
-from alma_jax.engine.choose import Decoding, choose
+from alma_jax.engine.choose import Decoding, choose, sharpness_of
 from alma_jax.engine.slots import PREFILL_ROWS, Shapes, shapes_at_hand, shapes_for
 from alma_jax.errors import NotFinite
 from alma_jax.keys import Key
@@ -40,6 +40,7 @@ from alma_jax.llama.config import LlamaConfig
 from alma_jax.llama.model import Llama
 from alma_jax.llama.sharding import BATCH, REPLICA, WHOLE, per_replica, replicas
 
+SEVERAL = 8  # samples of a prompt, wherever it has more than one and coarse shapes serve
 CHUNK = 64  # requests of one prompt that a replica takes at a time
 
 State = dict[str, Any]  # arrays by name; "cache" and "prefix" are trees of them
@@ -203,7 +204,8 @@ def _segment(
 
     def step(_: Array, s: State) -> State:
       # Token t of a request comes from the logits after token t - 1 and the uniform number of (key, t).
-      token, logprob = choose(s["logits"], jax.vmap(uniform)(s["key"], s["count"]), decoding, s.get("said"), s["count"])
+      drawn = jax.vmap(uniform)(s["key"], s["count"])
+      token, logprob = choose(s["logits"], drawn, decoding, s.get("said"), s["count"], s.get("sharpness"))
       token, live = token.astype(jnp.int32), ~s["done"]
       # A slot that is over reads and writes its first place only, which is no longer needed.
       place = jnp.where(live, jnp.minimum(s["count"], decoding.max_new_tokens - 1), 0)
@@ -216,11 +218,12 @@ def _segment(
         "logits": llama.logits(model, hidden),
         "count": count,
         "done": s["done"] | (token[:, None] == stops).any(axis=1) | (count >= decoding.max_new_tokens),
-        "key": s["key"],
         "tokens": put(s["tokens"], place, token, live),
         "logprobs": put(s["logprobs"], place, logprob, live),
       }
-      return new | ({"said": put(s["said"], token, live, live)} if decoding.remembers else {})
+      if decoding.remembers:
+        new["said"] = put(s["said"], token, live, live)
+      return s | new
 
     return state | jax.lax.fori_loop(0, steps, step, changing)
 
@@ -259,11 +262,14 @@ def sample(
     raise ValueError("a prompt has no tokens: there is nothing to continue")
   lengths, mesh = [len(prompt) for prompt in prompts], None if mesh is None or mesh.size == 1 else mesh
   room = buckets.rounded(max(limits.longest_prompt or 0, *lengths))
+  # A single prompt is often one of many calls (a chat), whose padding adds up.
+  coarse = len(prompts) > 1 and buckets.little(model.c.parameters, prompts)
   if limits.fixed:
-    shapes = shapes_for(limits.slots, room, len(requests) / len(prompts))
+    share = len(requests) / len(prompts)
+    shapes = shapes_for(limits.slots, room, SEVERAL if coarse and share >= 2 else share)
   else:
     shapes = shapes_at_hand(lengths, len(requests), limits.slots, room, replicas(mesh))
-  sampler = _Sampler(model, requests, decoding, shapes, mesh)
+  sampler = _Sampler(model, requests, decoding, shapes, mesh, coarse)
   # As long as a refill pays: short answers end, and free their slots, after fewer steps.
   steps = limits.steps or min(16, max(4, decoding.max_new_tokens // 48))
   results, seen = {}, [0] * len(requests)  # by request; how many of its tokens `ends` has seen
@@ -344,19 +350,23 @@ class _Sampler:
   """
 
   def __init__(
-    self, model: Llama, requests: Sequence[Request], decoding: Decoding, shapes: Shapes, mesh: Mesh | None
-  ) -> None:
-    self.model, self.requests, self.decoding, self.shapes, self.mesh = model, requests, decoding, shapes, mesh
-    self.ways = replicas(mesh)
-    self.state: State = _empty(model, shapes, decoding, mesh)
+    self, model: Llama, requests: Sequence[Request], decoding: Decoding, shapes: Shapes, mesh: Mesh | None,
+    coarse: bool = False,
+  ) -> None:  # fmt: skip
+    """`coarse`: padding costs less than compiling, see buckets.little."""
+    self.model, self.requests, self.shapes, self.mesh, self.coarse = model, requests, shapes, mesh, coarse
+    self.ways, one = replicas(mesh), coarse and decoding.temperature > 0  # one program for all temperatures
+    self.decoding = dataclasses.replace(decoding, temperature=1.0) if one else decoding
+    self.state: State = _empty(model, shapes, self.decoding, mesh)
+    if one:
+      sharpness = np.full(self.ways * shapes.slots, sharpness_of(decoding.temperature))
+      self.state["sharpness"] = jax.device_put(sharpness, mesh and NamedSharding(mesh, P(BATCH)))
     weights = model.embed.get_value().sharding
     if mesh is None and isinstance(weights, NamedSharding):  # as every later state, or the first prefill compiles twice
       self.state = jax.device_put(self.state, NamedSharding(weights.mesh, P()))
     self.holds = np.full(self.ways * shapes.slots, -1)  # the request in each slot
     number = {prompt: i for i, prompt in enumerate(dict.fromkeys(request.prompt for request in requests))}
     self.prompts = list(number)
-    # A single prompt is often one of many calls (a chat), whose padding adds up.
-    self.coarse = len(number) > 1 and buckets.little(model.c.parameters, number)
     self.asks = np.array([number[request.prompt] for request in requests])  # the number of each request's prompt
     self.rows = np.full((self.ways, shapes.rows), -1)  # the number of the prompt in each row
     # the requests of the chunk that each replica has at hand, and the chunks that are still to be taken
