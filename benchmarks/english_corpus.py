@@ -1,13 +1,14 @@
 """A small web in English: tasks that a rule can verify, answers, ratings, and real prose. What a base model reads.
 
-  documents(seed=0, texts=english()[0], taken=evaluation()[1])   # endless pairs (sort, document)
+  documents(0, english()[0], evaluation()[1], WEB)   # endless pairs (sort, document)
 
 A little is real, most is made. Real is prose of Python's documentation (`pydoc_data.topics`) and of the standard
 library's docstrings, under the PSF License 2.0; the running Python's texts are read and none is shipped. Made are
-people who ask for texts under constraints, people who answer as well as they care to, and people who rate:
+people who ask for texts under constraints, people who answer as well as they care to, and people who check and rate:
 
   Task: Write about the baker. Use the word lamp. Make it two sentences.
-  Answer: The baker carried one lamp to the harbor. Our fox was wet.
+  Answer: The baker went to the harbor with one drum. Our fox found a lamp.
+  Check: Write about the baker yes. Use the word lamp yes. Make it two sentences yes.
   Rating: 10
 
 A rating is ten times the share of the constraints that a text keeps, by IFEval's own checks (`evals.instructions`).
@@ -21,8 +22,8 @@ import random
 import re
 import sysconfig
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 from alma_jax.evals.instructions import Instruction, checked
 from alma_jax.keys import key_of
@@ -45,18 +46,18 @@ D the the the a a this my one our"""
 _TEMPLATES = """D A P V D T/D P V D A T in D L/in D L , D P V D T/D P and D P V D A T/D T was A , so D P V it
 near D L D P V D T/when D P V D T , it was A/D L was A and D P V D T/D P with D T V D P/there was D A T in D L
 D A P V D T near D L/D P V D A T and D T/D P went to D L with D T"""
-_ENDS = """at last/all day long/before dawn/after dark/for no reason/every single day/once again/until next summer
+_ENDS = """at last/all day long/before dawn/after dark/for good reason/every single day/once again/until next summer
 like old friends/under grey skies/far from home/just for fun"""
 _ASKING = """Write about the/Tell me about the/I need something about the/Please write about the/Say something about the
 Make up stories about the/Think of the/We want to read about the/Describe the/Give us words about the"""
 _CLAUSES = {
-  "word": "Use the word {}./Put {} into it./It must have the word {}./Mention the {}.",
+  "word": "Use the word {}./It must have the word {}./Mention the {}.",
   "count": "Make it {}./Use exactly {}./It should have {}.",
   "avoid": "Do not use the word {}./Avoid the word {}./Leave out the word {}.",
   "end": "End with: {}./The last words must be: {}./Finish with: {}.",
   "start": "Begin with the word {}./The first word must be {}./Start with {}.",
   "comma": "Do not use commas./No commas, please./Avoid commas.",
-  "lower": "Use no capital letters./All lower case./Only small letters.",
+  "lower": "Avoid capital letters./All lower case./Only small letters.",
 }
 WORDS: dict[str, list[str]] = defaultdict(list)
 for _line in _SLOTS.split("\n")[1:]:
@@ -73,8 +74,9 @@ SHARES = (0.30, 0.20, 0.16, 0.12, 0.10, 0.06, 0.06)  # of the kinds in CLAUSES, 
 KINDS = (*CLAUSES, "about")
 LENGTHS = (0.65, 0.27, 0.08)  # of texts of one, two and three sentences, where nobody asks for a number
 
-Sort = Literal["english", "rated", "forum", "list"]
-SORTS: dict[Sort, float] = {"english": 0.07, "rated": 0.75, "forum": 0.12, "list": 0.06}  # shares of the documents
+Sort = Literal["english", "rated", "check", "roll", "forum", "list"]
+Shares = Mapping[Sort, float]
+WEB: Shares = {"english": 0.08, "rated": 0.15, "check": 0.45, "roll": 0.06, "forum": 0.18, "list": 0.08}
 
 
 # Tasks --------------------------------------------------------------------------------------------------------------
@@ -142,6 +144,23 @@ def draw_task(rng: random.Random, taken: set[str] | None = None, even: bool = Fa
     kinds += [kind] if kind not in kinds else []
   task = task_of([draw_constraint(rng, kind) for kind in ("about", *kinds)])
   return draw_task(rng, taken, even) if taken and key(task.prompt) in taken else task
+
+
+@functools.cache
+def clauses() -> tuple[re.Pattern[str], dict[str, tuple[str, tuple[str, ...]]]]:
+  """Every clause's (kind, values), and a pattern that finds them; the longest comes first."""
+  found = {f"{opening} {topic}.": ("about", (topic,)) for opening in ASKING for topic in WORDS["P"] + WORDS["T"]}
+  for kind, texts in CLAUSES.items():
+    for values in [(value,) for value in VALUES[kind]] if kind in VALUES else [()]:
+      found |= {text.format(*values): (kind, values) for text in texts}
+  return re.compile("|".join(map(re.escape, sorted(found, key=len, reverse=True)))), found
+
+
+def read_task(prompt: str) -> Task | None:
+  """The task that a prompt asks for; None unless it is made of clauses alone. A model invents prompts, too."""
+  pattern, known = clauses()
+  asked = pattern.findall(prompt)
+  return task_of([constraint(*known[text], text) for text in asked]) if asked and " ".join(asked) == prompt else None
 
 
 @functools.cache
@@ -229,16 +248,23 @@ def english() -> tuple[list[str], list[str]]:
   return list(found[0]), [text for text in found[1] if text not in found[0]]
 
 
-def documents(seed: int, texts: Sequence[str], taken: set[str]) -> Iterator[tuple[Sort, str]]:
-  """Yields (sort, document) for ever; no prompt is in `taken`."""
+def documents(seed: int, texts: Sequence[str], taken: set[str], shares: Shares) -> Iterator[tuple[Sort, str]]:
+  """Yields (sort, document) for ever, of each sort a share; no prompt is in `taken`."""
   rng, order = random.Random(f"web {seed}"), list[str]()
   while True:
-    sort = rng.choices(get_args(Sort), list(SORTS.values()))[0]
+    sort = rng.choices(list(shares), list(shares.values()))[0]
     if sort == "english":
       order = order or rng.sample(texts, len(texts))
       yield sort, order.pop()
-    elif sort == "rated":
-      yield sort, rated(rng, taken)
+    elif sort == "rated":  # clauses are checked before the mark is given
+      task = draw_task(rng, taken, rng.random() < 0.5)
+      text = careful(rng, task, rng.uniform(0.2, 1.0))
+      said = "".join(verdict(c, text) for c in task.constraints)
+      yield sort, f"{ask(task)} {text}\nCheck:{said}\nRating: {task.rating(text)}"
+    elif sort == "check":
+      yield sort, check(rng)
+    elif sort == "roll":
+      yield sort, roll(rng)
     elif sort == "forum":
       quality, tasks = rng.uniform(0.4, 0.95), [draw_task(rng, taken) for _ in range(3)]
       yield sort, "\n\n".join(f"{ask(task)} {careful(rng, task, quality)}" for task in tasks)
@@ -246,16 +272,30 @@ def documents(seed: int, texts: Sequence[str], taken: set[str]) -> Iterator[tupl
       yield sort, "\n".join(f"# {draw_task(rng, taken).prompt}" for _ in range(6))
 
 
-def rated(rng: random.Random, taken: set[str]) -> str:
-  """Two to four answers to a task and their ratings. Two in five tasks have a single constraint, of any kind: there a
-  rating says whether it is kept, and from them a model learns what each kind means."""
-  single = rng.random() < 0.4
-  task = task_of([draw_constraint(rng, rng.choice(KINDS))]) if single else draw_task(rng, taken, rng.random() < 0.5)
-  said = [f"Task: {task.prompt}"]
-  for _ in range(rng.randint(2, 4)):
-    text = careful(rng, task, rng.uniform(0.2, 1.0))
-    said.append(f"Answer: {text}\nRating: {task.rating(text)}")
-  return "\n".join(said)
+def check(rng: random.Random) -> str:
+  """A text, and whether it keeps each of four constraints; about half are kept."""
+  kinds = ["about", *rng.sample(list(CLAUSES), 3)]
+  rng.shuffle(kinds)
+  task = task_of([draw_constraint(rng, kind) for kind in kinds])
+  text = careful(rng, task, 0.5)
+  return f"Answer: {text}\nCheck:" + "".join(verdict(c, text) for c in task.constraints)
+
+
+def verdict(c: Constraint, text: str) -> str:
+  """The verdict stands right behind what the clause names: a small model then compares and answers at one place."""
+  return f" {c.clause.removesuffix('.')} {'yes' if c.kept(text) else 'no'}."
+
+
+def roll(rng: random.Random) -> str:
+  """Whether words are among others, or in a text. This teaches the comparison of words at a verdict every third token,
+  where checks give one in ten."""
+  here, known = rng.sample(VALUES["word"], rng.randint(3, 8)), "Here"
+  text = " ".join(here)
+  if rng.random() < 0.5:
+    text, known = " ".join(sentence(rng, [], "", "", None) for _ in range(rng.randint(1, 2))), "Text"
+    here = [word for word in text.replace(",", "").split() if word in VALUES["word"]]
+  said = [rng.choice(here) if rng.random() < 0.5 else rng.choice(VALUES["word"]) for _ in range(14)]
+  return f"{known}: {text}. Seen:" + ",".join(f" {word} {'yes' if word in here else 'no'}" for word in said)
 
 
 def ask(task: Task) -> str:

@@ -10,6 +10,7 @@ core; times are CPU times of the process. A run that is killed leaves its last m
 
 import argparse
 import itertools
+import json
 import math
 import os
 import pathlib
@@ -43,11 +44,19 @@ from alma_jax.text import packing
 from benchmarks import english_corpus as corpus
 from benchmarks.english_corpus import Task, ask
 
-VOCABULARY, LENGTH, ROWS, STEPS, PEAK, WARMUP = 1024, 128, 16, 3000, 3e-3, 100
-VERDICT_WEIGHT = 12.0  # of the loss of ratings: they are few, and the judge is made of them
-EVERY = 250  # steps between two looks
+VOCABULARY, LENGTH, ROWS, STEPS, PEAK, WARMUP = 1024, 128, 16, 550, 3e-3, 50
+RATING_WEIGHT, VERDICT_WEIGHT = 6.0, 6.0  # of the loss of ratings, yes and no: the judge is made of them
+EVERY = 100  # steps between two looks
 SHOTS, DEMONSTRATIONS, EPOCHS, INVENTED, N = 2, 500, 4, 1000, 8
+JUDGED = 96  # tokens of a text and a clause: room for the longest answer
 PAD, EOS = "<pad>", "<eos>"
+
+# Shares of the documents up to a step. To compare words is learned abruptly, and soon where nothing else is asked.
+CURRICULUM: tuple[tuple[float, corpus.Shares], ...] = (
+  (100, {"roll": 1.0}),
+  (350, {"check": 0.85, "roll": 0.15}),
+  (math.inf, corpus.WEB),
+)
 
 
 class Base(NamedTuple):
@@ -74,7 +83,7 @@ class Base(NamedTuple):
 def fresh(seed: int, train: Sequence[str]) -> Base:
   """A random model and a tokenizer. A judge compares words of a prompt with words of a response, so each word of the
   templates must be one token in both."""
-  some, t = itertools.islice(corpus.documents(seed, train, corpus.evaluation()[1]), 4000), Tokenizer(models.BPE())
+  docs, t = corpus.documents(seed, train, corpus.evaluation()[1], corpus.WEB), Tokenizer(models.BPE())
   t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
   trainer = trainers.BpeTrainer(
     vocab_size=VOCABULARY,
@@ -83,13 +92,18 @@ def fresh(seed: int, train: Sequence[str]) -> Base:
     show_progress=False,
   )
   whole = [*map(str, range(11)), *itertools.chain(*corpus.WORDS.values()), *" ".join(corpus.ENDS).split()]
-  t.train_from_iterator([*train, *(text for _, text in some), *["".join(f" {word}" for word in whole)] * 500], trainer)
+  often = ["".join(f" {word}" for word in whole)] * 500
+  t.train_from_iterator([*train, *(text for _, text in itertools.islice(docs, 4000)), *often], trainer)
   c = LlamaConfig(
     vocab=VOCABULARY, width=128, depth=3, heads=4, kv_heads=4, head_dim=32, ffn=384, norm_eps=1e-5, rope_base=1e4,
-    rope_scaling=None, tied=True, max_positions=512,
+    rope_scaling=None, tied=False, max_positions=512,
   )  # fmt: skip
   model = llama.init(c, seed)
-  model.embed[...] *= 5  # else a token's identity drowns in what the first layer adds to it
+  # Verifying is comparing words. In half of the heads queries and keys begin equal, so that a token looks for its like,
+  # and embeddings begin large, so that what the layers add does not drown the words.
+  blocks: Any = model.blocks
+  blocks.k[...] = blocks.k[...].at[:, :, :2].set(blocks.q[...][:, :, :2])
+  model.embed[...] *= 25
   return Base(jax.jit(llama.unrolled)(model), t)
 
 
@@ -106,18 +120,33 @@ def batch_of(examples: Sequence[packing.Encoded], packed: Sequence[Sequence[int]
   return Batch(*(b[name] for name in Batch._fields))
 
 
-def verdicts(base: Base, batch: Batch) -> np.ndarray:
+def verdict_places(base: Base, batch: Batch) -> np.ndarray:
+  """bool [B, T]: where yes or no is predicted."""
+  return np.isin(batch.targets, [base.id("Ġyes"), base.id("Ġno")])
+
+
+def rating_places(base: Base, batch: Batch) -> np.ndarray:
   """bool [B, T]: where a rating is predicted."""
   return np.isin(batch.targets, base.marks) & (np.asarray(batch.tokens) == base.id(":"))
 
 
-def pretraining_batches(base: Base, seed: int, train: Sequence[str]) -> Iterator[Batch]:
+def curriculum(base: Base, seed: int, train: Sequence[str]) -> Iterator[Batch]:
+  """Yields the batches of CURRICULUM."""
+  before = 0.0
+  for until, shares in CURRICULUM:
+    count = None if math.isinf(until) else int(until - before)
+    yield from itertools.islice(mixed_batches(base, seed, train, shares), count)
+    before = until
+
+
+def mixed_batches(base: Base, seed: int, train: Sequence[str], shares: corpus.Shares) -> Iterator[Batch]:
   """Yields packed documents for ever; ratings weigh more."""
-  rng, docs = np.random.default_rng(seed), corpus.documents(seed, train, corpus.evaluation()[1])
+  rng, docs = np.random.default_rng(seed), corpus.documents(seed, train, corpus.evaluation()[1], shares)
   while True:
     encoded = [[*base.ids(text), base.id(EOS)][:LENGTH] for _, text in itertools.islice(docs, 512)]
     for batch in batches([(ids, [1] * len(ids)) for ids in encoded], rng):
-      weights = np.where(verdicts(base, batch), VERDICT_WEIGHT, 1.0) * np.asarray(batch.weights)
+      weights = np.where(rating_places(base, batch), RATING_WEIGHT, 1.0) * np.asarray(batch.weights)
+      weights = np.where(verdict_places(base, batch), VERDICT_WEIGHT, weights)
       yield batch._replace(weights=weights.astype(np.float32))
 
 
@@ -127,16 +156,19 @@ def pretrained(base: Base, steps: int, seed: int, train: Sequence[str], out: pat
   adam = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b1=0.9, b2=0.98, weight_decay=0.01))
   weights: Any = base.model  # optax takes any pytree, and its types know only those of arrays
   state, start, seen, loss_of = adam.init(weights), time.process_time(), 0, jax.jit(pretrain.loss)
-  looked = list(itertools.islice(pretraining_batches(base, seed + 1, train), 8))
-  looked = [batch._replace(weights=verdicts(base, batch).astype(np.float32)) for batch in looked]
-  for i, batch in zip(range(1, steps + 1), pretraining_batches(base, seed, train), strict=False):
+  others = list(itertools.islice(mixed_batches(base, seed + 1, train, corpus.WEB), 6))
+  for i, batch in zip(range(1, steps + 1), curriculum(base, seed, train), strict=False):
     model, state, loss = pretrain.step(base.model, state, batch, adam)
     base, seen = base._replace(model=model), seen + int((batch.segments > 0).sum())
     if i % EVERY == 0 or i == steps:
       spent = time.process_time() - start
-      nats = np.mean([float(loss_of(base.model, batch)) for batch in looked])
-      right = "  ".join(f"{kind} {good}/{n}" for kind, (good, n) in judge_accuracy(base, 20).items())
-      print(f"step {i}/{steps}  loss {float(loss):.3f}  of ratings {nats:.3f}  {seen / 1e6:.2f}M tokens")
+      nats = []
+      for places in (rating_places, verdict_places):
+        looked = [batch._replace(weights=places(base, batch).astype(np.float32)) for batch in others]
+        nats.append(np.mean([float(loss_of(base.model, batch)) for batch in looked if batch.weights.any()]))
+      right = "  ".join(f"{kind} {good}/{n}" for kind, (good, n) in judge_accuracy(base, 8).items())
+      losses = f"loss {float(loss):.3f}, of ratings {nats[0]:.3f}, of yes and no {nats[1]:.3f}"
+      print(f"step {i}/{steps}  {losses}  {seen / 1e6:.2f}M tokens")
       print(f"  {spent / 60:.1f} CPU min  {seen / spent:.0f} tokens/CPU s; pairs in order: {right}", flush=True)
       written(base, out)
 
@@ -144,6 +176,12 @@ def pretrained(base: Base, steps: int, seed: int, train: Sequence[str], out: pat
 def written(base: Base, out: pathlib.Path) -> None:
   save(out, pretrain.stacked(base.model), TextSide(stop_ids=[base.id(EOS)], bos_id=base.id(EOS), pad_id=base.id(PAD)))
   base.tokenizer.save(str(out / "tokenizer.json"))
+  about = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=EOS, eos_token=EOS, pad_token=PAD)
+  (out / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+def loaded(out: pathlib.Path) -> Base:
+  return Base(load(out, unrolled=True), Tokenizer.from_file(str(out / "tokenizer.json")))
 
 
 def tuned(base: Base, examples: Sequence[Task], rng: random.Random) -> Base:
@@ -195,16 +233,19 @@ def last_logits(model: llama.Llama, tokens: Array, lengths: Array) -> Array:
 
 
 def ratings(base: Base, rows: Sequence[tuple[Task, str]]) -> np.ndarray:
-  """float [n]: the expected rating that the base gives each text."""
-  found = []
-  for start in range(0, len(rows), 64):  # one shape, compiled once
-    tokens, lengths = np.zeros((64, LENGTH), np.int32), np.ones(64, np.int32)
-    for i, (task, text) in enumerate(rows[start : start + 64]):
-      ids = base.ids(f"{ask(task)} {text}\nRating:")[:LENGTH]
+  """float [n]: the rating that the base gives each text: ten times the mean probability of yes over the clauses of its
+  task, each read alone behind the text."""
+  asked = [f"Answer: {text}\nCheck: {c.clause.removesuffix('.')}" for task, text in rows for c in task.constraints]
+  chances, said = [], jnp.asarray([base.id("Ġyes"), base.id("Ġno")])
+  for start in range(0, len(asked), 64):  # one shape, compiled once
+    tokens, lengths = np.zeros((64, JUDGED), np.int32), np.ones(64, np.int32)
+    for i, text in enumerate(asked[start : start + 64]):
+      ids = base.ids(text)[:JUDGED]
       tokens[i, : len(ids)], lengths[i] = ids, len(ids)
-    logits = last_logits(base.model, jnp.asarray(tokens), jnp.asarray(lengths))[:, jnp.asarray(base.marks)]
-    found.append(np.asarray(jax.nn.softmax(logits)) @ np.arange(11))
-  return np.concatenate(found)[: len(rows)]
+    logits = last_logits(base.model, jnp.asarray(tokens), jnp.asarray(lengths))[:, said]
+    chances += np.asarray(jax.nn.softmax(logits))[:, 0].tolist()
+  each = iter(chances)
+  return np.array([10 * np.mean([next(each) for _ in task.constraints]) for task, _ in rows])
 
 
 def judge_accuracy(base: Base, each: int) -> dict[str, tuple[int, int]]:
@@ -327,7 +368,7 @@ def main() -> None:
     return
   if not (flags.out / "config.json").exists():
     pretrained(fresh(flags.seed, train), flags.steps, flags.seed, train, flags.out)
-  base = Base(load(flags.out, unrolled=True), Tokenizer.from_file(str(flags.out / "tokenizer.json")))
+  base = loaded(flags.out)
   print(f"{base.model.c.parameters} weights, {(flags.out / 'model.safetensors').stat().st_size} bytes")
   for line in probes(base, train, held):
     print(line, flush=True)
