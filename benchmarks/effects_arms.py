@@ -78,6 +78,8 @@ def config_of(arm: Arm, base: Base, seed: int, data: Mapping[str, pathlib.Path],
   config.seed, config.model.path = seed, str(base.path)
   config.data.update({name: str(data[name]) for name in ("sft", "judge", "eval")})
   config.feedback_rounds = arm.last - 1
+  if base.chatter == "front":  # fewer words tell prompts apart: of 3,072 drafts too few differ for ten rounds
+    config.prompts.draws *= 2
   for name, value in arm.values.items():
     section, _, field = name.rpartition(".")
     place = config[section] if section else config
