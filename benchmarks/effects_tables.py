@@ -46,6 +46,7 @@ ROWS = {
   ),
   "What the effect of diverse prompts rests on": (
     Row("last token minus mean pooling, round 10", ("default", 10), ("mean_pooling", 10), ""),
+    Row("mean pooling minus random prompts, round 10", ("mean_pooling", 10), ("random_prompts", 10), ""),
   ),
   "Table 5: who writes the responses": (
     Row("three minus the latest only, round 6", ("default", 6), ("latest_only", 6)),
@@ -174,6 +175,7 @@ def show(results: pathlib.Path) -> None:
   judges(found)
   samples(found)
   coverage(found)
+  coverage(found, ("default", "random_prompts", "mean_pooling"))
   budget(found)
   by_kind(found)
 
@@ -242,14 +244,14 @@ def samples(found: Found) -> None:
       print(line(f"N = {high} minus N = {low}", summary(d), paper))
 
 
-def coverage(found: Found) -> None:
-  """The mechanism of Table 4: what is drawn, and whether the trained answers are right."""
-  both = [arms for arms in found.values() if {"default", "random_prompts"} <= arms.keys()]
-  if not both:
+def coverage(found: Found, compared: Sequence[str] = ("default", "random_prompts")) -> None:
+  """The mechanism of Table 4, where all arms have been run: what is drawn, and whether the trained answers are right."""
+  ran = [arms for arms in found.values() if set(compared) <= arms.keys()]
+  if not ran:
     return
-  print(f"\nMechanism of Table 4 ({len(both)} seeds): shares of kinds, facts asked for, trained answers that are right")
-  for arm in ("default", "random_prompts"):
-    told = [arms[arm] for arms in both]
+  print(f"\nMechanism of Table 4 ({len(ran)} seeds): shares of kinds, facts asked for, trained answers that are right")
+  for arm in compared:
+    told = [arms[arm] for arms in ran]
     pool = share_of_kinds([t["pool"]["kinds"] for t in told])
     drawn = share_of_kinds([drawn["kinds"] for t in told for drawn in t["drawn"].values()])
     facts = {r: np.mean([t["drawn"][r]["facts"] for t in told]) for r in ("6", "10")}
