@@ -245,7 +245,7 @@ def samples(found: Found) -> None:
 
 
 def coverage(found: Found, compared: Sequence[str] = ("default", "random_prompts")) -> None:
-  """The mechanism of Table 4, where all arms have been run: what is drawn, and whether the trained answers are right."""
+  """The mechanism of Table 4, where all arms have run: what is drawn, and whether the trained answers are right."""
   ran = [arms for arms in found.values() if set(compared) <= arms.keys()]
   if not ran:
     return
