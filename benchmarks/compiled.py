@@ -37,7 +37,7 @@ from alma_jax.engine.train import least_bytes
 from alma_jax.llama import sharding
 from alma_jax.plan import compiled, devices, estimate, hlo, programs, shapes, topology
 from alma_jax.plan.estimate import Machine
-from alma_jax.plan.work import Training, Work
+from alma_jax.plan.work import Clustering, Training, Work
 from alma_jax.tools import plan
 
 GIB = 2**30
@@ -157,7 +157,7 @@ def _against_quick(rows: Iterator[Row]) -> Iterator[str]:
     if isinstance(work, Training) and row["remat"]:
       work = estimate.with_options(work, remat=row["remat"])
     step = estimate.estimate(machine, work)
-    lies, how = machine.held, f"{step.slots} slots" if step.slots else ""
+    lies, how = 0 if isinstance(work, Clustering) else machine.held, f"{step.slots} slots" if step.slots else ""
     if isinstance(work, Training) and step.shape and step.mesh:
       o, shape = work.options, step.shape
       mesh = sharding.abstract_mesh(machine.topology.devices, **dataclasses.asdict(step.mesh))

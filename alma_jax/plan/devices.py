@@ -32,6 +32,14 @@ CACHE = "jax_enable_compilation_cache"
 EFFORTS = "jax_exec_time_optimization_effort", "jax_memory_fitting_effort"
 LEVELS = "jax_optimization_level", "jax_memory_fitting_level"
 
+# For libtpu where no TPU is: nothing is asked of a cloud's metadata, nor missed aloud, and several may compile at a time.
+ABSENT = {
+  "TPU_SKIP_MDS_QUERY": "1",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "TPU_ACCELERATOR_TYPE": "v6e-8",  # any will do: topologies are asked for by name
+}
+
 # What XLA asks of an H100 SXM, as it prints it for a live one (openxla/xla, xla/backends/gpu/target_config).
 H100 = """
 gpu_device_info {
@@ -115,9 +123,8 @@ def _devices(topology: Topology) -> Sequence[Any]:
     if topology.devices < 4:  # libtpu describes whole hosts
       shape = "2x2x1" if kind == "v5p" else "2x2"
     how = dict(platform="tpu", topology_name=f"{kind}:{shape}")
-    # Nothing is to be asked of a cloud's metadata, and no TPU is taken: several may compile at a time.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    for name, value in ABSENT.items():
+      os.environ.setdefault(name, value)
   if not any(map(importlib.util.find_spec, (needs, needs.replace("12", "13")))):
     raise CompilerError(
       f"the compiler for {topology.name} comes with {needs}, which is not installed: pip install 'alma_jax[{extra}]';"
