@@ -32,7 +32,7 @@ CACHE = "jax_enable_compilation_cache"
 EFFORTS = "jax_exec_time_optimization_effort", "jax_memory_fitting_effort"
 LEVELS = "jax_optimization_level", "jax_memory_fitting_level"
 
-# For libtpu where no TPU is: nothing is asked of a cloud's metadata, nor missed aloud, and several may compile at a time.
+# For libtpu where no TPU is: a cloud's metadata is not asked, nor missed aloud, and several may compile at a time.
 ABSENT = {
   "TPU_SKIP_MDS_QUERY": "1",
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
