@@ -1,17 +1,20 @@
 """What a real GPU or TPU makes of the engine's programs: rates, shares of the peak, memory against the plan.
 
   python -m benchmarks.device                        one GPU or TPU host: Llama-3-8B's shape, random weights
-  python -m benchmarks.device --model=1b --parts=decode,judge --json=device.json
+  python -m benchmarks.device --model=1b --parts=decode,judge --json=device.json --table=device.md
   JAX_PLATFORMS=cpu python -m benchmarks.device --model=tiny      a rehearsal without an accelerator
 
 It needs jax, flax, optax and numpy beside the package. Every part runs in a process of its own on the first device, so
-that its peak of memory is its own and its failure costs no other. Parts, in their order:
+that its peak of memory is its own and its failure costs no other. A row is printed and written to --json and --table as
+soon as it is there, because a machine may be lent for a time; a part that takes longer than --limit is ended, and the
+rows that it has found stay. Parts, in their order:
 
   check    the attention back ends against the reference, and the model in fp32 against the host's CPU
   decode   responses to a few prompts, many samples each, lengths as lognormal as those of chat
   judge    scores of such responses: rows that share their prompts
   embed    prompts' hidden states
-  sft      training steps; where the whole model does not fit, with as many of its layers as do
+  sft      training steps; where the whole model does not fit, with as many of its layers as do, and with fewer where
+           the compiler or the device refuses that
   dpo      the same with pairs
   kmeans   Lloyd iterations at d = 1024, k = 65,536
 
@@ -31,6 +34,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -104,43 +108,78 @@ def main() -> None:
   parser.add_argument("--model", choices=SIZES, default="8b")
   parser.add_argument("--parts", default=",".join(PARTS), help="some of them, separated by commas")
   parser.add_argument("--json", type=pathlib.Path, help="where the rows go, too")
+  parser.add_argument("--table", type=pathlib.Path, help="where they go as a Markdown table")
+  parser.add_argument("--limit", type=float, default=240, help="seconds that a part may take")
   parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
   flags = parser.parse_args()
   if flags.part:
-    found = [{"part": flags.part} | row for row in MAKERS[flags.part](SIZES[flags.model])]
-    flags.json.write_text(json.dumps({"about": versions(), "rows": found}))
+    for found in ({"about": versions()}, *MAKERS[flags.part](SIZES[flags.model])):
+      print(json.dumps(found), flush=True)
     return
   parts = flags.parts.split(",")
   if unknown := set(parts) - set(PARTS):
     sys.exit(f"error: --parts={flags.parts}: {', '.join(sorted(unknown))} is none of {', '.join(PARTS)}")
-  rows, about, began = [], {}, time.monotonic()
+  rows, about, began = [], {"model": flags.model}, time.monotonic()
   for part in parts:
-    found = in_own_process(part, flags.model)
-    about |= found.get("about", {})
-    for row in found["rows"]:
-      rows.append(row)
-      print(line(row), flush=True)
-    if flags.json:  # after every part: the machine may be lent for a time
-      flags.json.write_text(json.dumps({"about": about, "model": flags.model, "rows": rows}, indent=1) + "\n")
-  print("; ".join(f"{name} {value}" for name, value in about.items()), f"; model {flags.model}", sep="")
+    for found in in_own_process(part, flags.model, flags.limit):
+      about |= found.pop("about", {})
+      if found:
+        rows.append({"part": part} | found)
+        print(line(rows[-1]), flush=True)
+      if flags.json:
+        flags.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+      if flags.table:
+        flags.table.write_text("\n".join(table(about, rows)) + "\n")
+  print("; ".join(f"{name} {value}" for name, value in about.items()))
   print(f"{time.monotonic() - began:.0f} s")
   if any("failed" in row for row in rows):
     sys.exit(1)
 
 
-def in_own_process(part: str, model: str) -> dict[str, Any]:
-  """What a process of its own found in this part; a row that says why, if it failed."""
-  with tempfile.TemporaryDirectory() as directory:
-    out, began = pathlib.Path(directory) / "rows.json", time.monotonic()
-    command = [sys.executable, "-m", "benchmarks.device", f"--part={part}", f"--model={model}", f"--json={out}"]
-    ran = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    if ran.returncode == 0:
-      found = json.loads(out.read_text())
-      found["rows"][-1]["whole_seconds"] = time.monotonic() - began
-      return found
-  said = [text for text in ran.stderr.splitlines() if text.strip()]
+def in_own_process(part: str, model: str, limit: float) -> Iterator[Row]:
+  """What a process of its own finds in this part, as it comes: versions, rows, and one that says how long it took, or
+  why it failed."""
+  command, began = [sys.executable, "-m", "benchmarks.device", f"--part={part}", f"--model={model}"], time.monotonic()
+  with tempfile.TemporaryFile("w+") as errors:
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True)
+    timer = threading.Timer(limit, process.kill)
+    timer.start()
+    try:
+      for text in process.stdout or ():
+        if text.startswith("{"):
+          yield json.loads(text)
+        else:  # of a library
+          print(text, end="", file=sys.stderr)
+      status = process.wait()
+    finally:
+      timer.cancel()
+      process.kill()
+    errors.seek(0)
+    said = [text for text in errors.read().splitlines() if text.strip()]
+  took = time.monotonic() - began
+  if status == 0:
+    yield {"what": "in all", "whole_seconds": took}
+    return
   print("\n".join(said[-25:]), file=sys.stderr)
-  return {"rows": [{"part": part, "what": "failed", "failed": said[-1] if said else f"status {ran.returncode}"}]}
+  why = said[-1] if said else f"status {status}"
+  yield {"what": "failed", "failed": f"took longer than {limit:g} s" if took >= limit else why, "whole_seconds": took}
+
+
+def table(about: Row, rows: list[Row]) -> Iterator[str]:
+  """The rows in Markdown, as `benchmarks/RESULTS.md` has them."""
+  yield "; ".join(f"{name} {value}" for name, value in about.items())
+  yield "\n| part | what | rate | share of the peak | peak memory | planned | |\n|---|---|---|---|---|---|---|"
+  for row in rows:
+    seconds = f"{row['seconds']:.4g} s" if "seconds" in row else ""
+    cells = [row["part"], row["what"].strip(), ", ".join(filter(None, [row.get("rate", ""), seconds]))]
+    cells.append(f"{row['share']:.1%}" if "share" in row else "")
+    cells += [f"{row[name]:.1f} GiB" if name in row else "" for name in ("peak_gib", "planned_gib")]
+    rest = [
+      row.get("note", ""),
+      f"{row['whole_seconds']:.0f} s" if "whole_seconds" in row else "",
+      row.get("failed", ""),
+    ]
+    yield " | ".join(["", *cells, "; ".join(filter(None, rest)), ""]).strip()
 
 
 def line(row: Row) -> str:
@@ -452,45 +491,39 @@ def encoded(random: np.random.Generator, c: LlamaConfig, n: int, weight: float =
 
 
 def trained(a: Amounts, objective: train.Objective, batch: Callable[[LlamaConfig], dict[str, Any]]) -> Iterator[Row]:
-  """Steps on one batch; the model has as many layers as the analytic plan finds room for."""
+  """Steps on one batch. The model has as many layers as the analytic plan finds room for, and a quarter fewer each time
+  that the compiler or the device finds less."""
   mesh, optimizer = one_device(), Optimizer(1e-5, 1e-6, moments="bfloat16")
-  c, limit = a.model, memory()
-  task = train.TrainingTask(optimizer, objective, mesh, steps=a.steps)
-  lean = dataclasses.replace(objective, remat="full")
-  made = batch(c)
+  c, limit, made = a.model, memory(), batch(a.model)
+
+  def needed(c: LlamaConfig, remat: str) -> int:
+    how = dataclasses.replace(objective, remat=remat)
+    return training_bytes(c, mesh.abstract_mesh, device().platform, optimizer, how, made["tokens"].size, 1)
+
   if limit:
-    room, places = int(0.88 * limit), made["tokens"].size
-
-    def needed(depth: int) -> int:
-      fewer = dataclasses.replace(c, depth=depth)
-      return training_bytes(fewer, mesh.abstract_mesh, device().platform, optimizer, lean, places, 1)
-
-    c = dataclasses.replace(c, depth=next(d for d in range(c.depth, 0, -1) if needed(d) <= room or d == 1))
-  with clock() as compiling:
-    while True:  # the compiler may need more than the analytic plan
-      try:
+    shapes = (dataclasses.replace(c, depth=depth) for depth in range(c.depth, 0, -1))
+    c = next(x for x in shapes if x.depth == 1 or needed(x, "full") <= 0.88 * limit)
+  if c.depth < a.model.depth:  # cut to what fits in the leanest way
+    objective = dataclasses.replace(objective, remat="full")
+  task = train.TrainingTask(optimizer, objective, mesh, steps=a.steps)
+  while True:
+    try:
+      with clock() as compiling:
         plan = train.planned(c, task, made, memory=None if limit is None else 0.95 * limit)
-        break
-      except train.TrainingError:
-        if c.depth == 1:
-          raise
-        c = dataclasses.replace(c, depth=max(1, c.depth * 3 // 4))
-  times = []
-
-  def report(step: int, metrics: dict[str, float]) -> None:
-    times.append(time.perf_counter())
-    assert math.isfinite(metrics["loss"]), metrics
-
-  train.fit(random_model(c, "stacked", jnp.float32), lambda step: made, task, plan, train.Hooks(report=report))
+      times = steps_of(c, task, plan, made)
+      break
+    except (train.TrainingError, jax.errors.JaxRuntimeError) as error:
+      no_room = isinstance(error, train.TrainingError) or "RESOURCE_EXHAUSTED" in str(error)
+      if c.depth == 1 or not no_room:
+        raise
+      why = str(error).splitlines()[0][:300]
+    yield {"what": f"{c.depth} of {a.model.depth} layers: refused", "note": why}
+    c = dataclasses.replace(c, depth=max(1, c.depth * 3 // 4))
   seconds = (times[-1] - times[0]) / (len(times) - 1)
   sizes = np.bincount(made["example"][made["example"] >= 0].ravel()).astype(float)
   tokens = sizes.sum()
   operations = 6 * (c.parameters - c.vocab * c.width * (not c.tied)) * tokens
   operations += 6 * c.depth * c.heads * c.head_dim * (sizes**2).sum()
-  analytic = training_bytes(
-    c, mesh.abstract_mesh, device().platform, optimizer, dataclasses.replace(objective, remat=plan.remat),
-    made["tokens"].size, 1,
-  )  # fmt: skip
   what = f"{made['tokens'].shape[0]} rows of {made['tokens'].shape[1]}, {c.depth} of {a.model.depth} layers"
   note = (
     f"remat {plan.remat}, {compiling[0]:.0f} s of compiling, the compiler's peak {plan.bytes / 2**30:.2f} GiB,"
@@ -500,8 +533,22 @@ def trained(a: Amounts, objective: train.Objective, batch: Callable[[LlamaConfig
     {"what": what, "rate": f"{tokens / seconds:,.0f} tokens/s", "seconds": seconds, "note": note}
     | share(operations, seconds)
     | peak()
-    | planned(analytic)
+    | planned(needed(c, plan.remat))
   )
+
+
+def steps_of(c: LlamaConfig, task: train.TrainingTask, plan: train.Plan, made: dict[str, Any]) -> list[float]:
+  """When each step was done."""
+  times = []
+
+  def report(step: int, metrics: dict[str, float]) -> None:
+    del step
+    times.append(time.perf_counter())
+    if not math.isfinite(metrics["loss"]):
+      raise FloatingPointError(f"the loss is {metrics['loss']}")
+
+  train.fit(random_model(c, "stacked", jnp.float32), lambda step: made, task, plan, train.Hooks(report=report))
+  return times
 
 
 def clusters(a: Amounts) -> Iterator[Row]:
