@@ -523,7 +523,7 @@ def _reading(machine: Machine, work: Reading) -> Step:
   c, chip, tensor = machine.c, machine.topology.chip, machine.tensor
   rows, width, longest = machine.engine.rows, work.tokens / max(1, work.rows), buckets.rounded(work.longest)
   before = buckets.rounded(work.longest_prefix) if work.prefixes else 0
-  working = reading_bytes(c, tensor, machine.itemsize, rows, longest, before, tile_of(machine, work), machine.platform)
+  working = reading_bytes(c, tensor, machine.itemsize, rows, longest, before, tile_of(machine, work))
   peak = machine.held + working
   flops = _forward(machine, work.tokens, width + 2 * work.prefix_tokens, work.layers)
   flops += _forward(machine, work.prefixes * work.prefix_tokens, work.prefix_tokens, work.layers)

@@ -25,7 +25,6 @@ from alma_jax.llama.attention_reference import WORKSPACE, few_runs, packed_works
 from alma_jax.llama.config import LlamaConfig
 
 RUNS = few_runs(2048)  # of one segment in a row
-LANES = 128  # of a TPU: the last axis of an array is a multiple of it
 FORKED = 6  # times q that a GPU's attention over rows of pairs has beside, in the two orders and in pieces
 WHOLE = 3  # times a layer's weights that are there in whole where fsdp spreads them
 
@@ -117,13 +116,12 @@ def forward_bytes(c: LlamaConfig, tensor: int, i: int) -> int:
 
 
 def reading_bytes(
-  c: LlamaConfig, tensor: int, itemsize: int, rows: int, width: int, before: int = 0, wide: int = 1, platform: str = ""
+  c: LlamaConfig, tensor: int, itemsize: int, rows: int, width: int, before: int = 0, wide: int = 1
 ) -> int:
   """What forward passes over rows of this width work with on each device, beside the weights. `before`: places of the
   prefix that they follow, whose keys the engine makes and holds for a wave of calls, and copies for every `wide` rows
-  of each. A TPU that makes keys lays them out in whole lanes."""
+  of each. What makes keys has those of all layers but the last twice, when the last one's are joined to them."""
   heads, layer = c.kv_heads // tensor if c.kv_heads % tensor == 0 else c.kv_heads, forward_bytes(c, tensor, itemsize)
   each, held = 2 * c.depth * heads * itemsize * before, max(rows, rows * buckets.ROOM // before) if before else 0
-  lanes = -(-c.head_dim // LANES) * LANES if platform == "tpu" else c.head_dim
-  made = held * (each * lanes + before * layer)
-  return max(made, rows * width * layer + (held + rows // wide) * each * c.head_dim)
+  made = held * (each * c.head_dim * (2 - 1 / c.depth) + before * layer)
+  return max(int(made), rows * width * layer + (held + rows // wide) * each * c.head_dim)
