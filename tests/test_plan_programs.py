@@ -12,12 +12,15 @@ import sys
 import types
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from alma_jax.engine import losses, train
 from alma_jax.engine.choose import Decoding
 from alma_jax.engine.optimizer import Optimizer
-from alma_jax.llama import sharding
+from alma_jax.llama import attention_nvidia, sharding
+from alma_jax.llama.attention_reference import few_runs, packed_workspace
 from alma_jax.plan import compiled, devices, estimate, hlo, meshes, programs, shapes, table, topology, traffic
 from alma_jax.plan.assumptions import Given, assumptions
 from alma_jax.plan.work import Clustering, Reading, Sampling, Training
@@ -198,6 +201,31 @@ def test_a_compiler_that_is_not_installed(monkeypatch):
     with pytest.raises(devices.CompilerError, match=says), devices.described(topology.parse(word)):
       pass
   assert jax.config.jax_exec_time_optimization_effort == devices.DEFAULT
+
+
+def test_effort_is_set_in_the_words_of_the_jax_at_hand(monkeypatch):
+  before = {name: getattr(jax.config, name) for name in devices.LEVELS}
+  monkeypatch.setattr(devices, "EFFORTS", ("jax_no_such_effort", "jax_no_other"))  # gone since jax 0.11
+  with devices.described(topology.parse("cpu"), devices.LOW):
+    assert [getattr(jax.config, name) for name in devices.LEVELS] == ["O1", "O1"]
+  with devices.described(topology.parse("cpu"), devices.DEFAULT):
+    assert {name: getattr(jax.config, name) for name in devices.LEVELS} == before
+  assert {name: getattr(jax.config, name) for name in devices.LEVELS} == before
+
+
+def test_what_cudnn_would_ask_for_is_part_of_a_program_for_absent_gpus():
+  q = jax.ShapeDtypeStruct((2, 256, 8, 64), jnp.bfloat16)
+  k, segments = jax.ShapeDtypeStruct((2, 256, 2, 64), jnp.bfloat16), np.ones((2, 256), np.int32)
+
+  def out(q, k, v):
+    return attention_nvidia.causal(q, k, v, segments, few=True)[0].astype(jnp.float32).sum()
+
+  with devices._hopper():
+    text = jax.jit(jax.grad(out)).trace(q, k, k).lower(lowering_platforms=("cuda",)).as_text()
+  size = packed_workspace(few_runs(256), 2 * 256, 8, 64)
+  assert size == 4 * 8 * 2 * 256 * 8 * 65
+  asked = re.findall(r"@__cudnn.*tensor<(\d+)xui8>", text)
+  assert [int(x) for x in asked] == [0, size]  # forwards nothing, backwards dq in fp32 for every run
 
 
 def test_what_does_not_compile_is_a_row_with_its_message(capsys):
