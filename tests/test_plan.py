@@ -246,6 +246,11 @@ def test_reading_takes_what_the_compilers_say(word, work, gib):
   assert step.peak / 2**30 == pytest.approx(gib, rel=0.07)
 
 
+def test_the_keys_of_all_layers_are_there_twice_when_they_are_made():
+  work = Reading("judgments", 10**6, 3e8, 0.0, 1024, 10**4, 500.0, 1140)
+  assert estimate.estimate(machine("v6e:2x4"), work).peak / 2**30 == pytest.approx(25.57, rel=0.07)
+
+
 @pytest.mark.parametrize(
   "word, depth, gib", [("v6e:2x4", 4, 9.05), ("v6e:2x4", 8, 15.43), ("h100:8", 4, 8.76), ("h100:8", 32, 53.39)]
 )
