@@ -1,6 +1,7 @@
 """Eight devices compute what one computes, and hold what they should."""
 
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,16 @@ from jax.sharding import PartitionSpec as P
 
 from alma_jax.llama import model as llama
 from alma_jax.llama.config import read_config
-from alma_jax.llama.sharding import BATCH, DECODE, TRAIN, MeshError, make_mesh, shardings
+from alma_jax.llama.sharding import (
+  BATCH,
+  DECODE,
+  TRAIN,
+  MeshError,
+  constrain_vocab,
+  make_mesh,
+  on_own_rows,
+  shardings,
+)
 from alma_jax.llama.weights import load
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "llama"
@@ -113,3 +123,26 @@ def test_a_mesh_that_the_devices_cannot_form_names_both_sizes(sizes):
 
 def test_one_free_mesh_size_takes_what_is_left():
   assert dict(make_mesh(data=-1, fsdp=2, tensor=2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+def test_a_table_spread_over_tensor_is_gathered_and_its_gradient_reduced_share_by_share():
+  mesh = make_mesh(data=1, fsdp=4, tensor=2)
+  table = jax.device_put(np.arange(48.0, dtype=np.float32).reshape(6, 8), NamedSharding(mesh, P("tensor", "fsdp")))
+  tokens = np.array([[0, 5], [3, 3], [1, 2], [5, 4]])
+
+  def picked(table, tokens):
+    return constrain_vocab(table)[tokens]
+
+  def weighed(table):
+    found = on_own_rows(picked, 1, 8, 1)(table, tokens)
+    return (found * jnp.arange(1.0, 5)[:, None, None]).sum(), found
+
+  with jax.set_mesh(mesh):
+    program = jax.jit(jax.value_and_grad(weighed, has_aux=True)).lower(table).compile()
+    (_, found), gradient = program(table)
+  assert np.array_equal(found, np.asarray(table)[tokens])
+  wanted = np.zeros((6, 8))
+  np.add.at(wanted, tokens, np.arange(1.0, 5)[:, None, None])
+  assert np.array_equal(gradient, wanted)
+  gathers = re.findall(r"f32\[([\d,]+)\]\S* all-gather\(", program.as_text())
+  assert gathers and "6,8" not in gathers, gathers

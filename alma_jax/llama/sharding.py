@@ -168,14 +168,27 @@ def on_own_rows(f: Callable[..., Array], width_axis: int, width: int, rows: int)
   sizes = jax.sharding.get_abstract_mesh().shape
   spread = sizes["fsdp"] > 1 and width % sizes["fsdp"] == 0
 
+  def whole(x: Array) -> Array:
+    return jax.lax.all_gather(x, "fsdp", axis=width_axis, tiled=True)
+
+  # What is exchanged by hand over `fsdp` alone, XLA gathers over `tensor` first: the shares of the vocabulary go apart.
+  shares = P(*[None if axis == width_axis else "tensor" for axis in range(2)])
+  apart = jax.shard_map(whole, in_specs=shares, out_specs=shares, axis_names={"tensor"}, check_vma=False)
+
   def gathered(tables: Any, *arrays: Array) -> Array:
-    return f(jax.tree.map(lambda x: jax.lax.all_gather(x, "fsdp", axis=width_axis, tiled=True), tables), *arrays)
+    return f(jax.tree.map(lambda x: (whole if _in_one(x.shape[1 - width_axis]) else apart)(x), tables), *arrays)
 
   # The spec names `data` where that has one device: gradients are summed over each axis that no spec names.
   over = BATCH if sizes["data"] == 1 else "fsdp"
   specs = P(*[None] * width_axis, over) if spread else P(), *[P(BATCH)] * rows
   to = gathered if spread else f
   return jax.shard_map(to, in_specs=specs, out_specs=P(BATCH), axis_names=set(BATCH), check_vma=False)
+
+
+def _in_one(vocab: int) -> bool:
+  """True if `tensor` does not split the vocabulary."""
+  ways = jax.sharding.get_abstract_mesh().shape["tensor"]
+  return ways == 1 or vocab % ways != 0
 
 
 def constrain_batch(x: Array) -> Array:
@@ -198,5 +211,4 @@ def constrain_vocab(table: Array) -> Array:
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return table
-  rows = "tensor" if table.shape[0] % mesh.shape["tensor"] == 0 else None
-  return jax.lax.with_sharding_constraint(table, P(rows, None))
+  return jax.lax.with_sharding_constraint(table, P(None if _in_one(table.shape[0]) else "tensor", None))
