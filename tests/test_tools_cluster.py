@@ -143,7 +143,7 @@ def embedded(rows, most=None):
   host = hosts.Host(options, hosts.EngineOptions(), sharding.make_mesh(devices=jax.devices()[:1]))
   checkpoint = hosts.Checkpoint("it", host.directory, hosts.content_of(host.directory))
   encoded = [chat.encode_prompt(host.tokenizer, host.chat, [{"role": "user", "content": r["prompt"]}]) for r in rows]
-  found = embed.embeddings(host.model(checkpoint, "stacked"), [ids[:most] for ids in encoded], 32)
+  found = embed.embeddings(host.model(checkpoint, "stacked"), [ids[:most] for ids in encoded], 32, fit=True)
   return found, list(map(len, encoded))
 
 
