@@ -114,6 +114,7 @@ def _cell(cell: str, options: argparse.Namespace, done: dict[Any, Row]) -> Itera
           last=at == len(found) - 1,
           peak=made.peak,
           remat=made.remat,
+          passes=made.passes,
           usable=machine.topology.chip.memory,
           sent=hlo.sent(made.collectives),
           moved=made.moved,

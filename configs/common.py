@@ -39,7 +39,7 @@ def training(
     # The rest changes the result only by rounding. A run that has begun accepts new values.
     fit_rows=True,  # rows as many and as long as the data needs; False: of row_length each, in multiples of 4
     remat="auto",  # "none", "products", "full": less and less memory, more and more time; auto: the first that fits
-    passes=1,  # parts that a step's batch is taken in; more parts need less memory
+    passes=1,  # parts that a step's batch is taken in: more need less memory; at least so many, where remat is "auto"
     checkpoint_every=200,  # steps between checkpoints inside a stage; the last two are kept
     checkpoint_keep=0,  # checkpoints at multiples of this many steps stay for good; 0: none
     keep_epochs=0,  # the models of this epoch and of all later ones stay (LIMA: 1); 0: only the last one does

@@ -101,10 +101,11 @@ def test_training_meets_its_kernels_on_every_mesh(mesh, platform, monkeypatch):
   # TPU: forward; forward, dq and dkv in the backward pass. cuDNN: forward; forward and backward.
   text = lowered(gradient, platform, weights(mesh, sharding.TRAIN), batch)
   assert len(re.findall(KERNELS[platform], text)) == {"tpu": 4, "cuda": 3}[platform]
-  # The embedding and the head are gathered in bf16 and their gradients reduce-scattered, and no device asks the host.
-  fsdp = mesh.shape["fsdp"] > 1
+  # The embedding and the head, or a tensor group's shares of them, are gathered in bf16 and their gradients reduce-
+  # scattered, and no device asks the host.
+  fsdp, share = mesh.shape["fsdp"] > 1, 256 // mesh.shape["tensor"]
   gathered = re.findall(r'"stablehlo.all_gather".* -> tensor<(\w+)>', text)
-  assert set(gathered) == ({"256x128xbf16", "128x256xbf16"} if fsdp else set())
+  assert set(gathered) == ({f"{share}x128xbf16", f"128x{share}xbf16"} if fsdp else set())
   assert text.count('"stablehlo.reduce_scatter"') == (2 if fsdp else 0)
   assert "stablehlo.case" not in text and "stablehlo.if" not in text
 

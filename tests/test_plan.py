@@ -305,8 +305,10 @@ def test_what_does_not_fit_says_what_would():
   assert estimate.estimate(v5e, sft()).helps == "--topology=v5e:4x4"
   assert estimate.estimate(v5e, answers()).helps == "config.engine.tensor=2"
   tight = estimate.estimate(machine("h100:8"), sft(batch=3800))
-  assert not tight.fits and tight.helps == "config.policy.passes=2"
-  assert estimate.estimate(machine("h100:8"), sft(batch=3800, passes=2)).fits
+  assert tight.fits and (tight.remat, tight.passes) == ("full", 2)
+  assert tight.peak == estimate.estimate(machine("h100:8"), sft(batch=3800, passes=2)).peak
+  full = estimate.estimate(machine("h100:8"), sft(batch=3800, remat="full"))
+  assert not full.fits and (full.passes, full.helps) == (1, "config.policy.remat='auto'")
   one = estimate.estimate(machine("h100:8"), sft(batch=256, remat="none"))
   assert not one.fits and one.helps == "config.policy.remat='auto'"
   # a host of v5p has four chips

@@ -284,6 +284,23 @@ def test_a_sampling_program_is_continued_to_all_layers(monkeypatch):
   assert not compiled.in_line(shallow, step) and not compiled.in_line(m, estimate.estimate(m, WORKS[0]))
 
 
+def test_a_step_that_the_compiler_refuses_is_compiled_in_more_passes_as_a_run_does(monkeypatch):
+  tried = []
+
+  def planned(c, task, batch, passes, memory):
+    tried.append((passes, batch["tokens"].shape[0] % (8 * passes)))
+    if passes < 4:
+      raise train.TooLarge("too large", in_more_passes=True)
+    return "the plan"
+
+  monkeypatch.setattr(train, "planned", planned)
+  m = machine("v6e:2x4")
+  options = training.Options(**TRAINED | dict(remat="auto", batch=64))
+  work = dataclasses.replace(trained("sft", options), examples=256)
+  assert programs.planned_training(m, estimate.estimate(m, work), jax.devices()) == "the plan"
+  assert tried == [(1, 0), (2, 0), (4, 0)]
+
+
 def test_the_matrix_compiles_what_stages_share_once_and_goes_on(monkeypatch, tmp_path, capsys):
   asked, output = [], tmp_path / "rows.jsonl"
 

@@ -402,6 +402,30 @@ def test_too_little_memory_is_said_before_the_first_step(session, monkeypatch):
   assert not (stage.dir / "checkpoints").exists()
 
 
+def test_a_step_that_fits_in_no_way_is_taken_in_more_passes(session, monkeypatch):
+  real, tried, examples = training.planned, [], data(make_examples(session))
+
+  def planned(c, task, batch, passes, memory):
+    tried.append(passes)
+    if passes < fits:
+      raise engine_train.TooLarge("too large", in_more_passes=passes < helps)
+    return real(c, task, batch, passes, memory)
+
+  fits, helps = 2, 4
+  with monkeypatch.context() as patch:
+    patch.setattr(training, "planned", planned)
+    training.train(session, found := new_stage(session, "passes"), session.base, examples, options(), seed=5)
+    assert tried == [1, 2]
+    fits, helps = 4, 2
+    for changes, wanted in ({}, [1, 2]), ({"remat": "full"}, [1]):
+      tried.clear()
+      with pytest.raises(engine_train.TooLarge):
+        training.train(session, new_stage(session, "never"), session.base, examples, options(**changes), seed=5)
+      assert tried == wanted
+  training.train(session, asked := new_stage(session, "asked"), session.base, examples, options(passes=2), seed=5)
+  assert weights_file(found) == weights_file(asked)
+
+
 def test_a_finished_stage_keeps_the_model_and_drops_the_checkpoints(session, monkeypatch):
   stage = new_stage(session, "finished")
   model, facts = training.train(session, stage, session.base, data(make_examples(session)), options(epochs=1.0), seed=5)

@@ -44,6 +44,14 @@ class TrainingError(UserError):
   """Training that cannot begin or go on; the message says why and what helps."""
 
 
+class TooLarge(TrainingError):
+  """A step that fits in no way; `in_more_passes`: it would take less in twice as many passes."""
+
+  def __init__(self, message: str, in_more_passes: bool) -> None:
+    super().__init__(message)
+    self.in_more_passes = in_more_passes
+
+
 class Stopped(Exception):
   """Training that was asked to stop and has saved its state."""
 
@@ -285,7 +293,7 @@ def planned(c: LlamaConfig, task: TrainingTask, batch: Batch, passes: int = 1, m
   """The Plan for batches like this one.
 
   With remat "auto" it is the quickest that fits into `memory` bytes a device (None: the quickest that the compiler
-  takes). What cannot fit is not compiled, except for the leanest. If none fits, the TrainingError says what would help.
+  takes). What cannot fit is not compiled, except for the leanest. If none fits, the TooLarge says what would help.
   """
   ways = tuple(llama.REMAT) if task.objective.remat == "auto" else (task.objective.remat,)
   kind, tried = kind_of(batch, task.mesh), []
@@ -300,7 +308,7 @@ def planned(c: LlamaConfig, task: TrainingTask, batch: Batch, passes: int = 1, m
     tried.append(plan)
   # Of steps that the compiler refused, the last one is the leanest.
   leanest = min(reversed(tried), key=lambda plan: plan.bytes if isinstance(plan, Plan) else math.inf)
-  raise TrainingError(_too_large(leanest, memory or 0, task, batch["tokens"].shape))
+  raise _too_large(leanest, memory or 0, task, batch["tokens"].shape)
 
 
 def least_bytes(c: LlamaConfig, mesh: Mesh | AbstractMesh, o: Optimizer, objective: Objective, places: int) -> int:
@@ -325,7 +333,7 @@ def kept_numbers(c: LlamaConfig, remat: str) -> int:
   return {"full": D, "products": 2 * D + Q + 2 * K + 2 * F, "none": 4 * D + 2 * Q + 2 * K + 3 * F}[remat]
 
 
-def _too_large(plan: Plan | _Refused, memory: float, task: TrainingTask, shape: tuple[int, int]) -> str:
+def _too_large(plan: Plan | _Refused, memory: float, task: TrainingTask, shape: tuple[int, int]) -> TooLarge:
   def gb(size: float) -> str:
     return f"{size / 1e9:.1f} GB"
 
@@ -333,7 +341,8 @@ def _too_large(plan: Plan | _Refused, memory: float, task: TrainingTask, shape: 
   if task.objective.remat not in ("auto", "full"):
     helps.append("remat='full' (or 'auto')")
   large = isinstance(plan, _Refused) or plan.working > 0.3 * plan.bytes
-  if large and plan.passes < shape[0] // sharding.replicas(mesh):
+  in_more_passes = large and plan.passes < shape[0] // sharding.replicas(mesh)
+  if in_more_passes:
     helps.append(f"more passes (passes={2 * plan.passes})")
   if task.optimizer.moments != "bfloat16":
     helps.append("moments='bfloat16'")
@@ -346,10 +355,11 @@ def _too_large(plan: Plan | _Refused, memory: float, task: TrainingTask, shape: 
       f"training needs {gb(plan.bytes)} on each device and {gb(memory)} are there: {gb(plan.state)} for weights,"
       f" moments and batch, {gb(plan.working)} for gradients, activations and copies"
     )
-  return (
+  return TooLarge(
     f"{found}, with remat={plan.remat!r} and {shape[0]} rows of {shape[1]} tokens in {plan.passes}"
     f" pass{'es' * (plan.passes > 1)} over {sharding.replicas(mesh)} groups of devices. What helps:"
-    f" {'; '.join([*helps, 'a smaller batch or row_length'])}"
+    f" {'; '.join([*helps, 'a smaller batch or row_length'])}",
+    in_more_passes,
   )
 
 

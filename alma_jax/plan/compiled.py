@@ -38,7 +38,8 @@ class Made:
   name: str
   peak: int = 0  # bytes on each device, what is there beside the program included
   collectives: tuple[Collective, ...] = ()
-  remat: str | None = None
+  remat: str | None = None  # of a training step, and its passes
+  passes: int = 1
   seconds: float = 0.0  # that it took
   refused: str = ""  # why there is no such program
   part: bool = True  # of the stage's step
@@ -87,7 +88,7 @@ def peak_of(found: Any, platform: str) -> int:
 
 def made_of(program: Program, stage: str, platform: str) -> Made:
   """The program, compiled. What its compiler, or its lowering, refuses is told."""
-  began, name, remat = time.monotonic(), f"{stage} {program.name}", None
+  began, name, remat, passes = time.monotonic(), f"{stage} {program.name}", None, 1
   try:
     found = program.make()
   except UserError as error:
@@ -96,11 +97,11 @@ def made_of(program: Program, stage: str, platform: str) -> Made:
     said = str(error).strip().splitlines() or [type(error).__name__]
     return Made(name, refused=f"{program.name}: {said[0][:300]}", seconds=time.monotonic() - began)
   if isinstance(found, train.Plan):
-    found, remat = found.step, found.remat
+    found, remat, passes = found.step, found.remat, found.passes
   text = found.as_text()
   peak, took = peak_of(found, platform) + program.beside, time.monotonic() - began
   moved = traffic.moved(text, program.live) if program.live else 0.0
-  return Made(name, peak, tuple(hlo.collectives(text)), remat, seconds=took, part=program.part, moved=moved)
+  return Made(name, peak, tuple(hlo.collectives(text)), remat, passes, took, part=program.part, moved=moved)
 
 
 def _possible(step: Step) -> bool:
@@ -168,11 +169,11 @@ def _with(machine: Machine, step: Step, made: Sequence[Made]) -> Step:
   refused = next((m.refused for m in made if m.refused), "")
   if refused:
     return dataclasses.replace(step, fits=False, seconds=0.0, hours=0.0, refused=refused, compiled=True)
-  worst, remat = max(made, key=lambda m: m.peak), made[0].remat
+  worst, remat, passes = max(made, key=lambda m: m.peak), made[0].remat, made[0].passes
   peak, base = worst.peak, step
   collectives = tuple(collective for m in made if m.part for collective in m.collectives)
   if isinstance(step.work, Training) and remat:
-    base = estimated(machine, with_options(step.work, remat=remat))
+    base = estimated(machine, with_options(step.work, remat=remat, passes=passes))
     base = dataclasses.replace(base, work=step.work)
     exchange = hlo.sent(collectives) / (machine.topology.link * shares.LINKS[0])
     more = max(0.0, exchange - base.seconds) if base.seconds else 0.0

@@ -7,7 +7,6 @@ A step of training is one update, of sampling one token of every slot, of readin
 Time is the longest of arithmetic, memory traffic and collectives, each at its share of the peak (plan/assumptions.py).
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -244,18 +243,10 @@ def _knobs(machine: Machine, work: Training) -> Iterator[tuple[str, Machine, Wor
   if isinstance(work, Scoring):
     return
   section, o = f"config.{work.section}", work.options
-  if o.remat not in ("auto", "full"):
+  if o.remat != "auto":
     yield f"{section}.remat='auto'", machine, with_options(work, remat="auto")
-  lean = {"remat": "auto"} if o.remat != "full" else {}
-  with contextlib.suppress(sharding.MeshError):
-    whole = with_options(work, passes=1)
-    fit = _fitted(machine, whole)
-    most, passes = fit.shape.rows // (fit.mesh.data * fit.mesh.fsdp), 2 * o.passes
-    while passes <= min(most, o.batch):
-      yield f"{section}.passes={passes}", machine, with_options(work, passes=passes, **lean)
-      passes *= 2
   half = dataclasses.replace(o.optimizer, moments="bfloat16")
-  yield f"{section}.moments='bfloat16'", machine, with_options(work, optimizer=half, **lean)
+  yield f"{section}.moments='bfloat16'", machine, with_options(work, optimizer=half, remat="auto")
 
 
 def _other_kinds(topology: Topology) -> Iterator[Topology]:
@@ -331,8 +322,16 @@ def _places(shape: Shape) -> int:
   return shape.places
 
 
+def in_more_passes(work: Training, shape: Shape, mesh: AbstractMesh) -> Training | None:
+  """The training in twice as many passes, which remat "auto" goes on to where a step of this shape does not fit."""
+  o, passes = work.options, 2 * min(work.options.passes, work.options.batch)
+  rows = shape.rows // (mesh.shape["data"] * mesh.shape["fsdp"])  # of each way in all passes
+  return with_options(work, passes=passes) if o.remat == "auto" and passes <= min(o.batch, rows) else None
+
+
 def training(machine: Machine, work: Training, as_is: bool = False) -> Step:
-  """The first remat that fits, as engine/train.planned finds it; `as_is`: on the machine's mesh, whatever it wastes."""
+  """The first remat that fits, with "auto" in more passes if it must be, as a run finds them (runtime/training.py);
+  `as_is`: on the machine's mesh, whatever it wastes."""
   fit = _fitted(machine, work, as_is)
   if isinstance(work, Scoring):
     return _scoring(machine, work, fit)
@@ -345,6 +344,10 @@ def training(machine: Machine, work: Training, as_is: bool = False) -> Step:
     peak = training_bytes(c, mesh, machine.platform, o.optimizer, objective, places, passes)
     if peak <= chip.memory:
       break
+  if peak > chip.memory and (more := in_more_passes(work, fit.shape, mesh)):
+    found = training(machine, more, as_is)
+    if found.fits:
+      return dataclasses.replace(found, work=work)
   length = min(work.length, work.sides * o.row_length)
   n, useful = steps(work), metrics.operations(c, [round(length)])
   # Padding and the end of a row cost what tokens do; a reference model goes forward beside.

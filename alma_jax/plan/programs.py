@@ -25,7 +25,7 @@ from alma_jax.engine.train import TrainingTask
 from alma_jax.llama import model as llama
 from alma_jax.llama import sharding
 from alma_jax.plan.devices import local_mesh
-from alma_jax.plan.estimate import CHUNK, Machine, Step, shapes_of, tile_of
+from alma_jax.plan.estimate import CHUNK, Machine, Step, in_more_passes, shapes_of, tile_of, training, with_options
 from alma_jax.plan.work import Clustering, Reading, Sampling, Scoring, Training
 from alma_jax.runtime.batches import Examples, GradedResponses, Pairs, Rated
 from alma_jax.runtime.shapes import Shape
@@ -88,7 +88,14 @@ def planned_training(machine: Machine, step: Step, devices: Sequence[Any]) -> tr
   work, o = step.work, step.work.options  # pyright: ignore[reportAttributeAccessIssue]
   assert isinstance(work, Training) and step.shape and step.passes
   task = TrainingTask(o.optimizer, o.objective(machine.dtype), _training_mesh(machine, step, devices), steps=1)
-  return train.planned(machine.c, task, batch(work, step.shape), step.passes, machine.topology.chip.memory)
+  try:
+    return train.planned(machine.c, task, batch(work, step.shape), step.passes, machine.topology.chip.memory)
+  except train.TooLarge as error:
+    now = with_options(work, passes=step.passes)
+    more = in_more_passes(now, step.shape, task.mesh.abstract_mesh) if error.in_more_passes else None
+    if more is None:
+      raise
+  return planned_training(machine, training(machine, more), devices)
 
 
 def _training_mesh(machine: Machine, step: Step, devices: Sequence[Any]) -> Mesh:

@@ -27,10 +27,22 @@ from jax.sharding import Mesh
 from alma_jax.engine import losses
 from alma_jax.engine import train as engine_train
 from alma_jax.engine.optimizer import Optimizer
-from alma_jax.engine.train import Hooks, Objective, State, Stopped, TrainingTask, abstract_state, fit, planned
+from alma_jax.engine.train import (
+  Hooks,
+  Objective,
+  Plan,
+  State,
+  Stopped,
+  TooLarge,
+  TrainingTask,
+  abstract_state,
+  fit,
+  planned,
+)
 from alma_jax.errors import NotFinite
 from alma_jax.llama import model as llama
 from alma_jax.llama import sharding, weights
+from alma_jax.llama.config import LlamaConfig
 from alma_jax.options import ConfigError, option, spread
 from alma_jax.runtime import room
 from alma_jax.runtime.batches import Batches, Examples, Pairs, Rated, Sizes, TrainingData
@@ -58,7 +70,7 @@ class Options(Sizes):
   average: Literal["tokens", "examples"] = "tokens"  # every supervised token counts alike; "examples": every example
   dropout: float = 0.0  # of what the last layer adds; it rises evenly from 0 in the first (LIMA: 0.3)
   # These change the result only by rounding and may be changed in a run that has begun. remat: "none", "products",
-  # "full" take less and less memory, more and more time; "auto" is the first that fits.
+  # "full" take less and less memory, more and more time; "auto" is the first that fits, in more passes if it must be.
   remat: Literal["auto", "none", "products", "full"] = option("auto", practical=True)
   passes: int = option(1, least=1, practical=True)  # through the model for a step: more of them take less memory
   checkpoint_every: int = option(200, least=1, practical=True)  # steps between checkpoints; the last two are kept
@@ -149,8 +161,7 @@ def train(
   """Train `init` on the data and write `stage.dir/model`; that directory, and facts for the manifest. `reference` is
   there if the objective compares with the model itself."""
   s.host.free()
-  passes = min(options.passes, max(1, options.batch))
-  batches, mesh = _spread(s, data, options, seed, passes)
+  batches, mesh = _spread(s, data, options, seed, _passes(options))
   c, o, objective = s.host.trained_config, options, options.objective(s.host.dtype)
   if isinstance(data, Rated):
     c = dataclasses.replace(c, outputs=data.head.shape[1])
@@ -165,13 +176,15 @@ def train(
   if jax.process_count() > 1:
     memory, there = multihost_utils.process_allgather(np.array([memory, there])).min(0).tolist()
   room.check(stage.name, stage.dir, disk, int(there), s.display)
-  plan = planned(c, task, batches(batches.largest()[0]), passes, memory)
+  batches, task, plan = _planned(s, data, options, c, task, batches, memory)
+  mesh = task.mesh
   _say_shapes(s, stage.name, batches, mesh)
-  s.run.log("memory", stage=stage.name, state=plan.state, working=plan.working, there=memory, remat=plan.remat)
+  how = dict(remat=plan.remat, passes=plan.passes)
+  s.run.log("memory", stage=stage.name, state=plan.state, working=plan.working, there=memory, **how)
   if plan.bytes > memory / 10:
     s.display.say(
       f"{stage.name}: {plan.bytes / 1e9:.1f} of {memory / 1e9:.1f} GB on each device, {plan.state / 1e9:.1f} of them"
-      f" for weights and moments; remat {plan.remat!r}"
+      f" for weights and moments; remat {plan.remat!r}" + (f", {plan.passes} passes" if plan.passes > 1 else "")
     )
   checkpoints = Checkpoints(stage.dir / layout.CHECKPOINTS, options.checkpoint_keep)
   log = StepLog(s, stage, batches)
@@ -236,6 +249,27 @@ def train(
   if options.keep_epochs:
     facts |= {"epochs": -(-batches.steps // batches.per_epoch)}
   return export(s.host, model, stage.dir / layout.MODEL), facts
+
+
+def _planned(
+  s: Session, data: TrainingData, options: Options, c: LlamaConfig, task: TrainingTask, batches: Batches, memory: float
+) -> tuple[Batches, TrainingTask, Plan]:
+  """The Plan of the largest step, with its batches and task. With remat "auto" a step that fits in no way is taken in
+  twice as many passes, as often as that takes less memory and each has an example."""
+  passes = _passes(options)
+  while True:
+    try:
+      return batches, task, planned(c, task, batches(batches.largest()[0]), passes, memory)
+    except TooLarge as error:
+      if options.remat != "auto" or not error.in_more_passes or 2 * passes > options.batch:
+        raise
+    passes *= 2
+    batches, mesh = _spread(s, data, options, task.seed, passes)
+    task = dataclasses.replace(task, mesh=mesh)
+
+
+def _passes(options: Options) -> int:
+  return min(options.passes, max(1, options.batch))
 
 
 def _spread(
