@@ -51,11 +51,8 @@ from alma_jax.runtime.training import USEFUL
 
 NEAR = 0.9  # of a slot's mean length is what its token at work has behind it: lognormal lengths
 SCORES = 4  # times fp32 attention scores do, where they are not kept on the chip
-CHOOSING = {
-  "greedy": 7,
-  "temperature": 8,
-  "filtered": 37,
-}  # times fp32 logits do in plain XLA, the head's writing included
+# How many times fp32 logits go through memory in plain XLA, the head's writing included
+CHOOSING = {"greedy": 7, "temperature": 8, "filtered": 37}
 CHOOSING_ONCE = 2, 4  # where a kernel reads them once; a tensor group exchanges them first, written and read
 ACTIVATIONS = 44, 2  # times all heads' queries of a layer do and the feed-forward's inner numbers do, on TPUs
 RULES = 4  # more: ruled logits are written for the kernel and read, and the others read for the log-probability
