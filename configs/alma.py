@@ -46,7 +46,7 @@ def llama_8b() -> Config:
 
   c.mesh = section(data=1, fsdp=-1, tensor=1)  # of training, over all hosts; -1: all devices that are left
   c.engine = section()
-  # devices that share one copy of the model in sampling and scoring; 0: as few as leave room for sequences beside it
+  # devices that share one copy of the model in sampling and scoring; 0: as few as have room for many sequences
   c.engine.tensor = 0
   c.engine.slots = 0  # sequences that decode together, per copy; 0: as many as fit and are asked for, at most 512
   c.engine.rows = 32  # rows per scoring or embedding call, per copy

@@ -52,7 +52,7 @@ def llama_7b() -> Config:
 
   c.mesh = section(data=1, fsdp=-1, tensor=1)  # of training, over all hosts; -1: all devices that are left
   c.engine = section()
-  c.engine.tensor = 0  # devices that share one copy of the model in sampling; 0: as few as leave room for sequences
+  c.engine.tensor = 0  # devices that share one copy of the model in sampling; 0: as few as have room for many sequences
   c.engine.slots = 0  # sequences that decode together, per copy; 0: as many as fit, at most 512
   c.engine.rows = 32  # rows per embedding call, per copy
 

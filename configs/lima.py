@@ -83,7 +83,7 @@ def llama_65b() -> Config:
 def llama_7b() -> Config:
   """The size of the paper's ablations: graded 1 to 6, five answers to each prompt."""
   c = llama_65b()
-  c.engine.tensor = 0  # devices that share one copy of the model; 0: as few as leave room for sequences
+  c.engine.tensor = 0  # devices that share one copy of the model; 0: as few as have room for many sequences
   c.mesh = section(data=1, fsdp=-1, tensor=1)
   c.model.vocab_multiple = 1
   c.eval.n = 5

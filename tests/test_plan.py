@@ -281,6 +281,25 @@ def test_a_step_sends_what_the_compilers_say(word, remat, rows, width, gb):
   assert found / 1e9 == pytest.approx(gb, rel=0.02)
 
 
+def test_a_tensor_group_sends_and_waits_for_what_the_compilers_say():
+  # Llama-3-8B on two chips of v5e: 8 prompts of 1,024 tokens, and a step of 72 slots; Llama-3-70B on four chips of v5p,
+  # and on four GPUs, which gather the logits
+  pair, large = machine("v5e:4x4", tensor=2), shapes.SHAPES["llama3_70b"]
+  assert estimate._shared(pair, 8 * 1024) == pytest.approx(4.362e9, rel=0.01)
+  assert estimate._shared(pair, 72, logits=True) == pytest.approx(0.8425e9 / 16, rel=0.1)
+  assert estimate._shared(machine("v5p:4x4x4", large, 4), 512, logits=True) == pytest.approx(33.43e9 / 16, rel=0.03)
+  assert estimate._shared(machine("h100:8x8", large, 4), 400, logits=True) == pytest.approx(28.40e9 / 16, rel=0.03)
+  # By hand: a chip of v5e has four links, of which a pair uses one and a ring two
+  assert pair.topology.link_in_groups(2) == 50e9 and pair.topology.link_in_groups(4) == 100e9
+  assert machine("v5p:4x4x4").topology.link_in_groups(4) == 200e9
+  assert machine("h100:8x8").topology.link_in_groups(4) == 450e9
+  step = estimate.estimate(pair, answers())
+  assert step.collective == estimate._shared(pair, step.slots, logits=True)
+  alone = step.traffic / (819e9 * 0.6)
+  assert step.seconds == pytest.approx(alone + step.collective / (50e9 * 0.7))
+  assert estimate.estimate(machine("v5e:4x4", tensor=1), answers(rows=10)).collective == 0
+
+
 def test_more_work_takes_more_and_more_devices_take_less():
   m = machine("h100:8")
   assert estimate.estimate(m, sft(128_000)).hours == pytest.approx(2 * estimate.estimate(m, sft()).hours)

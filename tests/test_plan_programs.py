@@ -333,7 +333,9 @@ def test_the_devices_of_a_copy_are_chosen_by_size():
   chosen = {}
   for word in ("v5e:4x4", "v6e:2x4", "v5p:4x4x4", "h100:8"):
     chosen[word] = [machine(word, c, tensor=0).tensor for c in (whole, large)]
-  assert chosen == {"v5e:4x4": [2, 4], "v6e:2x4": [1, 8], "v5p:4x4x4": [1, 4], "h100:8": [1, 4]}
+  assert chosen == {"v5e:4x4": [4, 4], "v6e:2x4": [2, 8], "v5p:4x4x4": [1, 4], "h100:8": [1, 4]}
+  # Keys and values of every head take four times the room of Llama 3's.
+  assert machine("h100:8", shapes.SHAPES["llama2_7b"], tensor=0).tensor == 2
   step = estimate.estimate(machine("v5e:4x4", large, tensor=0), WORKS[3])
   assert not step.fits and step.helps.startswith(
     "no host of v5e:4x4 (4 devices) has room for a copy of the model; --top"

@@ -4,7 +4,8 @@
   step = estimate(machine, work)       # a Step: fits, peak, seconds, hours, and what would help where it does not fit
 
 A step of training is one update, of sampling one token of every slot, of reading one call, of k-means one iteration.
-Time is the longest of arithmetic, memory traffic and collectives, each at its share of the peak (plan/assumptions.py).
+Time is the longest of arithmetic, memory traffic and collectives, each at its share of the peak (plan/assumptions.py);
+what a tensor group exchanges in sampling and reading is waited for.
 """
 
 import dataclasses
@@ -131,8 +132,7 @@ class Machine:
   @functools.cached_property
   def tensor(self) -> int:
     """The devices that share a copy of the model in sampling and reading."""
-    size = self.c.parameters * self.itemsize
-    return self.engine.tensor or tensor_for(self.c, size, self.topology.local, self.topology.chip.memory)
+    return self.engine.tensor or tensor_for(self.c, self.dtype, self.topology.local, self.topology.chip.memory)
 
   @property
   def replicas(self) -> int:
@@ -442,10 +442,14 @@ def _sampling(machine: Machine, work: Sampling) -> Step:
   slots, new = shapes.slots, work.tokens / max(1, work.rows)
   traffic = decoding_bytes(machine, work, shapes, new)
   flops = 2 * (machine.layers + machine.head) * slots / machine.tensor
+  sent, link = _shared(machine, slots, logits=True), _link(machine)
   seconds = max(traffic / (chip.bandwidth * shares.DECODING[0]), flops / (machine.peak * shares.PRODUCTS[0]))
+  seconds += sent / link
   decode = work.tokens / (slots * machine.replicas * shares.SLOTS[0]) * seconds
-  prefill = _forward(machine, work.prompts * work.prompt_tokens, work.prompt_tokens)
+  tokens = work.prompts * work.prompt_tokens
+  prefill = _forward(machine, tokens, work.prompt_tokens)
   rate = machine.peak * machine.topology.devices * shares.PRODUCTS[0]
+  filling = prefill / rate + _shared(machine, tokens / machine.replicas) / link
   return Step(
     work,
     fits=peak <= sampling_bytes(chip.memory),
@@ -454,8 +458,9 @@ def _sampling(machine: Machine, work: Sampling) -> Step:
     slots=slots,
     flops=prefill + 2 * (machine.layers + machine.head) * work.tokens,
     traffic=traffic,
+    collective=sent,
     seconds=seconds,
-    hours=(decode + prefill / rate) / 3600,
+    hours=(decode + filling) / 3600,
     host=room.model_bytes(machine.c, machine.model.save_dtype),
     disk=work.disk,
   )
@@ -485,6 +490,21 @@ def decoding_bytes(machine: Machine, work: Sampling, shapes: Shapes, new: float)
   logits = _passes(o.decoding, machine) * 4 * c.vocab * shapes.slots / tensor
   wide = (ACTIVATIONS[0] * c.heads * c.head_dim + ACTIVATIONS[1] * c.ffn) / tensor if machine.platform == "tpu" else 0
   return weights + read + scores + logits + c.depth * shapes.slots * wide * machine.itemsize
+
+
+def _shared(machine: Machine, tokens: float, layers: int = 0, logits: bool = False) -> float:
+  """Bytes that a device sends to its tensor group for so many of the group's tokens: the rows of the embedding and two
+  results of each layer are summed over the group. `logits`: they are exchanged, too, each device choosing for its share
+  of the slots by the kernel, and elsewhere for all of them."""
+  c, tensor = machine.c, machine.tensor
+  summed = 2 * (2 * (layers or c.depth) + 1) * c.width * machine.itemsize
+  chosen = 4 * c.vocab / (tensor if machine.platform == "tpu" else 1) if logits else 0
+  return tokens * (summed + chosen) * (tensor - 1) / tensor
+
+
+def _link(machine: Machine) -> float:
+  """Bytes a second that `_shared` is sent at."""
+  return machine.topology.link_in_groups(machine.tensor) * shares.LINKS[0]
 
 
 def _passes(decoding: Decoding, machine: Machine) -> int:
@@ -525,13 +545,15 @@ def _reading(machine: Machine, work: Reading) -> Step:
   before = buckets.rounded(work.longest_prefix) if work.prefixes else 0
   working = reading_bytes(c, tensor, machine.itemsize, rows, longest, before, tile_of(machine, work))
   peak = machine.held + working
+  before = work.prefixes * work.prefix_tokens
   flops = _forward(machine, work.tokens, width + 2 * work.prefix_tokens, work.layers)
-  flops += _forward(machine, work.prefixes * work.prefix_tokens, work.prefix_tokens, work.layers)
+  flops += _forward(machine, before, work.prefix_tokens, work.layers)
+  sent = _shared(machine, (work.tokens + before) / machine.replicas / shares.PADDING[0], work.layers)
   calls = work.rows / (rows * machine.replicas)
   rate = machine.peak * machine.topology.devices * shares.PRODUCTS[0]
   arithmetic = flops / shares.PADDING[0] / rate
   reads = calls * machine.model_bytes / (chip.bandwidth * shares.DECODING[0])
-  seconds = work.models * max(arithmetic, reads)
+  seconds = work.models * (max(arithmetic, reads) + sent / _link(machine))
   return Step(
     work,
     fits=peak <= sampling_bytes(chip.memory),
@@ -539,6 +561,7 @@ def _reading(machine: Machine, work: Reading) -> Step:
     usable=sampling_bytes(chip.memory),
     flops=work.models * flops,
     traffic=machine.model_bytes,
+    collective=sent / max(1.0, calls),
     seconds=seconds / max(1.0, work.models * calls),
     hours=seconds / 3600,
     host=room.model_bytes(c, machine.model.save_dtype),

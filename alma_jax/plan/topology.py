@@ -82,6 +82,14 @@ class Topology:
     every byte goes once, over the networks of all GPUs of a host, and inside them over their own links."""
     return self.chip.link if self.hosts == 1 else min(self.chip.link, self.local * self.chip.network)
 
+  def link_in_groups(self, ways: int) -> float:
+    """Bytes a second that a device sends to the others of its group of `ways` on one host. GPUs have a switch; a TPU
+    reaches one neighbour by one of the two links of each dimension, and in a ring of more it uses two of them."""
+    if self.chip.platform != "tpu":
+      return self.chip.link
+    dimensions = self.name.count("x") + 1
+    return self.chip.link / (2 * dimensions) * (1 if ways == 2 else 2)
+
 
 def parse(word: str) -> Topology:
   """The Topology of a word as KNOWN shows them."""

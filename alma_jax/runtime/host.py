@@ -32,7 +32,9 @@ from alma_jax.text import chat, tokenizer
 
 T = TypeVar("T")
 
-COPY = 0.6  # of what sampling may fill, the most that a copy of the model takes: the rest is for sequences
+# Sequences, and their tokens, that the devices of a copy of the model should have room for: every step of decoding reads
+# all weights, and with fewer sequences that is most of what it reads.
+SEQUENCES, LONG = 96, 2048
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +49,7 @@ class ModelOptions(Checked):
 
 @dataclasses.dataclass(frozen=True)
 class EngineOptions(Checked):
-  # devices that share one copy of the model in sampling and scoring; 0: as few as leave room for sequences beside it
+  # devices that share one copy of the model in sampling and scoring; 0: as few as have room for many sequences
   tensor: int = option(0, least=0)
   slots: int = option(0, least=0)  # sequences that decode together, per copy; 0: as many as fit
   rows: int = option(32, least=1)  # rows per scoring or embedding call, per copy
@@ -254,7 +256,7 @@ def local_mesh(options: ModelOptions, engine: EngineOptions, devices: Sequence[A
   if memory is not None and options.path:
     c = llama_config.read_config(model_directory(options.path))
     size = c.parameters * jax.numpy.dtype(dtype_on(devices[0].platform, options)).itemsize
-    tensor = engine.tensor or tensor_for(c, size, len(devices), memory)
+    tensor = engine.tensor or tensor_for(c, dtype_on(devices[0].platform, options), len(devices), memory)
     usable, gib = sampling_bytes(memory), 2**30
     if size // tensor > usable:
       mend = "raise engine.tensor, or 0 chooses" if size <= len(devices) * usable else "no copy fits this host"
@@ -271,11 +273,19 @@ def local_mesh(options: ModelOptions, engine: EngineOptions, devices: Sequence[A
   return sharding.make_mesh(data=-1, tensor=tensor, devices=devices)
 
 
-def tensor_for(c: llama_config.LlamaConfig, model_bytes: int, devices: int, memory: int) -> int:
-  """As few of a host's devices as share a copy of the model and leave room for sequences beside it; all of them where
-  none do. Heads of keys and values are divided evenly."""
+def tensor_for(c: llama_config.LlamaConfig, dtype: str, devices: int, memory: int) -> int:
+  """As few of a host's devices as have room for a copy of the model and for SEQUENCES beside it; all of them where none
+  do. Heads of keys and values are divided evenly. Llama-3-8B in bf16:
+
+    devices that share a copy          1     2     4
+    sequences, TPU v6e (28 GiB)       52   165          2 are taken
+               TPU v5e (14 GiB)        -    53   166    4
+               H100 (71 GiB)         224                1
+  """
+  size = jax.numpy.dtype(dtype).itemsize
+  wanted = c.parameters * size + SEQUENCES * LONG * 2 * c.depth * c.kv_heads * c.head_dim * size
   ways = [n for n in range(1, devices + 1) if devices % n == 0 and c.kv_heads % n == 0]
-  return next((n for n in ways if model_bytes <= COPY * n * sampling_bytes(memory)), ways[-1])
+  return next((n for n in ways if wanted <= n * sampling_bytes(memory)), ways[-1])
 
 
 def dtype_on(platform: str, options: ModelOptions) -> str:
