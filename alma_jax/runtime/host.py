@@ -32,8 +32,8 @@ from alma_jax.text import chat, tokenizer
 
 T = TypeVar("T")
 
-# Sequences, and their tokens, that the devices of a copy of the model should have room for: every step of decoding reads
-# all weights, and with fewer sequences that is most of what it reads.
+# Sequences, and their tokens, that the devices of a copy of the model should have room for: every step of decoding
+# reads all weights, and with fewer sequences that is most of what it reads.
 SEQUENCES, LONG = 96, 2048
 
 
