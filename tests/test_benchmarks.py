@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import statistics
 import sys
 
@@ -16,8 +17,8 @@ pytest.importorskip("torch")
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # they are no package that is installed
 
 from benchmarks import draw as drawing
+from benchmarks import padding, training
 from benchmarks import sampling as bench
-from benchmarks import training
 
 SMALL = dict(
   vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -155,6 +156,13 @@ def test_table():
   lines = bench.table(rows).strip().splitlines()
   assert [line.split()[-2:] for line in lines[1:3]] == [["not", "met"], ["3", "met"]]
   assert lines[3].split() == ["e", "1", "f"]
+
+
+def test_padding_of_several_ways_is_never_less_than_must_be():
+  lines = list(padding.shares([60]))
+  assert sum(line.startswith(("| 20 to 399", "| log-normal")) for line in lines) == 2 * len(padding.CELLS)
+  found = [match for line in lines for match in re.findall(r"([.\d]+) \(\d\), most ([.\d]+)", line)]
+  assert len(found) == len(padding.CELLS) and all(0.3 < float(share) <= float(most) <= 1 for share, most in found)
 
 
 def test_draws_from_a_small_pool_are_measured_and_wrong_ones_noticed(monkeypatch):

@@ -1,6 +1,7 @@
 """Embeddings against means taken by hand and against transformers; projections against NumPy's SVD."""
 
 import itertools
+import math
 
 import jax
 import numpy as np
@@ -220,8 +221,20 @@ def test_levels_are_the_best_of_all(most):
       return sum(next(x for x in levels if x >= size) for size in sizes) * (1 + 0.02 * (len(levels) - 1))
 
     found = buckets.levels(sizes, most, 0.02)
-    subsets = (of for n in range(1, most + 1) for of in itertools.combinations(set(sizes.tolist()), n))
-    assert cost(found.tolist()) == pytest.approx(min(cost(of) for of in subsets if max(of) == sizes.max()))
-  spread = np.arange(1, 200)  # with many different numbers no size is above its level
-  levels = buckets.levels(spread, 4, 0.0)
-  assert levels[-1] == 199 and 1 < len(levels) <= 4
+    subsets = (of for n in range(1, most + 1) for of in itertools.combinations(sorted(set(sizes.tolist())), n))
+    assert tuple(found.tolist()) == min(
+      (of for of in subsets if max(of) == sizes.max()), key=cost
+    )  # of equal ones the first
+  assert buckets.levels(np.arange(1, 201), 4, 0.0).tolist() == [50, 100, 150, 200]
+
+
+def test_runs_have_the_least_cost_of_all():
+  for seed in range(5):
+    costs = np.where(np.tri(7, dtype=bool).T, np.random.default_rng(seed).random((7, 7)), math.inf)
+    prices = np.array([1.0, 1.1, 1.5])
+
+    def cost(ends, costs=costs, prices=prices):
+      return sum(costs[i, j] for i, j in zip([0, *(j + 1 for j in ends)], ends, strict=False)) * prices[len(ends) - 1]
+
+    every = [(*ends, 6) for n in range(3) for ends in itertools.combinations(range(6), n)]
+    assert tuple(buckets.runs(costs, prices)) == min(every, key=cost)

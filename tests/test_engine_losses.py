@@ -21,6 +21,7 @@ from alma_jax.llama import sharding
 from alma_jax.options import ConfigError
 from alma_jax.runtime import training
 from alma_jax.runtime.batches import Batches, Examples
+from alma_jax.runtime.shapes import fitted
 from alma_jax.stages import policy
 from alma_jax.text import packing
 
@@ -295,6 +296,18 @@ def test_packed_equals_padded(fractional):
   examples = make_examples([24, 9, 5, 17, 3, 11], fractional)
   assert len(packing.pack([len(ids) for ids, _ in examples], ROW)) == 3
   assert_close(sft_and_gradient(stacked(), packed(examples)), sft_and_gradient(stacked(), padded(examples)))
+
+
+def test_loss_and_gradient_are_the_same_in_rows_of_any_number_and_length():
+  examples = make_examples([24, 9, 5, 17, 3, 11])
+  lengths = [len(ids) for ids, _ in examples]
+  loss, _, gradient = sft_and_gradient(stacked(), packed(examples))
+  shapes = [fitted([lengths], 40, unit)[0] for unit in (1, 5)]
+  assert shapes[0].rows < 3 < shapes[1].rows and shapes[0].length > ROW
+  for rows, length in shapes:
+    batch = packing.rows(examples, packing.pack(lengths, length), length, rows, pad_id=0)
+    found, _, of = sft_and_gradient(stacked(), batch)
+    assert_close((found, of), (loss, gradient))
 
 
 @pytest.mark.parametrize("remat", ["products", "full"])

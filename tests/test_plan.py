@@ -115,6 +115,10 @@ def test_rows_and_groups_follow_the_data_as_in_a_run(equal_lengths):
   found = estimate.training(machine("v6e:8x8"), sft(batch=16), as_is=True)
   assert (found.mesh, found.shape) == (MeshOptions(1, 64, 1), (64, 512))
   assert found.seconds > 3 * step.seconds
+  # long trainings have the shapes in common, whatever their number of steps
+  found = estimate._simulated.cache_info().misses
+  assert estimate.estimate(machine("v6e:8x8"), sft(examples=9_000, batch=16)).shape == (16, 512)
+  assert estimate._simulated.cache_info().misses == found
   # two hosts of 8 GPUs: groups stay within one
   assert estimate.estimate(machine("h100:8x2"), sft(batch=1)).mesh.tensor == 8
   # passes divide the rows, too: 16 rows in 4 passes are for 4 ways

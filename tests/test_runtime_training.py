@@ -481,21 +481,36 @@ def test_without_fitting_every_batch_has_one_shape_that_mesh_and_passes_divide(u
   assert {x.shape for batch in made for x in batch.values()} == {(rows, 48)} and set(batches.shapes) == {((rows, 48),)}
 
 
-def ragged(count):
-  """Examples of 20 to 399 tokens."""
-  lengths = np.random.default_rng(count).integers(20, 400, count)
+def ragged(count, kind="even"):
+  """Examples of 20 to 399 tokens, or of log-normal lengths up to 2,048 with a median of 290."""
+  rng = np.random.default_rng(count)
+  lengths = rng.integers(20, 400, count)
+  if kind == "log-normal":
+    lengths = np.clip(rng.lognormal(np.log(290), 0.8, count), 20, 2048).astype(int)
   return data([(np.full(n, 7, np.int32), np.arange(n) >= n // 2) for n in lengths])
 
 
+EVEN = [
+  (60, 32, 2048),
+  (1000, 32, 2048),
+  (5000, 32, 2048),
+  (60, 16, 512),
+  (1000, 16, 512),
+  (60, 32, 512),
+  (1000, 8, 2048),
+]
+LOG_NORMAL = [(60, 8, 2048), (1000, 8, 2048), (5000, 8, 2048), (1000, 16, 2048), (1000, 32, 2048)]
+
+
 @pytest.mark.parametrize(
-  ("count", "batch", "row_length"),
-  [(60, 32, 2048), (1000, 32, 2048), (5000, 32, 2048), (60, 16, 512), (1000, 16, 512), (60, 32, 512), (1000, 8, 2048)],
+  ("count", "batch", "row_length", "kind"),
+  [(*cell, "even") for cell in EVEN] + [(*cell, "log-normal") for cell in LOG_NORMAL],
 )
-def test_few_shapes_fit_ragged_data(count, batch, row_length):
+def test_few_shapes_fit_ragged_data(count, batch, row_length, kind):
   settings = options(batch=batch, epochs=3.0, row_length=row_length)
-  batches = Batches(ragged(count), settings, 5, unit=1)
-  assert batches.useful >= 0.85 and len(set(batches.shapes)) <= 4
-  before = Batches(ragged(count), dataclasses.replace(settings, fit_rows=False), 5, unit=1)
+  batches = Batches(ragged(count, kind), settings, 5, unit=1)
+  assert batches.useful >= 0.85 and len(set(batches.shapes)) <= (4 if kind == "even" else 8)
+  before = Batches(ragged(count, kind), dataclasses.replace(settings, fit_rows=False), 5, unit=1)
   assert batches.useful > 1.05 * before.useful
   for step in (0, batches.steps - 1):
     made, plain = batches(step), before(step)
@@ -503,7 +518,40 @@ def test_few_shapes_fit_ragged_data(count, batch, row_length):
     assert made["weights"].sum() == plain["weights"].sum()
   # Each shape is that of the steps it was made for, and no smaller one would hold them.
   at = batches.largest()
-  assert len(at) == len(set(batches.shapes)) and batches.shapes[at[0]] == max(batches.shapes)
+  assert len(at) == len(set(batches.shapes))
+  assert batches.shapes[at[0]][0].places == max(shape.places for (shape,) in batches.shapes)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_every_step_fits_its_shape(seed):
+  rng = np.random.default_rng(seed)
+  row_length, unit, programs = int(rng.choice([3, 12, 64, 300])), int(rng.choice([1, 3, 8])), int(rng.choice([1, 2, 8]))
+  # Some of 300 steps have an example or a size as the sampled ones have not.
+  steps = [rng.integers(1, 1 + row_length // 3, rng.integers(1, 9)).tolist() for _ in range(300)]
+  for step in rng.integers(0, 300, 9):
+    steps[step] = rng.integers(1, row_length + 1, rng.integers(1, 20)).tolist()
+  found = fitted(steps, row_length, unit, programs)
+  assert len(set(found)) <= programs
+  for of, shape in zip(steps, found, strict=True):
+    assert shape.rows % unit == 0 and shape.length <= 2 * row_length
+    assert len(packing.pack(of, shape.length)) <= shape.rows
+
+
+def test_one_more_program_must_save_a_share_of_all_places():
+  small, large = [[64]], [[128]]  # one program more saves n / (2 n + 2) of the places of n small and one large step
+  assert set(fitted(9 * small + large, 128, 1)) == {(1, 64), (1, 128)}
+  assert set(fitted(small + 99 * large, 128, 1)) == {(1, 128)}  # 64 of 12,800
+  levels = [[16 * n] for n in range(1, 9)]
+  assert len(set(fitted(200 * levels, 128, 1))) > len(set(fitted(3 * levels, 128, 1))) == 4
+
+
+def test_shapes_of_many_steps_are_found_by_packing_each_a_few_times(monkeypatch):
+  rng, packed, pack = np.random.default_rng(0), [], packing.pack
+  steps = np.clip(rng.lognormal(5.7, 0.8, 24_000), 20, 2048).astype(int).reshape(-1, 8).tolist()
+  monkeypatch.setattr(packing, "pack", lambda lengths, length: packed.append(length) or pack(lengths, length))
+  found = fitted(steps, 2048, unit=1)
+  assert sum(map(sum, steps)) >= 0.85 * sum(shape.places for shape in found)
+  assert len(packed) <= 2 * len(steps)  # besides the 128 steps of the sample
 
 
 def test_with_many_ways_the_length_of_rows_varies_instead_of_their_number():

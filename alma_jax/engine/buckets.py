@@ -11,7 +11,6 @@ All of this happens on the host and follows from the rows' lengths and order alo
 import dataclasses
 import itertools
 import math
-import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -72,16 +71,28 @@ def levels(sizes: np.ndarray, most: int, saving: float) -> np.ndarray:
   One more level must save a share `saving` of it: 3 3 4 9 have the levels [3 4 9] with 0.05, and [9] with 0.9.
   """
   values, counts = np.unique(sizes, return_counts=True)
-  if len(values) > 32:  # numbers that are nearly equal share a level
-    values = values[np.unique(np.linspace(0, len(values) - 1, 32).round().astype(int))]
-    counts = np.bincount(np.searchsorted(values, sizes))
-  best = math.inf, np.arange(0)
-  for count in range(1, min(most, len(values)) + 1):
-    for lower in itertools.combinations(values[:-1], count - 1):
-      found = np.array([*lower, values[-1]])
-      total = (found[np.searchsorted(found, values)] * counts).sum() * (1 + saving * (count - 1))
-      best = min(best, (float(total), found), key=operator.itemgetter(0))
-  return best[1]
+  upto = np.cumsum(counts)
+  costs = values * (upto - upto[:, None] + counts[:, None])  # [i, j]: the values from i to j become the value j
+  ends = runs(np.where(np.tri(len(values), dtype=bool).T, costs, math.inf), 1 + saving * np.arange(most))
+  return values[ends]
+
+
+def runs(costs: np.ndarray, prices: np.ndarray) -> list[int]:
+  """The last things of the runs into which n things are cut, so that the sum of the runs' costs is least.
+
+  `costs[i, j]` is that of a run from i to j, infinite for j < i. The sum of k runs counts `prices[k - 1]` times, and
+  there are no more than `len(prices)` runs. Of equal cuts it is that of fewer runs, then of shorter ones first.
+  """
+  least, ends = [costs[:, -1]], [np.full(len(costs), len(costs) - 1)]  # of what begins at i, in one run
+  for _ in prices[1 : len(costs)]:  # in one more: a run to j, and then the best of what begins at j + 1
+    sums = costs + np.append(least[-1][1:], math.inf)
+    least.append(sums.min(axis=1))
+    ends.append(sums.argmin(axis=1))
+  count = int(np.argmin([found[0] * price for found, price in zip(least, prices, strict=False)]))
+  last = [-1]
+  for left in range(count, -1, -1):
+    last.append(int(ends[left][last[-1] + 1]))
+  return last[1:]
 
 
 def batches(

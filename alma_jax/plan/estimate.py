@@ -297,7 +297,7 @@ def _fitted(machine: Machine, work: Training, as_is: bool = False) -> Fitted:
 def _shapes_of(work: Training, unit: int) -> tuple[Shape, float, float]:
   o = work.options
   sizes = o.batch, work.sides * o.row_length, unit if o.fit_rows else -math.lcm(ROWS, unit)
-  return _simulated(min(work.examples, STEPS * o.batch), steps(work), work.length, *sizes)
+  return _simulated(min(work.examples, STEPS * o.batch), min(steps(work), LONG), work.length, *sizes)
 
 
 @functools.cache
@@ -309,7 +309,7 @@ def _simulated(
   z = np.random.default_rng(0).normal(size=examples)
   drawn = np.clip(np.rint(length * np.exp(shares.LENGTHS[0] * z - shares.LENGTHS[0] ** 2 / 2)), 1, width).astype(int)
   parts = [drawn[at : at + batch].tolist() for at in range(0, examples, batch)]
-  many = parts * max(1, min(steps, LONG) // len(parts))  # how many programs pay depends on the number of steps
+  many = parts * max(1, steps // len(parts))  # how many programs pay depends on the number of steps
   found = rows_of.fitted(many, width, unit) if unit > 0 else rows_of.fixed(parts, width, -unit)
   largest = max(found, key=_places)
   return largest, sum(map(_places, found)) / len(found), float(drawn.sum()) / len(parts)

@@ -294,16 +294,21 @@ def _spread(
 
 def _say_shapes(s: Session, name: str, batches: Batches, mesh: Mesh) -> None:
   """Log how many rows steps have and how full they are; say so where devices wait for rows."""
-  rows = sorted({found[0] for found in batches.shapes[: batches.steps]})
+  found = sorted({of[0] for of in batches.shapes[: batches.steps]})
+  rows, lengths = [of.rows for of in found], [of.length for of in found]
   useful, ways = batches.useful, sharding.replicas(mesh)
-  s.run.log("shapes", stage=name, rows=[of.rows for of in rows], length=rows[0].length, useful=useful, ways=ways)
+  s.run.log("shapes", stage=name, rows=rows, lengths=lengths, useful=useful, ways=ways)
   if mesh.size > 1:
-    numbers = " or ".join(str(of.rows) for of in rows)
     moved = "" if mesh is s.mesh else f", in groups of {mesh.shape['tensor']} (tensor) to waste fewer places"
     s.display.say(
-      f"{name}: {numbers} rows of {rows[0].length:,} tokens, {1 - useful:.0%} padding, over {ways} of {mesh.size}"
+      f"{name}: {_range(rows)} rows of {_range(lengths)} tokens, {1 - useful:.0%} padding, over {ways} of {mesh.size}"
       f" devices{moved}"
     )
+
+
+def _range(numbers: Sequence[int]) -> str:
+  low, high = min(numbers), max(numbers)
+  return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def _kept_epochs(batches: Batches, options: Options) -> dict[int, int]:
