@@ -537,6 +537,13 @@ def test_every_step_fits_its_shape(seed):
     assert len(packing.pack(of, shape.length)) <= shape.rows
 
 
+def test_a_step_that_the_sample_has_no_shape_for_gets_one():
+  # 128 of 300 steps are sampled, among them the fullest and that with the longest example: not the hard one
+  steps = [[8, 8]] * 296 + [[60], [33] * 7, [4] * 59, [4] * 60]
+  for of, shape in zip(steps, fitted(steps, 64, unit=1), strict=True):
+    assert len(packing.pack(of, shape.length)) <= shape.rows
+
+
 def test_one_more_program_must_save_a_share_of_all_places():
   small, large = [[64]], [[128]]  # one program more saves n / (2 n + 2) of the places of n small and one large step
   assert set(fitted(9 * small + large, 128, 1)) == {(1, 64), (1, 128)}
