@@ -51,7 +51,7 @@ from alma_jax.engine.optimizer import Optimizer
 from alma_jax.llama import attention, attention_reference, sharding
 from alma_jax.llama import model as llama
 from alma_jax.llama.config import LlamaConfig
-from alma_jax.plan.memory import reading_bytes, training_bytes
+from alma_jax.plan.memory import training_bytes
 from alma_jax.text import packing
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -432,7 +432,7 @@ def judge(a: Amounts) -> Iterator[Row]:
   with clock() as taken:
     scored()
   tokens = sum(len(suffix) for _, suffix in rows)
-  size = bytes_of(model) + reading_bytes(c, 1, jnp.dtype(dtype()).itemsize, many, a.longest, 3 * a.prompt // 2)
+  size = bytes_of(model) + score.reading_bytes(c, 1, jnp.dtype(dtype()).itemsize, many, a.longest, 3 * a.prompt // 2)
   yield read(c, len(rows), "responses", tokens, taken[0]) | planned(size)
 
 
@@ -444,7 +444,7 @@ def embedding(a: Amounts) -> Iterator[Row]:
   with clock() as taken:
     embed.embeddings(model, rows, many)
   tokens = sum(map(len, rows))
-  size = bytes_of(model) + reading_bytes(c, 1, jnp.dtype(dtype()).itemsize, many, max(map(len, rows)))
+  size = bytes_of(model) + score.reading_bytes(c, 1, jnp.dtype(dtype()).itemsize, many, max(map(len, rows)))
   yield read(c, len(rows), "prompts", tokens, taken[0]) | planned(size)
 
 

@@ -148,7 +148,8 @@ def test_narrow_heads_lie_side_by_side_in_the_cache_of_a_tpu(sizes, monkeypatch)
 def test_judging_meets_its_kernels_on_every_mesh(mesh, platform):
   rows = ROWS * sharding.replicas(mesh)
   kv = array(mesh, 2, rows // 4, 128, 8, 128, dtype=jnp.bfloat16, spec=score.PREFIX.kv)
-  prefix, columns = llama.Prefix((kv, kv), array(mesh, rows // 4)), array(mesh, 11, spec=sharding.WHOLE)
+  held, columns = array(mesh, rows // 4), array(mesh, 11, spec=sharding.WHOLE)
+  prefix = llama.Prefix((kv, kv), held, held)
   args = weights(mesh, sharding.DECODE), prefix, array(mesh, rows, T), array(mesh, rows), columns
   # The first layer: its rows and their prefixes. The last one reads one place, and its few queries over the prefixes.
   assert kernels(score._read, platform, *args, reads=1, mesh=mesh) == 4

@@ -84,7 +84,7 @@ def test_more_reads_than_a_suffix_has_tokens_are_refused():
 
 
 def programs():
-  return sum(f._cache_size() for f in (score._read, score._score, score._prefixes, score._chosen))
+  return sum(f._cache_size() for f in (score._read, score._score, score._prefixes))
 
 
 def test_eight_devices_read_what_one_does_and_a_second_call_compiles_nothing(rows, read):
@@ -115,6 +115,20 @@ def test_little_work_runs_in_one_shape_and_much_in_several(monkeypatch, rows, re
   np.testing.assert_allclose(found, [x for x, row in zip(again, rows, strict=True) if row in some], atol=1e-5)
 
 
+def test_fewer_rows_run_where_memory_is_short_and_read_the_same(monkeypatch, rows, read):
+  c, seen, prefixes, reading = CONFIG, [], score._prefixes, score._read
+  monkeypatch.setattr(score, "_prefixes", lambda *x, mesh: seen.append(len(x[1])) or prefixes(*x, mesh=mesh))
+  monkeypatch.setattr(score, "_read", lambda *x, **to: seen.append(len(x[2])) or reading(*x, **to))
+  monkeypatch.setattr(buckets, "LITTLE", 0)
+  few = [i for i, (prefix, suffix) in enumerate(rows) if len(prefix) > 64 and len(suffix) <= 16]
+  some = [rows[i] for i in few]
+  free = score.reading_bytes(c, 1, 4, 4, 16, 96)
+  np.testing.assert_allclose(next_logprobs(stacked(), some, COLUMNS, 2, Setup(16, free=free)), read[few], atol=1e-5)
+  assert max(seen) == 4  # rows of calls, and the prefixes of a wave
+  sizes = [score.rows_that_fit(c, 1, 4, 48, 16, 96, wide, free) for wide in (1, 4, 16)]
+  assert sizes == [3, 12, 48] and score.rows_that_fit(c, 1, 4, 48, 16, 96, 1, None) == 48
+
+
 def test_devices_ask_one_another_for_nothing(monkeypatch, rows, read):
   mesh = sharding.make_mesh(data=8)
   model = on_mesh(stacked(), mesh, sharding.DECODE)
@@ -130,12 +144,12 @@ def test_devices_ask_one_another_for_nothing(monkeypatch, rows, read):
 
     monkeypatch.setattr(score, name, call)
 
-  for name in ("_read", "_prefixes", "_chosen"):
+  for name in ("_read", "_prefixes"):
     spied(name)
   few = [i for i, (prefix, suffix) in enumerate(rows) if len(prefix) > 64 and len(suffix) <= 16]
   found = next_logprobs(model, [rows[i] for i in few], COLUMNS, 2, Setup(4, some_rows()[1], mesh))
   np.testing.assert_allclose(found, read[few], atol=1e-5)
-  assert len(texts) == 3
+  assert len(texts) == 2
   for text in texts.values():
     assert not re.findall(r" (all-\w+|reduce-scatter|collective-\w+)\(", text)
 

@@ -238,8 +238,9 @@ def test_one_gpu_holds_a_whole_copy_and_its_gradients():
 @pytest.mark.parametrize(
   "word, work, gib",
   [
-    ("v6e:2x4", Reading("judgments", 10**6, 3e8, 0.0, 1024, 10**4, 500.0, 1140), 13.88),
-    ("h100:8", Reading("judgments", 10**6, 3e8, 0.0, 1024, 10**4, 500.0, 1140), 13.82),
+    ("v6e:2x4", Reading("judgments", 10**6, 3e8, 0.0, 1024, 10**4, 500.0, 1140), 13.96),
+    ("v6e:2x4", Reading("eval.judge", 200, 6e4, 0.0, 1024, 200, 500.0, 2164), 17.10),
+    ("h100:8", Reading("eval.judge", 200, 6e4, 0.0, 1024, 200, 500.0, 2164), 17.19),
     ("v6e:2x4", Reading("embeddings", 10**6, 2e8, 0.0, 2048), 14.33 + 0.98),
     ("h100:8", Reading("embeddings", 10**6, 2e8, 0.0, 2048), 14.41 + 0.98),
   ],
@@ -247,12 +248,16 @@ def test_one_gpu_holds_a_whole_copy_and_its_gradients():
 def test_reading_takes_what_the_compilers_say(word, work, gib):
   # The head, 0.98 GiB, is no part of the embeddings' program, and lies beside it.
   step = estimate.estimate(machine(word, dataclasses.replace(LLAMA, depth=4)), work)
-  assert step.peak / 2**30 == pytest.approx(gib, rel=0.07)
+  assert step.peak / 2**30 == pytest.approx(gib, rel=0.05)
 
 
-def test_the_keys_of_all_layers_are_there_twice_when_they_are_made():
-  work = Reading("judgments", 10**6, 3e8, 0.0, 1024, 10**4, 500.0, 1140)
-  assert estimate.estimate(machine("v6e:2x4"), work).peak / 2**30 == pytest.approx(25.57, rel=0.07)
+def test_long_prefixes_are_read_by_fewer_rows_where_memory_is_short():
+  m, work = machine("v6e:2x4"), Reading("eval.judge", 200, 6e4, 0.0, 1024, 200, 500.0, 2164)
+  rows = {word: estimate.rows_of_calls(machine(word), work) for word in ("v6e:2x4", "h100:8", "cpu")}
+  assert rows == {"v6e:2x4": 16, "h100:8": 32, "cpu": 32}
+  assert estimate.estimate(m, work).fits
+  shared = dataclasses.replace(work, rows=64 * 200)  # four rows share a prefix's copy: so many are left
+  assert estimate.rows_of_calls(machine("v5e:2x2"), shared) == 4
 
 
 @pytest.mark.parametrize(
@@ -345,8 +350,8 @@ def test_a_mesh_that_the_topology_has_not_is_what_does_not_fit():
   assert not step.fits and "does not fit 8 devices" in step.helps
   assert step.helps.endswith("; config.mesh.fsdp=-1, the others 1")
   read = Reading("judgments", 10**6, 3e8, 0.0, 1024, 10**4, 500.0, 2400)
-  step = estimate.estimate(machine("v6e:2x4"), read)  # keys of 32 prefixes, and their copies for a call
-  assert not step.fits and step.helps == "config.engine.rows=8"
+  step = estimate.estimate(machine("v5e:2x2"), read)  # the model alone takes more than there is
+  assert not step.fits and step.helps == "config.engine.tensor=2"
 
 
 def test_topologies():

@@ -158,14 +158,25 @@ class Wave:
   calls: list[Call]
 
 
+def held(rows: int, width: int) -> int:
+  """The most prefixes of this width that a replica holds at a time, whose calls have so many rows."""
+  return max(rows, rows * ROOM // width)
+
+
 def waves(
-  grouped: Mapping[tuple[int, ...], list[Suffix]], replicas: int, rows: int, before: int = 0, fixed: bool = False
+  grouped: Mapping[tuple[int, ...], list[Suffix]],
+  replicas: int,
+  rows: int,
+  before: int = 0,
+  fixed: bool = False,
+  fitting: Callable[[int, int, int, int], int] | None = None,
 ) -> Iterator[Wave]:
   """Yields the Waves of {prefix: its suffixes}; a replica runs `rows` rows per call.
 
   Up to W rows of one prefix and of like length form a tile, W = TILE or 1. Prefixes of like length, with suffixes of
   like length, share a wave, and in a wave the long tiles come first. `before`: tokens that precede every prefix.
-  `fixed`: every wave has places for `rows` prefixes on each replica, however few they are.
+  `fixed`: every wave has places for `rows` prefixes on each replica, however few they are. `fitting(rows, width,
+  before, W)`: how many of these rows fit, of such a width, behind prefixes of so many places.
 
   Prefixes p with five rows and q with two, on one replica with rows = 8 and W = 4, so that a call has n = 2 tiles:
 
@@ -185,9 +196,17 @@ def waves(
 
   pieces.sort(key=size, reverse=True)
   while pieces:
-    most = rows if fixed else max(rows, rows * ROOM // (before + rounded(len(pieces[0][0]))))
+    if fixed:
+      many = most = rows
+    else:
+      width = before + rounded(len(pieces[0][0]))
+      many, most = rows, held(rows, width)
+      if fitting:
+        longest = max(len(tile[0].ids) for _, tiles in pieces[: replicas * most] for tile in tiles)
+        many = fitting(rows, rounded(longest), width, W)
+        most = held(many, width)
     now, pieces = pieces[: replicas * most], pieces[replicas * most :]
-    yield _wave(now, replicas, rows, (most if fixed else 1, most), W)
+    yield _wave(now, replicas, many, (most if fixed else 1, most), W)
 
 
 def _tile_width(grouped: Mapping[tuple[int, ...], list[Suffix]], rows: int, before: int) -> int:

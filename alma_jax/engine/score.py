@@ -8,8 +8,9 @@ once, and equal rows are scored once. The model is in the stacked layout.
   hidden = last_states(model, rows, Setup(batch=32))                              # a reward model: what its head reads
 
 What to expect: what a row is scored with does not change its numbers (in fp32 up to 1e-6). `batch` rows run at a time,
-and at most batch * buckets.ROOM tokens of prefixes are held as keys and values. Under a mesh every group of `tensor`
-devices is a replica that runs `batch` rows of its own and holds their prefixes; replicas exchange nothing.
+and at most batch * buckets.ROOM tokens of prefixes are held as keys and values, or one longer prefix for each row.
+Fewer rows run at a time where `free` bytes would not hold that. Under a mesh every group of `tensor` devices is a
+replica that runs rows of its own and holds their prefixes; replicas exchange nothing.
 """
 
 import dataclasses
@@ -28,6 +29,7 @@ from jax.sharding import PartitionSpec as P
 from alma_jax.engine import buckets, crossentropy
 from alma_jax.errors import NotFinite
 from alma_jax.llama import model as llama
+from alma_jax.llama.config import LlamaConfig
 from alma_jax.llama.model import Llama
 from alma_jax.llama.sharding import BATCH, REPLICA, WHOLE, per_replica, replicas
 
@@ -42,6 +44,7 @@ class Setup:
   common: Ids = ()  # what most prefixes begin with; it is computed once for all
   mesh: Mesh | None = None
   progress: Callable[[int, int], object] | None = None  # hears (rows, equal ones included; tokens computed for them)
+  free: int | None = None  # bytes on each device beside the models; None: not known, so that `batch` rows run
 
 
 def next_logprobs(
@@ -93,9 +96,45 @@ def sequence_logprobs(model: Llama, rows: Sequence[tuple[Ids, Ids]], setup: Setu
   return np.array([x.sum(dtype=np.float64) for x in token_logprobs(model, rows, setup)])
 
 
+# What fits
+
+
+def forward_bytes(c: LlamaConfig, tensor: int, itemsize: int) -> int:
+  """What a layer without a backward pass has of each place at most: gate and up, and the stream beside them."""
+  return (2 * c.width + 2 * c.ffn // tensor) * itemsize
+
+
+def reading_bytes(
+  c: LlamaConfig, tensor: int, itemsize: int, rows: int, width: int, before: int = 0, wide: int = 1
+) -> int:
+  """What forward passes over rows of this width work with on each device, beside the weights. `before`: places of the
+  prefixes that they follow. Their keys and values are made for a wave of calls and held meanwhile; each call copies
+  those of one layer for every `wide` rows, and has the copies twice more in a kernel's layout."""
+  layer = forward_bytes(c, tensor, itemsize)
+  if not before:
+    return rows * width * layer
+  heads = c.kv_heads // tensor if c.kv_heads % tensor == 0 else c.kv_heads
+  held, keys = buckets.held(rows, before) * before, 2 * heads * c.head_dim * itemsize
+  return held * c.depth * keys + max(held * layer, rows * width * layer + 3 * rows // wide * before * keys)
+
+
+def rows_that_fit(
+  c: LlamaConfig, tensor: int, itemsize: int, rows: int, width: int, before: int, wide: int, free: int | None
+) -> int:
+  """`rows` halved until `free` bytes hold what they take, down to the `wide` rows that share a prefix."""
+
+  def takes(rows: int) -> int:
+    return reading_bytes(c, tensor, itemsize, rows, width, before, wide)
+
+  while free is not None and rows % (2 * wide) == 0 and takes(rows) > free:
+    rows //= 2
+  return rows
+
+
 # What runs on devices: rows lead all arrays, but in keys and values the layers do
 
 PREFIX = llama.Prefix(P(None, BATCH), REPLICA)
+CONTINUED = dataclasses.replace(PREFIX, places=REPLICA)
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
@@ -106,26 +145,10 @@ def _prefixes(
 
   def prefixes(model: Llama, tokens: Array, lengths: Array, common: llama.Prefix | None) -> llama.Prefix:
     kv = llama.keys_values(model, tokens, lengths, common)
-    if common is None:
-      return llama.Prefix(kv, lengths)
-
-    def joined(first: Array, rest: Array) -> Array:  # all places of `first` are real, so there is no gap
-      return jnp.concatenate([jnp.broadcast_to(first, (*rest.shape[:2], *first.shape[2:])), rest], axis=2)
-
-    return llama.Prefix(jax.tree.map(joined, common.kv, kv), lengths + common.lengths)
+    return llama.Prefix(kv, lengths if common is None else lengths + common.lengths)
 
   specs = WHOLE, REPLICA, REPLICA, common and PREFIX
   return per_replica(prefixes, mesh, specs, PREFIX)(model, tokens, lengths, common)
-
-
-@functools.partial(jax.jit, static_argnames="mesh")
-def _chosen(prefix: llama.Prefix, places: Array, mesh: Mesh | None) -> llama.Prefix:
-  """The Prefix of the rows at these places."""
-
-  def chosen(prefix: llama.Prefix, places: Array) -> llama.Prefix:
-    return llama.Prefix(jax.tree.map(lambda x: x[:, places], prefix.kv), prefix.lengths[places])
-
-  return per_replica(chosen, mesh, (PREFIX, REPLICA), PREFIX)(prefix, places)
 
 
 @functools.partial(jax.jit, static_argnames=("reads", "mesh"))
@@ -139,7 +162,7 @@ def _read(
     z = _exact_logits(model, llama.read(model, tokens, lengths, places, prefix))
     return z[..., columns] - jax.nn.logsumexp(z, axis=-1, keepdims=True)
 
-  specs = WHOLE, PREFIX, REPLICA, REPLICA, WHOLE
+  specs = WHOLE, CONTINUED, REPLICA, REPLICA, WHOLE
   return per_replica(read, mesh, specs, REPLICA)(model, prefix, tokens, lengths, columns)
 
 
@@ -150,7 +173,7 @@ def _last(model: Llama, prefix: llama.Prefix, tokens: Array, lengths: Array, mes
   def last(model: Llama, prefix: llama.Prefix, tokens: Array, lengths: Array) -> Array:
     return llama.read(model, tokens, lengths, lengths[:, None] - 1, prefix)[:, 0]
 
-  return per_replica(last, mesh, (WHOLE, PREFIX, REPLICA, REPLICA), REPLICA)(model, prefix, tokens, lengths)
+  return per_replica(last, mesh, (WHOLE, CONTINUED, REPLICA, REPLICA), REPLICA)(model, prefix, tokens, lengths)
 
 
 def _exact_logits(model: Llama, hidden: Array) -> Array:
@@ -172,7 +195,7 @@ def _score(model: Llama, prefix: llama.Prefix, tokens: Array, lengths: Array, me
     hidden, _ = llama.prefill(model, tokens, lengths, prefix)
     return crossentropy.token_logprobs(model, hidden, jnp.roll(tokens, -1, axis=1))
 
-  return per_replica(score, mesh, (WHOLE, PREFIX, REPLICA, REPLICA), REPLICA)(model, prefix, tokens, lengths)
+  return per_replica(score, mesh, (WHOLE, CONTINUED, REPLICA, REPLICA), REPLICA)(model, prefix, tokens, lengths)
 
 
 # On the host
@@ -187,6 +210,7 @@ def _results(
   for work in itertools.chain(_calls(model, rows, least, setup, mesh), [None]):
     # The devices run the next call while the host reads the last one.
     started = work and (work.rows, program(*work.arrays, mesh=mesh), work.tokens)
+    del work  # a wave's prefixes go before the next wave's are computed
     if waiting:
       found, tokens = np.asarray(waiting[1]), waiting[2]
       members = [(b, row.indices) for b, row in enumerate(waiting[0]) if row]
@@ -199,20 +223,24 @@ def _results(
 
 class _Work(NamedTuple):
   rows: list[buckets.Suffix | None]  # [B]
-  arrays: tuple[llama.Prefix, np.ndarray, np.ndarray]  # each tile's prefix, tokens [B, T], lengths [B]
+  arrays: tuple[llama.Prefix, np.ndarray, np.ndarray]  # those held and each tile's place, tokens [B, T], lengths [B]
   tokens: int  # that were computed since the last call
 
 
 def _calls(
   model: Llama, rows: Sequence[tuple[Ids, Ids]], least: int, setup: Setup, mesh: Mesh | None
 ) -> Iterator[_Work]:
-  """Yields the calls that score all rows, with keys and values of three kinds (see buckets.waves):
+  """Yields the calls that score all rows, with keys and values of two kinds (see buckets.waves):
 
   shared   [1]    the opening's, once for all waves whose prefixes begin with it
-  held     [P]    those of a wave's prefixes, the opening included
-  chosen   [n]    those that the tiles of one call continue, copied out of `held`
+  held     [P]    those of a wave's prefixes, the opening included; the n tiles of a call name their `places` there
   """
   ways, coarse = replicas(mesh), buckets.little(model.c.parameters, itertools.chain.from_iterable(rows))
+
+  itemsize, tensor = model.embed[...].dtype.itemsize, 1 if mesh is None else mesh.shape["tensor"]
+
+  def fitting(rows: int, width: int, before: int, wide: int) -> int:
+    return rows_that_fit(model.c, tensor, itemsize, rows, width, before, wide, setup.free)
 
   def width(rows: Sequence[Ids | None]) -> int:
     return (buckets.coarse if coarse else buckets.rounded)(max(len(row) for row in rows if row is not None))
@@ -221,14 +249,14 @@ def _calls(
     shared, tokens = None, len(opening)
     if opening:
       shared = _prefixes(model, *buckets.padded([opening] * ways, len(opening)), None, mesh=mesh)
-    for wave in buckets.waves(grouped, ways, setup.batch, len(opening), fixed=coarse):
+    for wave in buckets.waves(grouped, ways, setup.batch, len(opening), coarse, fitting):
       held = _prefixes(model, *buckets.padded(wave.prefixes, width(wave.prefixes)), shared, mesh=mesh)
       tokens += sum(len(prefix) for prefix in wave.prefixes if prefix)
       for call in wave.calls:
         suffixes = [row and row.ids for row in call.rows]
         arrays = buckets.padded(suffixes, width(suffixes), least)
         tokens += sum(len(suffix) for suffix in suffixes if suffix)
-        yield _Work(call.rows, (_chosen(held, call.prefixes, mesh=mesh), *arrays), tokens)
+        yield _Work(call.rows, (dataclasses.replace(held, places=call.prefixes), *arrays), tokens)
         tokens = 0
       del held  # before the next wave's are computed
 

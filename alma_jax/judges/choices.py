@@ -60,7 +60,7 @@ class MultipleChoice:
           )
     model = host.model(self.checkpoint, "stacked")
     try:
-      logprobs = score.sequence_logprobs(model, rows, score.Setup(host.engine.rows, (), host.local_mesh))
+      logprobs = score.sequence_logprobs(model, rows, host.reading())
     except NotFinite as error:
       raise self.checkpoint.gave(error, f"{name_of(pairs, owner[error.item])}, a choice") from None
     ends = np.cumsum([0, *(len(choices) for choices, _ in asked)])

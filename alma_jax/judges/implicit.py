@@ -83,9 +83,9 @@ class ImplicitJudge:
     ]
 
   def _logprobs(self, checkpoint: Checkpoint, rows: list[Any], bar: Bar | None) -> np.ndarray:
-    mesh, advance = self.host.local_mesh, None if bar is None else bar.advance
+    advance = None if bar is None else bar.advance
     model = self.host.held((checkpoint.content, f"{self.vocab} tokens"), functools.partial(self._load, checkpoint))
-    return score.sequence_logprobs(model, rows, score.Setup(self.host.engine.rows, (), mesh, advance))
+    return score.sequence_logprobs(model, rows, self.host.reading(progress=advance))
 
   def _load(self, checkpoint: Checkpoint) -> Llama:
     """The weights, with rows for the tokens that the text has and this checkpoint does not."""

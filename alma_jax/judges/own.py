@@ -134,7 +134,7 @@ class OwnJudge:
     rows = [(prefix, (*suffix, *trie.inner)) for prefix, suffix in rows]
     self._tell_too_long([len(prefix) + len(suffix) for prefix, suffix in rows])
     advance = None if bar is None else bar.advance
-    setup = score.Setup(host.engine.rows, _opening(self._encoders()[0]), host.local_mesh, advance)
+    setup = host.reading(_opening(self._encoders()[0]), advance)
     model = host.model(self.checkpoint, "stacked")
     try:
       logprobs = score.next_logprobs(model, rows, columns, len(trie.inner) + 1, setup)

@@ -140,9 +140,7 @@ class RewardJudge:
       return heads.trunk(self.directory, self.head, mesh, sharding.DECODE, dtype, verify.check)
 
     model = self.host.held((self.content, "below a head"), load)
-    return score.last_states(
-      model, rows + gate_rows, score.Setup(self.host.engine.rows, (), self.host.local_mesh, advance)
-    )
+    return score.last_states(model, rows + gate_rows, self.host.reading(progress=advance))
 
   def _prompt(self, messages: Messages, number: int) -> "_Prompt":
     """The ids up to the response: up to where the gate reads, or all but the last, is shared by the responses."""

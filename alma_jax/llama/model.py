@@ -330,6 +330,8 @@ class Prefix:
 
   kv: Any  # [P, S, K, H]: in the model's layout, a tuple of (k, v) per layer, or (k, v) that lead with the layer axis
   lengths: Any  # [P] how many of the S places are real
+  # [n] which of the P the rows continue, B / n of them each. None: all of them in order. With the stacked layout alone
+  places: Any = None
 
 
 def prefill(model: Llama, tokens: Array, lengths: Array, prefix: Prefix | None = None) -> tuple[Array, Any]:
@@ -338,22 +340,43 @@ def prefill(model: Llama, tokens: Array, lengths: Array, prefix: Prefix | None =
   With a `prefix` of P rows, B / P consecutive rows of tokens continue each of them; its part is read and not computed
   again.
   """
-  layer = _layer(model.c, _cos_sin(model.c, tokens, prefix), lengths, prefix)
-  x, kept = _run_layers(model, layer, embedded(model, tokens), prefix and prefix.kv)
+  layer, x = _layer(model.c, _cos_sin(model.c, tokens, prefix), lengths, prefix), embedded(model, tokens)
+  if prefix is None or isinstance(model.blocks, tuple):
+    x, kept = _run_layers(model, layer, x, prefix and prefix.kv)
+  else:
+    each = jnp.arange(model.c.depth)
+    x, kept = _run_layers(model, lambda x, block, i: layer(x, block, _past(prefix, i)), x, each)
   return rms_norm(x, model.norm, model.c.norm_eps), kept
 
 
 def keys_values(model: Llama, tokens: Array, lengths: Array, prefix: Prefix | None = None) -> KeysValues:
-  """The (k, v) of `prefill`, [L, B, T, K, H] each, without what follows them in the last layer. Stacked layout."""
-  cos_sin = _cos_sin(model.c, tokens, prefix)
-  layer = _layer(model.c, cos_sin, lengths, prefix)
+  """The (k, v) of `prefill`, [L, B, T, K, H] each, without what follows them in the last layer. Stacked layout.
 
-  def upper(x: Array, i: Array) -> tuple[Array, KeysValues]:
-    return layer(x, *_at((model.blocks, prefix and prefix.kv), i))
+  With a `prefix`, [L, B, S + T, K, H]: its own come first, whose S places must all be real, so that there is no gap.
+  """
+  c, (B, T), cos_sin = model.c, tokens.shape, _cos_sin(model.c, tokens, prefix)
+  layer = _layer(c, cos_sin, lengths, prefix)
+  before = 0 if prefix is None else prefix.kv[0].shape[2]
+  # One buffer for all layers, which XLA writes in place: joining parts would have them in memory twice.
+  kept = jnp.zeros((c.depth, B, before + T, c.kv_heads, c.head_dim), model.embed[...].dtype)
 
-  x, kept = jax.lax.scan(upper, embedded(model, tokens), jnp.arange(model.c.depth - 1))
-  last = _last_keys_values(model, x, cos_sin)
-  return jax.tree.map(lambda upper, x: jnp.concatenate([upper, x[None]]), kept, last)
+  def upper(i: Array, carry: tuple[Array, KeysValues]) -> tuple[Array, KeysValues]:
+    x, buffers = carry
+    past = _past(prefix, i)
+    x, new = layer(x, _at(model.blocks, i), past)
+    return x, written(buffers, i, past, new)
+
+  def written(buffers: KeysValues, i: int | Array, past: KeysValues | None, new: KeysValues) -> KeysValues:
+    def put(buffer: Array, x: Array, at: int) -> Array:
+      return jax.lax.dynamic_update_slice(buffer, jnp.repeat(x, B // x.shape[0], axis=0)[None], (i, 0, at, 0, 0))
+
+    if past is not None:
+      buffers = put(buffers[0], past[0], 0), put(buffers[1], past[1], 0)
+    return put(buffers[0], new[0], before), put(buffers[1], new[1], before)
+
+  last = c.depth - 1
+  x, buffers = jax.lax.fori_loop(0, last, upper, (embedded(model, tokens), (kept, kept)))
+  return written(buffers, last, _past(prefix, last), _last_keys_values(model, x, cos_sin))
 
 
 def read(model: Llama, tokens: Array, lengths: Array, places: Array, prefix: Prefix | None = None) -> Array:
@@ -362,14 +385,18 @@ def read(model: Llama, tokens: Array, lengths: Array, places: Array, prefix: Pre
   In the last layer every place gets keys and values, and only these R places the rest.
   """
   c, last, cos_sin = model.c, model.c.depth - 1, _cos_sin(model.c, tokens, prefix)
-  layer, past = _layer(c, cos_sin, lengths, prefix), prefix and prefix.kv
-  x = jax.lax.fori_loop(0, last, lambda i, x: layer(x, *_at((model.blocks, past), i))[0], embedded(model, tokens))
+  layer = _layer(c, cos_sin, lengths, prefix)
+
+  def upper(i: Array, x: Array) -> Array:
+    return layer(x, _at(model.blocks, i), _past(prefix, i))[0]
+
+  x = jax.lax.fori_loop(0, last, upper, embedded(model, tokens))
   k, v = _last_keys_values(model, x, cos_sin)
 
   def attend(q: Array, *_: Array) -> tuple[Array, None]:
     parts = [attention.over(q[:, r : r + 1], k, v, places[:, r] + 1) for r in range(places.shape[1])]
     found = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *parts)
-    return _with_prefix(found, q, _at(past, last), prefix), None
+    return _with_prefix(found, q, _past(prefix, last), prefix), None
 
   x = jnp.take_along_axis(x, places[..., None], axis=1)
   x, _ = run_block(_at(model.blocks, last), c, x, rope_angles(c, places + _before(prefix, len(tokens))), attend)
@@ -400,9 +427,27 @@ def _at(stacked: Any, i: int | Array) -> Any:
   return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), stacked)
 
 
+def _past(prefix: Prefix | None, i: int | Array) -> KeysValues | None:
+  """The (k, v) [n, S, K, H] of layer i that rows continue, of a prefix in the stacked layout. Where the prefix has
+  `places` they are copied together, one layer at a time."""
+  if prefix is None:
+    return None
+  if prefix.places is None:
+    return _at(prefix.kv, i)
+  return jax.tree.map(lambda x: x.at[i, prefix.places].get(mode="promise_in_bounds"), prefix.kv)
+
+
+def _lengths(prefix: Prefix) -> Array:
+  """[n] of the prefixes that rows continue."""
+  return prefix.lengths if prefix.places is None else prefix.lengths[prefix.places]
+
+
 def _before(prefix: Prefix | None, rows: int) -> int | Array:
   """[rows, 1] how many tokens stand before each row."""
-  return 0 if prefix is None else jnp.repeat(prefix.lengths, rows // prefix.lengths.shape[0])[:, None]
+  if prefix is None:
+    return 0
+  lengths = _lengths(prefix)
+  return jnp.repeat(lengths, rows // lengths.shape[0])[:, None]
 
 
 def _cos_sin(c: LlamaConfig, tokens: Array, prefix: Prefix | None) -> CosSin:
@@ -415,7 +460,7 @@ def _with_prefix(own: Attended, q: Array, past: KeysValues | None, prefix: Prefi
   if past is None or prefix is None:
     return own[0]
   # The B / P rows after one prefix become queries of one row: [B, T, N, H] -> [P, B / P * T, N, H], and back.
-  shared = attention.over(q.reshape(past[0].shape[0], -1, *q.shape[2:]), *past, prefix.lengths)
+  shared = attention.over(q.reshape(past[0].shape[0], -1, *q.shape[2:]), *past, _lengths(prefix))
   return attention.merged(own, jax.tree.map(lambda new, old: new.reshape(old.shape), shared, own))[0]
 
 

@@ -20,6 +20,7 @@ from jax.sharding import AbstractMesh
 
 from alma_jax.engine import buckets, points
 from alma_jax.engine.choose import Decoding, reads_once
+from alma_jax.engine.score import reading_bytes, rows_that_fit
 from alma_jax.engine.slots import (
   Load,
   Shapes,
@@ -39,7 +40,7 @@ from alma_jax.plan import assumptions as shares
 from alma_jax.plan import topology as topologies
 from alma_jax.plan.assumptions import Assumptions
 from alma_jax.plan.hlo import Collective
-from alma_jax.plan.memory import reading_bytes, scoring_bytes, training_bytes
+from alma_jax.plan.memory import scoring_bytes, training_bytes
 from alma_jax.plan.topology import Topology
 from alma_jax.plan.work import Clustering, Reading, Sampling, Scoring, Training, Work, epochs_kept, steps
 from alma_jax.runtime import metrics, room
@@ -539,9 +540,19 @@ def tile_of(machine: Machine, work: Reading) -> int:
   return buckets.TILE if machine.engine.rows % buckets.TILE == 0 and work.rows >= buckets.TILE * work.prefixes else 1
 
 
+def rows_of_calls(machine: Machine, work: Reading) -> int:
+  """The rows of a call on each replica, as the engine chooses them for the longest texts."""
+  rows, wide, memory = machine.engine.rows, tile_of(machine, work), machine.topology.chip.memory
+  if not work.prefixes:
+    return rows
+  free = None if machine.platform == "cpu" else sampling_bytes(memory) - machine.held
+  sizes = buckets.rounded(work.longest), buckets.rounded(work.longest_prefix)
+  return rows_that_fit(machine.c, machine.tensor, machine.itemsize, rows, *sizes, wide, free)
+
+
 def _reading(machine: Machine, work: Reading) -> Step:
   c, chip, tensor = machine.c, machine.topology.chip, machine.tensor
-  rows, width, longest = machine.engine.rows, work.tokens / max(1, work.rows), buckets.rounded(work.longest)
+  rows, width, longest = rows_of_calls(machine, work), work.tokens / max(1, work.rows), buckets.rounded(work.longest)
   before = buckets.rounded(work.longest_prefix) if work.prefixes else 0
   working = reading_bytes(c, tensor, machine.itemsize, rows, longest, before, tile_of(machine, work))
   peak = machine.held + working

@@ -1,7 +1,6 @@
 """Bytes on each device, without compiling: what lies there at the fullest moments of a program.
 
   training_bytes(c, mesh, "tpu", optimizer, objective, places=40 * 2048, passes=1)
-  reading_bytes(c, tensor=1, itemsize=2, rows=32, width=512, before=256)
 
 A step is fullest at one of two moments. What they hold beside weights and moments, with i bytes a number:
 
@@ -17,9 +16,10 @@ A step is fullest at one of two moments. What they hold beside weights and momen
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
-from alma_jax.engine import buckets, crossentropy, train
+from alma_jax.engine import crossentropy, train
 from alma_jax.engine.losses import Preference
 from alma_jax.engine.optimizer import Optimizer
+from alma_jax.engine.score import forward_bytes
 from alma_jax.engine.train import Objective
 from alma_jax.llama.attention_reference import WORKSPACE, few_runs, packed_workspace
 from alma_jax.llama.config import LlamaConfig
@@ -108,20 +108,3 @@ def scoring_bytes(c: LlamaConfig, mesh: AbstractMesh, platform: str, i: int, pla
   layer = forward_bytes(c, tensor, i) * own + (2 * i * layer_weights(c) // tensor if fsdp > 1 else 0)
   loss = head + logits_bytes(c, tensor, platform, own) + own * c.width * i
   return (4 + (i if i < 4 else 0)) * c.parameters // ways + max(loss, layer)
-
-
-def forward_bytes(c: LlamaConfig, tensor: int, i: int) -> int:
-  """What a layer without a backward pass has of each place at most: gate and up, and the stream beside them."""
-  return (2 * c.width + 2 * c.ffn // tensor) * i
-
-
-def reading_bytes(
-  c: LlamaConfig, tensor: int, itemsize: int, rows: int, width: int, before: int = 0, wide: int = 1
-) -> int:
-  """What forward passes over rows of this width work with on each device, beside the weights. `before`: places of the
-  prefix that they follow, whose keys the engine makes and holds for a wave of calls, and copies for every `wide` rows
-  of each. What makes keys has those of all layers but the last twice, when the last one's are joined to them."""
-  heads, layer = c.kv_heads // tensor if c.kv_heads % tensor == 0 else c.kv_heads, forward_bytes(c, tensor, itemsize)
-  each, held = 2 * c.depth * heads * itemsize * before, max(rows, rows * buckets.ROOM // before) if before else 0
-  made = held * (each * c.head_dim * (2 - 1 / c.depth) + before * layer)
-  return max(int(made), rows * width * layer + (held + rows // wide) * each * c.head_dim)

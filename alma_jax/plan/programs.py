@@ -20,12 +20,22 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from alma_jax.engine import buckets, embed, lloyd, losses, points, sample, score, train
-from alma_jax.engine.slots import PREFILL_ROWS, token_bytes
+from alma_jax.engine.slots import PREFILL_ROWS
 from alma_jax.engine.train import TrainingTask
 from alma_jax.llama import model as llama
 from alma_jax.llama import sharding
 from alma_jax.plan.devices import local_mesh
-from alma_jax.plan.estimate import CHUNK, Machine, Step, in_more_passes, shapes_of, tile_of, training, with_options
+from alma_jax.plan.estimate import (
+  CHUNK,
+  Machine,
+  Step,
+  in_more_passes,
+  rows_of_calls,
+  shapes_of,
+  tile_of,
+  training,
+  with_options,
+)
 from alma_jax.plan.work import Clustering, Reading, Sampling, Scoring, Training
 from alma_jax.runtime.batches import Examples, GradedResponses, Pairs, Rated
 from alma_jax.runtime.shapes import Shape
@@ -184,10 +194,10 @@ def _sampling(machine: Machine, work: Sampling, mesh: Mesh, slots: int) -> Itera
 
 def _judging(machine: Machine, work: Reading, mesh: Mesh) -> Iterator[Program]:
   """Prefixes of a wave, and a call whose rows follow them."""
-  c, rows, ways = machine.c, machine.engine.rows, sharding.replicas(mesh)
+  c, rows, ways = machine.c, rows_of_calls(machine, work), sharding.replicas(mesh)
   before, longest = buckets.rounded(work.longest_prefix), buckets.rounded(work.longest)
   wide = tile_of(machine, work)
-  held = max(rows, rows * buckets.ROOM // before)
+  held = buckets.held(rows, before)
   model = _weights(machine, mesh, sharding.DECODE)
   heads = "tensor" if c.kv_heads % mesh.shape["tensor"] == 0 else None
   spec = P(None, sharding.BATCH, None, heads)
@@ -199,8 +209,9 @@ def _judging(machine: Machine, work: Reading, mesh: Mesh) -> Iterator[Program]:
 
   def read() -> Any:
     n = ways * rows // wide
-    kv = _array(mesh, c.depth, n, before, c.kv_heads, c.head_dim, dtype=jnp.dtype(machine.dtype), spec=spec)
-    prefix = llama.Prefix((kv, kv), _array(mesh, n))
+    shape = c.depth, ways * held, before, c.kv_heads, c.head_dim
+    kv = _array(mesh, *shape, dtype=jnp.dtype(machine.dtype), spec=spec)
+    prefix = llama.Prefix((kv, kv), _array(mesh, ways * held), _array(mesh, n))
     tokens, lengths = _array(mesh, ways * rows, longest), _array(mesh, ways * rows)
     columns = _array(mesh, SCORES, spec=sharding.WHOLE)
     with _alone(mesh):
@@ -209,7 +220,7 @@ def _judging(machine: Machine, work: Reading, mesh: Mesh) -> Iterator[Program]:
       return score._read.lower(model, prefix, tokens, lengths, columns, reads=1, mesh=mesh).compile()
 
   yield Program("prefixes", prefixes, _head_bytes(machine), part=False)
-  yield Program("read", read, held * before * token_bytes(machine.shape, mesh))
+  yield Program("read", read)
 
 
 def _embedding(machine: Machine, work: Reading, mesh: Mesh) -> Iterator[Program]:

@@ -21,6 +21,7 @@ import jax
 from jax.sharding import Mesh
 
 from alma_jax import names
+from alma_jax.engine import score
 from alma_jax.errors import NotFinite
 from alma_jax.llama import config as llama_config
 from alma_jax.llama import model as llama
@@ -239,6 +240,10 @@ class Host:
     if self.device_bytes is None:
       return None
     return sampling_bytes(self.device_bytes) - self.models_kept * self.model_bytes
+
+  def reading(self, common: Sequence[int] = (), progress: Callable[[int, int], object] | None = None) -> score.Setup:
+    """How rows are scored on this host's devices; most of their prefixes begin with `common`."""
+    return score.Setup(self.engine.rows, common, self.local_mesh, progress, self.free_bytes)
 
   @property
   def local_ways(self) -> int:

@@ -244,8 +244,7 @@ def _rated(s: Session[Any], train: Sequence[SeedRow], options: training.Options)
   if not kept:
     raise RunError(f"no annotation fits into {options.row_length} tokens (row_length)")
   scores = np.array([row.score for row in kept])
-  setup = score.Setup(host.engine.rows, (), host.local_mesh)
-  hidden = score.last_states(host.model(s.base, "stacked"), rows, setup)
+  hidden = score.last_states(host.model(s.base, "stacked"), rows, host.reading())
   sequences = [compact(prefix + suffix, [True] * len(prefix + suffix)) for prefix, suffix in rows]
   called = [f"annotation of {prompt_id(row.messages)}" for row in kept]
   return Rated(sequences, called, scores, _least_squares(hidden, scores)), {"examples_too_long": len(train) - len(kept)}
