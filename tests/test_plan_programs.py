@@ -6,6 +6,7 @@ Everything is compiled once, at low effort, for a model of two layers; the tests
 import contextlib
 import dataclasses
 import functools
+import importlib.metadata
 import importlib.util
 import re
 import sys
@@ -203,11 +204,21 @@ def test_a_compiler_that_is_not_installed(monkeypatch):
   assert jax.config.jax_exec_time_optimization_effort == devices.DEFAULT
 
 
+@needs_libtpu
+def test_a_libtpu_that_is_not_that_of_jax_is_an_error(monkeypatch):
+  monkeypatch.setattr(importlib.metadata, "requires", lambda name: ['libtpu==0.0.7.*; extra == "tpu"'])
+  says = r"libtpu 0\.\S+: this jax wants libtpu 0\.0\.7\.\*.*pip install -U 'alma_jax\[plan\]'"
+  with pytest.raises(devices.CompilerError, match=says), devices.described(topology.parse("v6e:2x4")):
+    pass
+
+
 def test_effort_is_set_in_the_words_of_the_jax_at_hand(monkeypatch):
   before = {name: getattr(jax.config, name) for name in devices.LEVELS}
   monkeypatch.setattr(devices, "EFFORTS", ("jax_no_such_effort", "jax_no_other"))  # gone since jax 0.11
   with devices.described(topology.parse("cpu"), devices.LOW):
     assert [getattr(jax.config, name) for name in devices.LEVELS] == ["O1", "O1"]
+  # What is low for TPUs has GPUs' compiler do more, in which it crashes.
+  assert devices._effort(devices.LOW, "gpu") == {}
   with devices.described(topology.parse("cpu"), devices.DEFAULT):
     assert {name: getattr(jax.config, name) for name in devices.LEVELS} == before
   assert {name: getattr(jax.config, name) for name in devices.LEVELS} == before

@@ -72,7 +72,7 @@ def described(topology: Topology, effort: float = LOW) -> Iterator[Sequence[Any]
   """Yields the devices of the topology, for which programs can be lowered and compiled inside the block."""
   with contextlib.ExitStack() as stack:
     # What is compiled for absent devices can be written to a cache of compilations, but not read again.
-    values = _effort(effort) | {CACHE: False}
+    values = _effort(effort, topology.chip.platform) | {CACHE: False}
     stack.callback(compilation_cache.reset_cache)
     for name, value in values.items():
       stack.callback(jax.config.update, name, getattr(jax.config, name))
@@ -97,17 +97,24 @@ def local_mesh(topology: Topology, devices: Sequence[Any], tensor: int) -> Mesh:
   return sharding.make_mesh(data=-1, tensor=tensor, devices=devices[: topology.local])
 
 
-def _effort(effort: float) -> dict[str, Any]:
-  """JAX's settings for this effort of its compilers, by name."""
+def _effort(effort: float, platform: str) -> dict[str, Any]:
+  """JAX's settings for this effort of its compilers, by name. The level that is low for TPUs is high for GPUs: it has
+  their collectives pipelined, which ends jax 0.11.2 and 0.12.0 in the midst of a training step for several GPUs."""
   if hasattr(jax.config, EFFORTS[0]):
     return dict.fromkeys(EFFORTS, effort)
-  return dict.fromkeys(LEVELS, "O1") if effort < DEFAULT else {}
+  return dict.fromkeys(LEVELS, "O1") if effort < DEFAULT and platform != "gpu" else {}
 
 
 def _version(package: str) -> str | None:
   with contextlib.suppress(importlib.metadata.PackageNotFoundError):
     return importlib.metadata.version(package)
   return None
+
+
+def _libtpu_of_jax() -> str:
+  """What the version of libtpu that goes with this jax begins with, such as "0.0.42."; "" if jax does not say."""
+  wanted = re.search(r"libtpu==([\d.]+)\*", " ".join(importlib.metadata.requires("jax") or ()))
+  return wanted[1] if wanted else ""
 
 
 def _devices(topology: Topology) -> Sequence[Any]:
@@ -129,6 +136,11 @@ def _devices(topology: Topology) -> Sequence[Any]:
     raise CompilerError(
       f"the compiler for {topology.name} comes with {needs}, which is not installed: pip install 'alma_jax[{extra}]';"
       " --quick plans without compiling"
+    )
+  if needs == "libtpu" and not (_version(needs) or "").startswith(of_jax := _libtpu_of_jax()):
+    raise CompilerError(
+      f"{compilers(topology)}: this jax wants libtpu {of_jax}*, and another one refuses its kernels: pip install -U"
+      f" 'alma_jax[{extra}]'; --quick plans without compiling"
     )
   try:
     return topologies.get_topology_desc(**how).devices[: topology.devices]
