@@ -149,14 +149,15 @@ def _against_quick(rows: Iterator[Row]) -> Iterator[str]:
     if not row["refused"]:
       of = _key(row)[:-1]
       worst = max(row, stages.get(of, row), key=_peak)
-      stages[of] = worst | {"remat": row.get("remat") or stages.get(of, row).get("remat")}
+      how = stages.get(of, row) if not row.get("remat") else row  # that of the step, whatever program is the largest
+      stages[of] = worst | {name: how.get(name) for name in ("remat", "passes")}
   yield "| model | machine | stage | compiled GiB | quick | | beside the weights | quick | | sent GB | quick | |"
   yield "|---|---|---|---|---|---|---|---|---|---|---|---|"
   for row in stages.values():
     size, cut = "70b" if row["model"] == "llama3_70b" else "8b", dict(depth=row["depth"], slots=row.get("slots") or 0)
     machine, work = _work(row["model"], row["topology"], size, row["stage"], argparse.Namespace(**cut))
     if isinstance(work, Training) and row["remat"]:
-      work = estimate.with_options(work, remat=row["remat"])
+      work = estimate.with_options(work, remat=row["remat"], passes=row["passes"])
     step = estimate.estimate(machine, work)
     lies, how = 0 if isinstance(work, Clustering) else machine.held, f"{step.slots} slots" if step.slots else ""
     if isinstance(work, Training) and step.shape and step.mesh:

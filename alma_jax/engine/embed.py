@@ -59,7 +59,7 @@ def _pooled(
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     inside = positions < lengths[:, None]
     model, segments = llama.first_layers(model, layers), inside.astype(jnp.int32)
-    hidden = llama.hidden_states(model, tokens, positions, segments, training=llama.TrainingPass(few=True))
+    hidden = llama.hidden_states(model, tokens, positions, segments, training=llama.TrainingPass(few=llama.PADDED))
     hidden = hidden.astype(jnp.float32)
     counted = inside & (positions > 0 if pooling == "mean" else positions == lengths[:, None] - 1)
     x = jnp.where(counted[..., None], hidden, 0.0).sum(axis=1) / jnp.maximum(counted.sum(axis=1, keepdims=True), 1)

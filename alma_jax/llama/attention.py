@@ -48,11 +48,11 @@ Call = Literal["causal", "over"]
 Shape = tuple[int, ...]
 
 
-def causal(q: Array, k: Array, v: Array, segments: Array, few: bool | None = None) -> Attended:
+def causal(q: Array, k: Array, v: Array, segments: Array, few: bool | int | None = None) -> Attended:
   """Attention within packed rows. Segments [B, T] number the packed examples; padding is a segment of its own.
 
-  `few`: whether every row has at most `attention_reference.few_runs(T)` runs of one segment; None: not known here, so
-  that back ends which depend on it must find out on the device.
+  `few`: whether every row has at most `attention_reference.few_runs(T)` runs of one segment, or how many it has at most;
+  None: not known here, so that back ends which depend on it must find out on the device.
   """
   return _computed("causal", q, k, v, segments, few)
 
@@ -105,7 +105,7 @@ def chosen(call: Call, platform: str, dtype: DTypeLike, q: Shape, k: Shape) -> s
   return None
 
 
-def _computed(call: Call, q: Array, k: Array, v: Array, seen: Array, few: bool | None = None) -> Attended:
+def _computed(call: Call, q: Array, k: Array, v: Array, seen: Array, few: bool | int | None = None) -> Attended:
   """The call through the chosen back end if it can be used here, else in plain XLA; `seen`: segments or lengths."""
   target, axes, (B, T, N, H), (_, S, K, wide) = platform(), _spread_axes(q.shape[0], k.shape[2]), q.shape, k.shape
   ways = jax.sharding.get_abstract_mesh().shape["tensor"] if target == "tpu" and axes and "tensor" in axes else 1

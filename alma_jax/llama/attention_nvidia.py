@@ -34,10 +34,12 @@ from alma_jax.llama.attention_reference import (
 )
 
 
-def causal(q: Array, k: Array, v: Array, segments: Array, few: bool | None = None) -> Attended:
+def causal(q: Array, k: Array, v: Array, segments: Array, few: bool | int | None = None) -> Attended:
   runs = few_runs(segments.shape[1])
+  if few is False:
+    return striped_causal(q, k, v, segments)
   if few is not None:
-    return _packed(runs, q, k, v, segments) if few else striped_causal(q, k, v, segments)
+    return _packed(runs if few is True else few, q, k, v, segments)
   fits = (_begins(segments).sum(axis=1) <= runs).all()
   return jax.lax.cond(fits, functools.partial(_packed, runs), striped_causal, q, k, v, segments)
 

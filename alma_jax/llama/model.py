@@ -41,6 +41,8 @@ Attend = Callable[[Array, Array, Array], tuple[Array, Any]]  # q, k, v -> attent
 Drop = Callable[[Array, int], Array]  # x, site -> x
 Layer = Callable[[Array, "Block", Any], tuple[Array, Any]]  # x, block, the layer's own input -> x, and what is kept
 
+PADDED = 2  # runs of one segment in a row of one text: it, and padding
+
 
 def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], scale: float | None) -> nnx.Param[Array]:
   """A normal weight (ones without `scale`) and its logical axes, which are our own metadata: flax shards nothing."""
@@ -256,7 +258,7 @@ class TrainingPass:
 
   remat: str = "none"  # a word of REMAT
   dropout: Dropout | None = None
-  few: bool | None = None  # what `attention.causal` may be told of the rows
+  few: bool | int | None = None  # what `attention.causal` may be told of the rows
 
 
 def hidden_states(
@@ -298,7 +300,7 @@ def _unroll(depth: int, size: int) -> bool:
   return platform() == "cpu" and _on_one_device() and depth <= 8 and size >= 2**18
 
 
-def _forked(q: Array, k: Array, v: Array, segments: Array, forks: Forks, few: bool | None) -> Array:
+def _forked(q: Array, k: Array, v: Array, segments: Array, forks: Forks, few: bool | int | None) -> Array:
   """Attention over rows with forks: once as they stand, right for text and first continuations, and once in the order
   where second continuations follow their texts."""
 
@@ -409,7 +411,7 @@ def _layer(c: LlamaConfig, cos_sin: CosSin, lengths: Array, prefix: Prefix | Non
 
   def layer(x: Array, block: Block, past: KeysValues | None) -> tuple[Array, KeysValues]:
     def attend(q: Array, k: Array, v: Array) -> tuple[Array, KeysValues]:
-      return _with_prefix(attention.causal(q, k, v, segments, few=True), q, past, prefix), (k, v)
+      return _with_prefix(attention.causal(q, k, v, segments, few=PADDED), q, past, prefix), (k, v)
 
     return run_block(block, c, x, cos_sin, attend)
 

@@ -406,21 +406,27 @@ def _exchanged(
   machine: Machine, mesh: AbstractMesh, places: int, passes: int, remat: str = "none", compares: bool = False
 ) -> float:
   """Bytes that a step sends from each device: along fsdp the layers' weights are gathered forward and backward, and
-  embedding and head once each; their gradients are reduced to shares, along fsdp and once more along data; activations
-  go along tensor. A reference model is gathered once.
+  embedding and head (one table where they are tied) once each; their gradients are reduced to shares, along fsdp and
+  once more along data. A reference model is gathered once.
 
   TPUs multiply a share of a layer's weights while the next ones come from both sides, which sends fsdp + 1 shares where
-  a gather sends fsdp - 1. With remat="full" what goes forward again is gathered, all but the last product."""
+  a gather sends fsdp - 1; up to four devices do that with gradients alone. What they gather after all: with
+  remat="full" what goes forward again, all but the last product; in tensor groups the weights of one direction.
+
+  Along tensor, the streams after attention and after the feed-forward part are summed, and their gradients on the way
+  back; with remat="full" the first one again; and the gradient of the head's input."""
   data, fsdp, tensor = (mesh.shape[axis] for axis in sharding.AXES)
-  layers, tables = machine.itemsize * machine.layers / tensor, machine.itemsize * 2 * machine.head / tensor
-  last = machine.itemsize * machine.c.depth * machine.c.ffn * machine.c.width / tensor
-  gathered = (layers - last if remat == "full" else 0) + 2 * tables + (tables if compares else 0)
-  windowed = (4 if compares else 3) * layers - (layers - last if remat == "full" else 0)
-  sent = fsdp + 1 if machine.platform == "tpu" and fsdp > 2 else fsdp - 1
-  along_fsdp = (gathered * (fsdp - 1) + windowed * sent) * passes / fsdp
+  c, i, tpu = machine.c, machine.itemsize, machine.platform == "tpu"
+  layers, tables = i * machine.layers / tensor, i * (1 if c.tied else 2) * machine.head / tensor
+  last = i * c.depth * c.ffn * c.width / tensor
+  whole = layers - last if remat == "full" else layers if tensor > 1 else 0
+  ringed = (3 if compares else 2) * layers - whole
+  there, back = (fsdp + 1 if tpu and fsdp > least else fsdp - 1 for least in (4, 2))
+  gathered = (whole + 2 * tables + (tables if compares else 0)) * (fsdp - 1)
+  along_fsdp = (gathered + ringed * there + layers * back) * passes / fsdp
   along_data = 2 * (layers + tables) / fsdp * (data - 1) / data
-  own = places / (data * fsdp)
-  along_tensor = 6 * machine.c.depth * own * machine.c.width * machine.itemsize * 2 * (tensor - 1) / tensor
+  sums = (5 if remat == "full" else 4) * c.depth + 1
+  along_tensor = sums * places / (data * fsdp) * c.width * i * 2 * (tensor - 1) / tensor
   return along_fsdp + along_data + along_tensor
 
 

@@ -7,8 +7,10 @@ A step is fullest at one of two moments. What they hold beside weights and momen
   the loss       the copy that computes, what the layers keep, the head in whole (i V D), its gradient in fp32 (4 V D),
                  a tile of logits
   a layer, back  the copy and its gradients, what the layers keep, what is made again inside one layer (with all kept:
-                 its gradients alone), its weights in whole: those at work, the next ones, and their gradient; on GPUs
-                 what cuDNN's attention takes to work with
+                 its gradients alone), and its weights in whole. On GPUs that is those at work, the next ones, and their
+                 gradient, and what cuDNN's attention takes to work with. On TPUs weights come in shares but for two of
+                 the feed-forward ones, and the head's fp32 gradient waits for the layers before it is reduced, with a
+                 tied table beside it
 
 `python -m benchmarks.compiled --against-quick` compares them with the compilers' figures: docs/speed.md has its table.
 """
@@ -26,7 +28,8 @@ from alma_jax.llama.config import LlamaConfig
 
 RUNS = few_runs(2048)  # of one segment in a row
 FORKED = 6  # times q that a GPU's attention over rows of pairs has beside, in the two orders and in pieces
-WHOLE = 3  # times a layer's weights that are there in whole where fsdp spreads them
+WHOLE = 3  # times a layer's weights that are there in whole where fsdp spreads them, on GPUs
+GATHERED = 2  # of its feed-forward weights on TPUs
 
 
 def training_bytes(
@@ -44,15 +47,18 @@ def training_bytes(
   table = c.vocab * c.width // tensor
   loss = 4 * table + (i * table if fsdp > 1 else 0) + logits_bytes(c, tensor, platform, own, i)
   # With all kept, nothing of a layer is made again: there are the gradients of gate, up and stream.
-  inside = forward_bytes(c, tensor, i) if objective.remat == "none" else inside_bytes(c, i, tensor, *attention)
+  inside = forward_bytes(c, tensor, i) if objective.remat == "none" else inside_bytes(c, i, tensor, *attention, mesh.size)
   layer = own * inside
+  whole = WHOLE * i * layer_weights(c) // tensor if fsdp > 1 else 0
+  if platform == "tpu":
+    whole = GATHERED * i * c.width * c.ffn // tensor if fsdp > 1 else 0
+    layer += (4 + (i if c.tied else 0)) * table
   if platform == "gpu":
     heads, both = c.heads // tensor, isinstance(objective.kind, Preference)
     whole_batch, out = packed_workspace(RUNS, own, heads, c.head_dim), i * own * heads * c.head_dim
     layer += min(int(WORKSPACE), whole_batch) + (FORKED * out if both else 0)
     if whole_batch > WORKSPACE and objective.remat == "none":  # what is computed in pieces is kept twice
       kept += c.depth * (1 + both) * out
-  whole = WHOLE * i * layer_weights(c) // tensor if fsdp > 1 else 0
   return int(state + copy + kept + max(loss, i * c.parameters // ways + layer + whole))
 
 
@@ -78,13 +84,16 @@ def layer_bytes(c: LlamaConfig, remat: str, i: int, tensor: int, platform: str =
   return 2 * D * (8 + i) + (attention + 6 * F * i) // tensor
 
 
-def inside_bytes(c: LlamaConfig, i: int, tensor: int, platform: str, forked: bool) -> int:
-  """What is there of each place while one layer goes backward. On GPUs that is less than the layer would keep: norms
-  are made anew where they are used, and one attention after the other."""
-  if platform != "gpu":
-    return layer_bytes(c, "none", i, tensor, platform, forked)
-  Q = c.heads * c.head_dim
-  return 4 * c.width * i + ((4 * Q + 5 * c.ffn) * i + 4 * RUNS * c.heads) // tensor
+def inside_bytes(c: LlamaConfig, i: int, tensor: int, platform: str, forked: bool, devices: int) -> int:
+  """What is there of each place while one layer goes backward, which is less than the layer would keep: norms are made
+  anew where they are used. Four times the stream (the layer's input, its gradient, and both after attention); gate, up,
+  and the gradients of both, on GPUs that exchange weights their product, too; and what attention has. On GPUs a second
+  attention follows the first; on TPUs it has queries, keys and values of its own, and three outs are joined."""
+  Q, K = c.heads * c.head_dim, c.kv_heads * c.head_dim
+  if platform == "gpu":
+    return 4 * c.width * i + ((4 * Q + (4 + (devices > 1)) * c.ffn) * i + 4 * RUNS * c.heads) // tensor
+  attention = (7 * Q + 4 * K) if forked else 2 * Q + 2 * K
+  return 4 * c.width * i + (4 * c.ffn + attention) * i // tensor
 
 
 def layer_weights(c: LlamaConfig) -> int:
