@@ -25,12 +25,13 @@ compiler half a minute to two CPU minutes.
 import argparse
 import dataclasses
 import datetime
+import functools
 import hashlib
 import json
 import os
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from alma_jax.engine.train import least_bytes
@@ -128,22 +129,36 @@ def _cell(cell: str, options: argparse.Namespace, done: dict[Any, Row]) -> Itera
 
 def _work(model: str, word: str, size: str, name: str, options: argparse.Namespace) -> tuple[Machine, Work]:
   """A stage of the config on this machine; `dpo` and `grpo` are its policies by that method."""
-  given = [f"--config=configs/alma.py:{size}", f"--model={model}", f"--topology={word}"]
+  machine, work = _planned(model, size, name, options.slots)
+  depth = options.depth or machine.c.depth
+  c = dataclasses.replace(machine.c, depth=depth)
+  return dataclasses.replace(machine, topology=topology.parse(word), c=c), work
+
+
+@functools.cache
+def _planned(model: str, size: str, name: str, slots: int) -> tuple[Machine, Work]:
+  """The stage, whose work no machine changes, and some machine."""
+  given = [f"--config=configs/alma.py:{size}", f"--model={model}", "--topology=h100:8x8"]
   overrides = []
   if name in METHODS:
     overrides = [f"--config.trainset.method={name}"]
     overrides += ["--config.responses.checkpoints=('latest',)"] if name == "grpo" else []
-  overrides += [f"--config.engine.slots={options.slots}"] if options.slots else []
+  overrides += [f"--config.engine.slots={slots}"] if slots else []
   stage = "round_02/policy" if name in METHODS else name
   made = plan.made(plan.FLAGS.values([*given, f"--stages={stage}"]), overrides)
-  machine = made.machine
-  if options.depth:
-    machine = dataclasses.replace(machine, c=dataclasses.replace(shapes.shape(model), depth=options.depth))
-  return machine, made.steps[0].work
+  return made.machine, made.steps[0].work
 
 
-def _against_quick(rows: Iterator[Row]) -> Iterator[str]:
-  """A table of stages: the largest of their compiled programs, and the quick plan's figure for the same remat."""
+@dataclasses.dataclass(frozen=True)
+class Compared:
+  """The largest program of a stage, and the quick plan's Step for the same remat and passes."""
+
+  row: Row
+  step: estimate.Step
+  held: int  # bytes that both have, weights and optimizer state: they are known
+
+
+def compared(rows: Iterable[Row]) -> Iterator[Compared]:
   stages: dict[tuple[Any, ...], Row] = {}
   for row in rows:
     if not row["refused"]:
@@ -151,25 +166,33 @@ def _against_quick(rows: Iterator[Row]) -> Iterator[str]:
       worst = max(row, stages.get(of, row), key=_peak)
       how = stages.get(of, row) if not row.get("remat") else row  # that of the step, whatever program is the largest
       stages[of] = worst | {name: how.get(name) for name in ("remat", "passes")}
-  yield "| model | machine | stage | compiled GiB | quick | | beside the weights | quick | | sent GB | quick | |"
-  yield "|---|---|---|---|---|---|---|---|---|---|---|---|"
   for row in stages.values():
     size, cut = "70b" if row["model"] == "llama3_70b" else "8b", dict(depth=row["depth"], slots=row.get("slots") or 0)
     machine, work = _work(row["model"], row["topology"], size, row["stage"], argparse.Namespace(**cut))
     if isinstance(work, Training) and row["remat"]:
       work = estimate.with_options(work, remat=row["remat"], passes=row["passes"])
     step = estimate.estimate(machine, work)
-    lies, how = 0 if isinstance(work, Clustering) else machine.held, f"{step.slots} slots" if step.slots else ""
-    if isinstance(work, Training) and step.shape and step.mesh:
-      o, shape = work.options, step.shape
+    held = 0 if isinstance(work, Clustering) else machine.held
+    if isinstance(work, Training) and step.mesh:
       mesh = sharding.abstract_mesh(machine.topology.devices, **dataclasses.asdict(step.mesh))
-      objective = dataclasses.replace(o.objective(machine.dtype), remat="full")
-      lies = least_bytes(machine.c, mesh, o.optimizer, objective, 0)
-      how = f"{step.remat}, {shape.rows} x {shape.length}"
+      objective = dataclasses.replace(work.options.objective(machine.dtype), remat="full")
+      held = least_bytes(machine.c, mesh, work.options.optimizer, objective, 0)
+    yield Compared(row, step, held)
+
+
+def _against_quick(rows: Iterable[Row]) -> Iterator[str]:
+  """A table of what `compared` says."""
+  yield "| model | machine | stage | compiled GiB | quick | | beside the weights | quick | | sent GB | quick | |"
+  yield "|---|---|---|---|---|---|---|---|---|---|---|---|"
+  for each in compared(rows):
+    row, step, held = each.row, each.step, each.held
+    how = f"{step.slots} slots" if step.slots else ""
+    if step.remat and step.shape:
+      how = f"{step.remat}, {step.shape.rows} x {step.shape.length}"
     stage = f"{row['stage']} ({row['program']}) {how}".rstrip()
     cells = [f"{row['model']}, {row['depth']} layers", row["topology"], stage]
-    pairs = [(row["peak"] / GIB, step.peak / GIB), ((row["peak"] - lies) / GIB, (step.peak - lies) / GIB)]
-    pairs += [(row["sent"] / 1e9, step.collective / 1e9)] if step.collective else []
+    pairs = [(row["peak"] / GIB, step.peak / GIB), ((row["peak"] - held) / GIB, (step.peak - held) / GIB)]
+    pairs += [(row["sent"] / 1e9, step.collective / 1e9)] if isinstance(step.work, Training) and step.collective else []
     for made, quick in pairs:
       cells += [f"{made:.2f}", f"{quick:.2f}", f"{quick / made - 1:+.0%}" if made else ""]
     cells += [""] * (12 - len(cells))

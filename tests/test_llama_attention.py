@@ -18,6 +18,7 @@ from alma_jax.llama import (
   attention_reference,
   attention_tpu,
 )
+from alma_jax.llama.model import PADDED
 from alma_jax.llama.sharding import make_mesh
 
 NEVER = attention_reference.NEVER
@@ -399,6 +400,15 @@ def test_pieces_lower_to_one_call_each_way_and_no_gradient_of_the_reference(hopp
   piece = "tensor<1x256x4x64xbf16>"
   assert len(re.findall(rf"@__cudnn.*\({piece}, {piece}, {piece}, .*tensor<8x4x256xf32>", text)) == 2
   assert "stablehlo.exponential" not in text
+
+
+def test_rows_of_one_text_each_go_in_one_call(hopper, monkeypatch):
+  monkeypatch.setattr(attention_reference, "WORKSPACE", 8 * 256 * 4 * 65 * 4)
+  q, k, v = example(2, 256, 256, 8, 2, 64, dtype=jnp.bfloat16)
+  few = functools.partial(attention_nvidia.causal, few=PADDED)
+  text = lowered(few, "cuda", q, k, v, np.ones((2, 256), np.int32))
+  assert re.findall(r"max_seg_per_batch\\22: (\d+)", text) == ["2"] and "while" not in text
+  assert len(re.findall(r"@__cudnn.*\(tensor<2x256x8x64xbf16>", text)) == 1
 
 
 def test_a_batch_with_too_many_runs_goes_in_stripes(monkeypatch):

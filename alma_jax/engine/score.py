@@ -28,10 +28,11 @@ from jax.sharding import PartitionSpec as P
 
 from alma_jax.engine import buckets, crossentropy
 from alma_jax.errors import NotFinite
+from alma_jax.llama import attention
 from alma_jax.llama import model as llama
 from alma_jax.llama.config import LlamaConfig
 from alma_jax.llama.model import Llama
-from alma_jax.llama.sharding import BATCH, REPLICA, WHOLE, per_replica, replicas
+from alma_jax.llama.sharding import BATCH, REPLICA, WHOLE, per_replica, platform, replicas
 
 Ids = Sequence[int]
 
@@ -99,18 +100,23 @@ def sequence_logprobs(model: Llama, rows: Sequence[tuple[Ids, Ids]], setup: Setu
 # What fits
 
 
-def forward_bytes(c: LlamaConfig, tensor: int, itemsize: int) -> int:
-  """What a layer without a backward pass has of each place at most: gate and up, and the stream beside them."""
-  return (2 * c.width + 2 * c.ffn // tensor) * itemsize
+def forward_bytes(c: LlamaConfig, tensor: int, itemsize: int, target: str | None = None) -> int:
+  """What a layer without a backward pass has of each place at most: gate and up, and the stream beside them. On TPUs it
+  may be its input, and the queries in fp32 as they are turned: they and their two halves, in rows of tiles each.
+  `target`: the devices' platform, in JAX's words; None: that of JAX's default."""
+  inner = (2 * c.width + 2 * c.ffn // tensor) * itemsize
+  turning = c.width * itemsize + 3 * 4 * attention.LANES * c.heads // tensor
+  return max(inner, turning) if (target or platform()) == "tpu" else inner
 
 
 def reading_bytes(
-  c: LlamaConfig, tensor: int, itemsize: int, rows: int, width: int, before: int = 0, wide: int = 1
-) -> int:
+  c: LlamaConfig, tensor: int, itemsize: int, rows: int, width: int, before: int = 0, wide: int = 1,
+  target: str | None = None,
+) -> int:  # fmt: skip
   """What forward passes over rows of this width work with on each device, beside the weights. `before`: places of the
   prefixes that they follow. Their keys and values are made for a wave of calls and held meanwhile; each call copies
   those of one layer for every `wide` rows, and has the copies twice more in a kernel's layout."""
-  layer = forward_bytes(c, tensor, itemsize)
+  layer = forward_bytes(c, tensor, itemsize, target)
   if not before:
     return rows * width * layer
   heads = c.kv_heads // tensor if c.kv_heads % tensor == 0 else c.kv_heads
@@ -119,12 +125,13 @@ def reading_bytes(
 
 
 def rows_that_fit(
-  c: LlamaConfig, tensor: int, itemsize: int, rows: int, width: int, before: int, wide: int, free: int | None
-) -> int:
+  c: LlamaConfig, tensor: int, itemsize: int, rows: int, width: int, before: int, wide: int, free: int | None,
+  target: str | None = None,
+) -> int:  # fmt: skip
   """`rows` halved until `free` bytes hold what they take, down to the `wide` rows that share a prefix."""
 
   def takes(rows: int) -> int:
-    return reading_bytes(c, tensor, itemsize, rows, width, before, wide)
+    return reading_bytes(c, tensor, itemsize, rows, width, before, wide, target)
 
   while free is not None and rows % (2 * wide) == 0 and takes(rows) > free:
     rows //= 2
@@ -240,7 +247,7 @@ def _calls(
   itemsize, tensor = model.embed[...].dtype.itemsize, 1 if mesh is None else mesh.shape["tensor"]
 
   def fitting(rows: int, width: int, before: int, wide: int) -> int:
-    return rows_that_fit(model.c, tensor, itemsize, rows, width, before, wide, setup.free)
+    return rows_that_fit(model.c, tensor, itemsize, rows, width, before, wide, setup.free, platform(mesh))
 
   def width(rows: Sequence[Ids | None]) -> int:
     return (buckets.coarse if coarse else buckets.rounded)(max(len(row) for row in rows if row is not None))

@@ -51,8 +51,8 @@ Shape = tuple[int, ...]
 def causal(q: Array, k: Array, v: Array, segments: Array, few: bool | int | None = None) -> Attended:
   """Attention within packed rows. Segments [B, T] number the packed examples; padding is a segment of its own.
 
-  `few`: whether every row has at most `attention_reference.few_runs(T)` runs of one segment, or how many it has at most;
-  None: not known here, so that back ends which depend on it must find out on the device.
+  `few`: whether every row has at most `attention_reference.few_runs(T)` runs of one segment, or a number that no row
+  exceeds; None: not known here, so that back ends which depend on it must find out on the device.
   """
   return _computed("causal", q, k, v, segments, few)
 

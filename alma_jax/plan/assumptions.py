@@ -38,8 +38,7 @@ DECODING = (
 )
 SLOTS = 0.90, "of the slots are at work: simulated with refills every 16 to 32 tokens, lognormal lengths"
 LINKS = 0.70, "of the links' peak in collectives, which overlap with arithmetic in training"
-LENGTHS = 0.60, "is the deviation of the logarithm of examples' lengths, which are drawn and packed as a run packs them"
-PADDING = 0.85, "of a bucket's places hold tokens, in judging and embedding"
+LENGTHS = 0.60, "is the deviation of the logarithm of texts' lengths, which are drawn and packed as a run packs them"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +89,7 @@ class Assumptions:
       if field not in self.where or value is None or (field == "training" and self.mfu is not None):
         continue
       yield f"{value:,.2f} {of} ({self.where[field]})" if value <= 1 else f"{value:,.0f} {of} ({self.where[field]})"
-    for share, of in (PRODUCTS, DECODING, SLOTS, LINKS, LENGTHS, PADDING):
+    for share, of in (PRODUCTS, DECODING, SLOTS, LINKS, LENGTHS):
       yield f"{share:.2f} {of}"
 
 

@@ -53,14 +53,20 @@ from alma_jax.runtime.training import USEFUL
 
 NEAR = 0.9  # of a slot's mean length is what its token at work has behind it: lognormal lengths
 SCORES = 4  # times fp32 attention scores do, where they are not kept on the chip
-# How many times fp32 logits go through memory in plain XLA, the head's writing included
-CHOOSING = {"greedy": 7, "temperature": 8, "filtered": 37}
+# How many times fp32 logits go through memory in plain XLA, the head's writing included, and what top-k and top-p add:
+# `traffic.moved` of a loop of the head and `choose`, compiled for 256 slots and 128,256 tokens (jax 0.10.2)
+CHOOSING = {
+  "gpu": {"greedy": 4.1, "temperature": 4.1, "top_k": 12.6, "top_p": 15.8},
+  "tpu": {"greedy": 7.0, "temperature": 8.1, "top_k": 14.0, "top_p": 17.8},
+  "cpu": {"greedy": 7.1, "temperature": 11.2, "top_k": 93.9, "top_p": 103.5},
+}
 CHOOSING_ONCE = 2, 4  # where a kernel reads them once; a tensor group exchanges them first, written and read
 ACTIVATIONS = 44, 2  # times all heads' queries of a layer do and the feed-forward's inner numbers do, on TPUs
 RULES = 4  # more: ruled logits are written for the kernel and read, and the others read for the log-probability
 K_MEANS_BLOCK = {"gpu": 16384, "tpu": 2048}  # points that a centroid meets each time it is read; see engine/nearest.py
 K_MEANS_SCORE = 12  # bytes of memory traffic for each score where they go through memory
 REMAT = {"none": 1.0, "products": 1.0, "full": 4 / 3}  # times a step's arithmetic
+DRAWN = 3200  # rows whose lengths are drawn, of a stage that reads texts
 STEPS, LONG = 16, 60  # steps whose lengths are drawn; trainings of so many steps may have more programs
 CHUNK = 2**17  # points of a chunk on each device
 COPIES = 3  # of the centroids on each device: themselves, their sums, and the sums of all devices
@@ -307,13 +313,19 @@ def _simulated(
 ) -> tuple[Shape, float, float]:
   """The largest shape of an epoch's first steps, and the mean numbers of places and of tokens in a step, for lengths
   that are drawn; a negative unit is that of rows which do not fit themselves."""
-  z = np.random.default_rng(0).normal(size=examples)
-  drawn = np.clip(np.rint(length * np.exp(shares.LENGTHS[0] * z - shares.LENGTHS[0] ** 2 / 2)), 1, width).astype(int)
+  drawn = _drawn(examples, length, width)
   parts = [drawn[at : at + batch].tolist() for at in range(0, examples, batch)]
   many = parts * max(1, steps // len(parts))  # how many programs pay depends on the number of steps
   found = rows_of.fitted(many, width, unit) if unit > 0 else rows_of.fixed(parts, width, -unit)
   largest = max(found, key=_places)
   return largest, sum(map(_places, found)) / len(found), float(drawn.sum()) / len(parts)
+
+
+def _drawn(count: int, length: float, most: int, seed: int = 0) -> np.ndarray:
+  """Lengths of so many texts, of this mean and at most so long."""
+  z = np.random.default_rng(seed).normal(size=count)
+  found = length * np.exp(shares.LENGTHS[0] * z - shares.LENGTHS[0] ** 2 / 2)
+  return np.clip(np.rint(found), 1, most).astype(int)
 
 
 def _places(shape: Shape) -> int:
@@ -514,13 +526,16 @@ def _link(machine: Machine) -> float:
   return machine.topology.link_in_groups(machine.tensor) * shares.LINKS[0]
 
 
-def _passes(decoding: Decoding, machine: Machine) -> int:
+def _passes(decoding: Decoding, machine: Machine) -> float:
   """How many times a step's logits go through memory."""
   if reads_once(decoding, machine.c.vocab, machine.platform):
     ruled = decoding.remembers or decoding.min_new_tokens > 0
     return CHOOSING_ONCE[machine.tensor > 1] + (RULES if ruled else 0)
-  filtered = decoding.top_p < 1 or decoding.top_k > 0
-  return CHOOSING["greedy" if decoding.temperature == 0 else "filtered" if filtered else "temperature"]
+  counts = CHOOSING[machine.platform]
+  if decoding.temperature == 0:
+    return counts["greedy"]
+  filters = {"top_k": 0 < decoding.top_k < machine.c.vocab, "top_p": decoding.top_p < 1}
+  return counts["temperature"] + sum(counts[name] for name, used in filters.items() if used)
 
 
 def _looked_at(machine: Machine, T: int, S: int, live: float) -> tuple[float, float]:
@@ -532,7 +547,7 @@ def _looked_at(machine: Machine, T: int, S: int, live: float) -> tuple[float, fl
   return (min(S, live + block(S, heads) / 2) if machine.platform == "tpu" else live), 0
 
 
-def _forward(machine: Machine, tokens: float, context: float, layers: int = 0) -> float:
+def _forward(machine: Machine, tokens: float, context: float, layers: float = 0) -> float:
   """The arithmetic of a forward pass without the head; a token has half of its text behind it."""
   c, share = machine.c, layers / machine.c.depth if layers else 1.0
   return tokens * share * (2 * machine.layers + 2 * c.depth * c.heads * c.head_dim * context)
@@ -546,6 +561,27 @@ def tile_of(machine: Machine, work: Reading) -> int:
   return buckets.TILE if machine.engine.rows % buckets.TILE == 0 and work.rows >= buckets.TILE * work.prefixes else 1
 
 
+def filled(machine: Machine, work: Reading) -> float:
+  """The share of the places of a stage's calls that hold tokens, in buckets of lengths that are drawn."""
+  each = max(1, round(work.rows / max(1, work.prefixes)))
+  prefixes = min(-(-work.prefixes // machine.replicas), -(-DRAWN // each))
+  sizes = work.tokens / max(1, work.rows), buckets.rounded(work.longest)
+  return _filled(prefixes, each, machine.engine.rows, *sizes, work.prefix_tokens)
+
+
+@functools.cache
+def _filled(prefixes: int, each: int, rows: int, length: float, longest: int, before: float) -> float:
+  """`each` rows of this mean length behind each of the prefixes, on one replica; without prefixes many rows."""
+  lengths = _drawn(prefixes * each or DRAWN, length, longest)
+  if not prefixes:
+    return float(lengths.sum()) / sum(map(buckets.rounded, lengths.tolist()))
+  texts = [[buckets.Suffix((0,) * n, []) for n in some] for some in lengths.reshape(prefixes, each).tolist()]
+  heads = [(i, *(0,) * n) for i, n in enumerate(_drawn(prefixes, before, longest, seed=1))]
+  calls = [call.rows for wave in buckets.waves(dict(zip(heads, texts, strict=True)), 1, rows) for call in wave.calls]
+  widths = [buckets.rounded(max(len(row.ids) for row in found if row)) for found in calls]
+  return float(lengths.sum()) / (rows * sum(widths))
+
+
 def rows_of_calls(machine: Machine, work: Reading) -> int:
   """The rows of a call on each replica, as the engine chooses them for the longest texts."""
   rows, wide, memory = machine.engine.rows, tile_of(machine, work), machine.topology.chip.memory
@@ -553,22 +589,28 @@ def rows_of_calls(machine: Machine, work: Reading) -> int:
     return rows
   free = None if machine.platform == "cpu" else sampling_bytes(memory) - machine.held
   sizes = buckets.rounded(work.longest), buckets.rounded(work.longest_prefix)
-  return rows_that_fit(machine.c, machine.tensor, machine.itemsize, rows, *sizes, wide, free)
+  return rows_that_fit(machine.c, machine.tensor, machine.itemsize, rows, *sizes, wide, free, machine.platform)
 
 
 def _reading(machine: Machine, work: Reading) -> Step:
   c, chip, tensor = machine.c, machine.topology.chip, machine.tensor
   rows, width, longest = rows_of_calls(machine, work), work.tokens / max(1, work.rows), buckets.rounded(work.longest)
   before = buckets.rounded(work.longest_prefix) if work.prefixes else 0
-  working = reading_bytes(c, tensor, machine.itemsize, rows, longest, before, tile_of(machine, work))
+  shared, target = tile_of(machine, work), machine.platform
+  working = reading_bytes(c, tensor, machine.itemsize, rows, longest, before, shared, target)
   peak = machine.held + working
-  before = work.prefixes * work.prefix_tokens
-  flops = _forward(machine, work.tokens, width + 2 * work.prefix_tokens, work.layers)
-  flops += _forward(machine, before, work.prefix_tokens, work.layers)
-  sent = _shared(machine, (work.tokens + before) / machine.replicas / shares.PADDING[0], work.layers)
+  useful, before = filled(machine, work), work.prefixes * work.prefix_tokens
+  # Of the last layer prefixes take keys and values alone, and so do rows of which single places are read.
+  part = c.depth - 1 + 2 * c.width * c.kv_heads * c.head_dim * c.depth / machine.layers
+  layers = part if work.prefixes and not work.logprobs else work.layers
+  flops = _forward(machine, work.tokens, width + 2 * work.prefix_tokens, layers) + _forward(
+    machine, before, work.prefix_tokens, part
+  )
+  flops += 2 * machine.head * work.tokens if work.logprobs else 0
+  sent = _shared(machine, (work.tokens + before) / machine.replicas / useful, work.layers)
   calls = work.rows / (rows * machine.replicas)
   rate = machine.peak * machine.topology.devices * shares.PRODUCTS[0]
-  arithmetic = flops / shares.PADDING[0] / rate
+  arithmetic = flops / useful / rate
   reads = calls * machine.model_bytes / (chip.bandwidth * shares.DECODING[0])
   seconds = work.models * (max(arithmetic, reads) + sent / _link(machine))
   return Step(

@@ -47,7 +47,10 @@ def training_bytes(
   table = c.vocab * c.width // tensor
   loss = 4 * table + (i * table if fsdp > 1 else 0) + logits_bytes(c, tensor, platform, own, i)
   # With all kept, nothing of a layer is made again: there are the gradients of gate, up and stream.
-  inside = forward_bytes(c, tensor, i) if objective.remat == "none" else inside_bytes(c, i, tensor, *attention, mesh.size)
+  if objective.remat == "none":
+    inside = (2 * c.width + 2 * c.ffn // tensor) * i
+  else:
+    inside = inside_bytes(c, i, tensor, *attention, mesh.size)
   layer = own * inside
   whole = WHOLE * i * layer_weights(c) // tensor if fsdp > 1 else 0
   if platform == "tpu":
@@ -114,6 +117,6 @@ def scoring_bytes(c: LlamaConfig, mesh: AbstractMesh, platform: str, i: int, pla
   tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
   own, ways = places // (mesh.shape["data"] * fsdp), fsdp * tensor
   head = i * c.vocab * c.width // tensor if fsdp > 1 else 0
-  layer = forward_bytes(c, tensor, i) * own + (2 * i * layer_weights(c) // tensor if fsdp > 1 else 0)
+  layer = forward_bytes(c, tensor, i, platform) * own + (2 * i * layer_weights(c) // tensor if fsdp > 1 else 0)
   loss = head + logits_bytes(c, tensor, platform, own) + own * c.width * i
   return (4 + (i if i < 4 else 0)) * c.parameters // ways + max(loss, layer)
