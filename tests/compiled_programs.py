@@ -10,9 +10,9 @@ from alma_jax.llama.config import LlamaConfig
 from alma_jax.plan import hlo
 
 
-def trains_well(text, c: LlamaConfig, mesh, reduces_whole=False):
+def trains_well(text, c: LlamaConfig, mesh):
   """Assert that a step gathers embedding and head in the dtype that computes, reduces no whole gradient of theirs over
-  fsdp (unless it `reduces_whole`), and never branches. It computes in bf16, with the layers in a scan."""
+  fsdp, and never branches. It computes in bf16, with the layers in a scan."""
   vocab = c.vocab // mesh.shape["tensor"]
   part = vocab * c.width // mesh.shape["fsdp"]
   for found in hlo.collectives(text):
@@ -22,5 +22,5 @@ def trains_well(text, c: LlamaConfig, mesh, reduces_whole=False):
         assert not (dtype == "f32" and found.kind == "all-gather"), f"a gather in fp32: {found}"
         # What is left of a gradient after its reduce-scatter is summed over `data`.
         whole = found.kind == "all-reduce" and math.prod(sizes) > part
-        assert reduces_whole or not whole, f"a gradient is reduced whole: {found}"
+        assert not whole, f"a gradient is reduced whole: {found}"
   assert " conditional(" not in text, "a step asks what a row holds while it runs"

@@ -1,5 +1,6 @@
 """Eight devices compute what one computes, and hold what they should."""
 
+import functools
 import pathlib
 import re
 
@@ -13,8 +14,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from alma_jax.llama import model as llama
+from alma_jax.llama import sharding
 from alma_jax.llama.config import read_config
 from alma_jax.llama.sharding import (
+  AXES,
   BATCH,
   DECODE,
   TRAIN,
@@ -113,6 +116,24 @@ def test_leaves_that_are_not_weights_are_replicated():
   places = shardings({"step": jnp.zeros(8), "w": nnx.Param(jnp.zeros((8, 8)), axes=("embed", "ffn"))}, make_mesh(), {})
   assert places["step"].spec == P()
   assert places["w"].get_value().spec == P(None, None)
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 4, 1), (1, 4, 2), (4, 2, 1)])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_sums_in_two_steps_leave_each_device_its_share(monkeypatch, sizes, axis):
+  mesh, (data, fsdp, tensor) = make_mesh(*sizes), sizes
+  x = np.random.default_rng(0).integers(-9, 9, (data, fsdp, tensor, 16, 24)).astype(np.float32)
+  others = P("data", "tensor", *[None] * axis, "fsdp")
+
+  def summed(x):
+    return sharding.summed_shares(x[0, 0, 0], axis)[None, None]
+
+  for name, steps in {"gpu": 1, "tpu": 1 + (fsdp > 2)}.items():
+    monkeypatch.setattr(sharding, "platform", functools.partial(str, name))
+    of_each = jax.shard_map(summed, mesh=mesh, in_specs=P(*AXES), out_specs=others, check_vma=False)
+    lowered = jax.jit(of_each).lower(x)
+    assert lowered.as_text().count("reduce_scatter") == steps
+    assert np.array_equal(lowered.compile()(x), x.sum(axis=1))
 
 
 @pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, -1, 1), (0, 1, 1), (2, 2, 1), (-1, 3, 1)])

@@ -13,11 +13,13 @@ each device (or each tensor group), so sampling gathers nothing. The weight q wi
   DECODE            -       -      tensor      -          each device holds [32, 4096, 4, 128]
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 from flax import nnx
 from jax import Array
 from jax.experimental import mesh_utils
@@ -163,13 +165,13 @@ def on_own_rows(f: Callable[..., Array], width_axis: int, width: int, rows: int)
 
   `tables` is a weight, or a tree of them, that TRAIN spreads over fsdp along its axis `width_axis` of size `width`. It
   is gathered inside, because then it travels in its own dtype and its gradient is reduce-scattered, on each platform;
-  what XLA is left to choose on GPUs is an all-reduce of the whole gradient.
+  what XLA is left to choose on GPUs is an all-reduce of the whole gradient. See `summed_shares` for TPUs.
   """
   sizes = jax.sharding.get_abstract_mesh().shape
   spread = sizes["fsdp"] > 1 and width % sizes["fsdp"] == 0
 
   def whole(x: Array) -> Array:
-    return jax.lax.all_gather(x, "fsdp", axis=width_axis, tiled=True)
+    return _gathered(x, width_axis)
 
   # What is exchanged by hand over `fsdp` alone, XLA gathers over `tensor` first: the shares of the vocabulary go apart.
   shares = P(*[None if axis == width_axis else "tensor" for axis in range(2)])
@@ -183,6 +185,48 @@ def on_own_rows(f: Callable[..., Array], width_axis: int, width: int, rows: int)
   specs = P(*[None] * width_axis, over) if spread else P(), *[P(BATCH)] * rows
   to = gathered if spread else f
   return jax.shard_map(to, in_specs=specs, out_specs=P(BATCH), axis_names=set(BATCH), check_vma=False)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gathered(share: Array, axis: int) -> Array:
+  """The whole table inside a shard_map over fsdp, where each device has its share along `axis`."""
+  return jax.lax.all_gather(share, "fsdp", axis=axis, tiled=True)
+
+
+def _gathered_forward(share: Array, axis: int) -> tuple[Array, None]:
+  return _gathered(share, axis), None
+
+
+def _gathered_backward(axis: int, _: None, gradient: Array) -> tuple[Array]:
+  return (summed_shares(gradient, axis),)
+
+
+_gathered.defvjp(_gathered_forward, _gathered_backward)
+
+
+def summed_shares(x: Array, axis: int) -> Array:
+  """Each device's share, along `axis`, of the sum of all `x` [V, D] or [D, V] over fsdp, inside a shard_map over fsdp.
+
+  TPUs' compiler turns a reduce-scatter into an all-reduce of the whole and a slice, which sends twice the bytes, in two
+  cases: the devices fill more than one axis of their torus, or it cannot cut the shares into even pieces (128,256 rows
+  are 256 x 3 x 167). So on TPUs the shares lie along an axis of their own, which lets the compiler pad the pieces, and
+  the sum is made in two steps, each over fewer devices. The bytes are those of one step. 16 devices, axis 0:
+
+    step 1   devices 0 4 8 12, 1 5 9 13, ...   [4, D/4, V] -> [D/4, V]     device 6 has the second quarter of 4 devices
+    step 2   devices 0 1 2 3, 4 5 6 7, ...     [4, D/16, V] -> [D/16, V]   and of that the third: sixteenth 4 + 2
+  """
+  ways = jax.sharding.get_abstract_mesh().shape["fsdp"]
+  if platform() != "tpu":
+    return jax.lax.psum_scatter(x, "fsdp", scatter_dimension=axis, tiled=True)
+  inner = max(n for n in range(1, math.isqrt(ways) + 1) if ways % n == 0)
+  numbers = np.arange(ways).reshape(ways // inner, inner)
+  for groups in (numbers.T, numbers):
+    n = groups.shape[1]
+    if n == 1:
+      continue
+    shape = *x.shape[:axis], n, x.shape[axis] // n, *x.shape[axis + 1 :]
+    x = jax.lax.psum_scatter(x.reshape(shape), "fsdp", scatter_dimension=axis, axis_index_groups=groups.tolist())
+  return x
 
 
 def _in_one(vocab: int) -> bool:
