@@ -119,14 +119,18 @@ def bytes_of(
   model: Llama, decoding: Decoding, shapes: Shapes, mesh: Mesh | AbstractMesh | None, target: str | None = None
 ) -> int:
   """What a call holds on each device beside the weights, and what it works with. TPUs lay out anew, for a segment, the
-  weights of queries, keys and values, and the prompts' keys where their attention is plain XLA's."""
+  weights of queries, keys and values, and the prompts' keys where their attention is plain XLA's. GPUs in tensor groups
+  exchange numbers while they compute, for which the compiler puts off writing the keys of a prefill, of all layers."""
   c, itemsize = model.c, model.embed.get_value().dtype.itemsize
   ways = 1 if mesh is None else mesh.shape["tensor"]
   cached = token_bytes(model, mesh) * (shapes.slots * decoding.max_new_tokens + shapes.rows * shapes.room)
   logits = 4 * c.vocab // (ways if c.vocab % ways == 0 else 1)
   prefill = PREFILL_ROWS * shapes.room * (4 * c.width + 3 * c.ffn // ways) * itemsize
+  target = target or platform()
+  if target == "gpu" and ways > 1:
+    prefill += PREFILL_ROWS * shapes.room * token_bytes(model, mesh)
   working, turned = max(prefill, 3 * logits * shapes.slots), 0
-  if (target or platform()) == "tpu":
+  if target == "tpu":
     share = ways if c.kv_heads % ways == 0 else 1
     turned = c.depth * c.width * (2 * c.kv_heads + c.heads) // share * c.head_dim * itemsize
     if not reads_what_is_live(model, shapes.tile, shapes.room, mesh, "tpu"):

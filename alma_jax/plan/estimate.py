@@ -69,7 +69,7 @@ REMAT = {"none": 1.0, "products": 1.0, "full": 4 / 3}  # times a step's arithmet
 DRAWN = 3200  # rows whose lengths are drawn, of a stage that reads texts
 STEPS, LONG = 16, 60  # steps whose lengths are drawn; trainings of so many steps may have more programs
 CHUNK = 2**17  # points of a chunk on each device
-COPIES = 3  # of the centroids on each device: themselves, their sums, and the sums of all devices
+COPIES = 2.5  # of the centroids on each device: themselves, their sums, and themselves in half precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -640,7 +640,7 @@ def _clustering(machine: Machine, work: Clustering) -> Step:
   seconds = max(traffic / (chip.bandwidth * shares.DECODING[0]), flops / (chip.flops * shares.PRODUCTS[0]))
   along = points.ways_of_centroids(work.k, work.dims, devices, chip.memory)
   peak = COPIES * 4 * work.k * work.dims / (along or devices)
-  peak += 2 * min(work.rows / devices, CHUNK) * work.dims
+  peak += 2 * 2 * min(work.rows / devices, CHUNK) * work.dims  # a chunk is read while one is used
   return Step(
     work,
     fits=along is not None,

@@ -77,6 +77,13 @@ class Topology:
     return self.devices // self.hosts
 
   @property
+  def host(self) -> "Topology":
+    """One of its hosts."""
+    kind = self.name.partition(":")[0]
+    every = (parse(f"{kind}:{shape}") for shape in SLICES.get(kind, ()))
+    return self if self.hosts == 1 else next(one for one in every if one.devices == self.local)
+
+  @property
   def link(self) -> float:
     """Bytes a second that a collective over all devices moves to each of them, by the data sheet. Between hosts of GPUs
     every byte goes once, over the networks of all GPUs of a host, and inside them over their own links."""
