@@ -115,13 +115,13 @@ def reading_bytes(
 ) -> int:  # fmt: skip
   """What forward passes over rows of this width work with on each device, beside the weights. `before`: places of the
   prefixes that they follow. Their keys and values are made for a wave of calls and held meanwhile; each call copies
-  those of one layer for every `wide` rows, and has the copies twice more in a kernel's layout."""
+  those of one layer for every `wide` rows."""
   layer = forward_bytes(c, tensor, itemsize, target)
   if not before:
     return rows * width * layer
   heads = c.kv_heads // tensor if c.kv_heads % tensor == 0 else c.kv_heads
   held, keys = buckets.held(rows, before) * before, 2 * heads * c.head_dim * itemsize
-  return held * c.depth * keys + max(held * layer, rows * width * layer + 3 * rows // wide * before * keys)
+  return held * c.depth * keys + max(held * layer, rows * width * layer + rows // wide * before * keys)
 
 
 def rows_that_fit(

@@ -436,7 +436,22 @@ def _past(prefix: Prefix | None, i: int | Array) -> KeysValues | None:
     return None
   if prefix.places is None:
     return _at(prefix.kv, i)
-  return jax.tree.map(lambda x: x.at[i, prefix.places].get(mode="promise_in_bounds"), prefix.kv)
+  places, kv = prefix.places, prefix.kv
+  if platform() != "tpu" or kv[0].shape[4] % attention.LANES:
+    return jax.tree.map(lambda x: x.at[i, places].get(mode="promise_in_bounds"), kv)
+
+  # One after the other: a gather on TPUs first copies what it takes from, all layers of it. Narrow heads lie otherwise
+  # there, and for slices of them all layers would be laid out anew.
+  def put(to: Array, copies: KeysValues) -> KeysValues:
+    def one(copy: Array, x: Array) -> Array:
+      taken = jax.lax.dynamic_slice(x, (i, places[to], 0, 0, 0), (1, 1, *x.shape[2:]))
+      return jax.lax.dynamic_update_slice(copy, taken[0], (to, 0, 0, 0))
+
+    return jax.tree.map(one, copies, kv)
+
+  return jax.lax.fori_loop(
+    0, len(places), put, jax.tree.map(lambda x: jnp.zeros((len(places), *x.shape[2:]), x.dtype), kv)
+  )
 
 
 def _lengths(prefix: Prefix) -> Array:
