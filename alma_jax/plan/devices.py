@@ -95,7 +95,7 @@ def compilers(topology: Topology) -> str:
 def local_mesh(topology: Topology, devices: Sequence[Any], tensor: int) -> Mesh:
   """The mesh of one host, which sampling and reading run on. TPUs' compiler wants its devices numbered from 0, as in a
   slice of one host, and no part of a larger slice."""
-  alone = topology.chip.platform == "tpu" and topology.hosts > 1
+  alone = devices[0].platform == "tpu" and topology.hosts > 1
   own = _devices(topology.host) if alone else devices[: topology.local]
   return sharding.make_mesh(data=-1, tensor=tensor, devices=own)
 
