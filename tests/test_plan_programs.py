@@ -201,7 +201,7 @@ def test_a_compiler_that_is_not_installed(monkeypatch):
     says = rf"not installed: pip install 'alma_jax\[{extra}\]'; --quick plans"
     with pytest.raises(devices.CompilerError, match=says), devices.described(topology.parse(word)):
       pass
-  assert jax.config.jax_exec_time_optimization_effort == devices.DEFAULT
+  assert all(getattr(jax.config, name, devices.DEFAULT) == devices.DEFAULT for name in devices.EFFORTS)
 
 
 @needs_libtpu
