@@ -94,7 +94,7 @@ LOOPS = """HloModule step
 
 %outer_body (q: (f32[8], u32[])) -> (f32[8], u32[]) {
   %q = (f32[8]{0}, u32[]) parameter(0)
-  %whole = bf16[64,4]{1,0} all-gather(%q), replica_groups=mesh['x'=1,'y'=4] {'y'}, dimensions={0}
+  %whole = bf16[64,4]{1,0} all-gather(%q), replica_groups=mesh['x'=1,'y'=4], device_ids=([4]) {'y'}, dimensions={0}
   ROOT %w = (f32[8]{0}, u32[]) while(%q), condition=%inner_cond, body=%inner_body
 }
 

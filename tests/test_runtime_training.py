@@ -589,6 +589,23 @@ def test_a_mesh_with_more_ways_than_rows_gets_larger_tensor_groups():
   assert [tuple(of.shape.values()) for of in wide] == [(2, 1, 4), (1, 1, 8)]
 
 
+def test_tpus_get_shares_that_they_gather(monkeypatch):
+  # Llama-3-8B is 4,096 wide, 32 lanes of 128.
+  c = dataclasses.replace(CONFIG, width=4096)
+  shares = [sharding.in_whole_lanes(sizes, c, "tpu") for sizes in ((1, 64, 1), (1, 32, 2), (2, 128, 1), (1, 33, 1))]
+  assert shares == [(2, 32, 1), (1, 32, 2), (8, 32, 1), (1, 33, 1)]
+  assert sharding.in_whole_lanes((1, 64, 1), c, "gpu") == (1, 64, 1)
+  mesh, settings = sharding.make_mesh(1, 8, 1), options(batch=512, row_length=2048)
+  wide = dataclasses.replace(CONFIG, width=256)
+  s = types.SimpleNamespace(mesh=mesh, host=types.SimpleNamespace(trained_config=wide))
+  as_it_is = training._spread(s, ragged(1000), settings, 5)
+  monkeypatch.setattr(sharding, "platform", lambda mesh=None: "tpu")
+  batches, found = training._spread(s, ragged(1000), settings, 5)
+  assert as_it_is[1] is mesh and tuple(found.shape.values()) == (4, 2, 1)
+  assert batches.shapes == as_it_is[0].shapes and found.devices.ravel().tolist() == mesh.devices.ravel().tolist()
+  assert training._spread(s, ragged(1000), dataclasses.replace(settings, fit_rows=False), 5)[1] is mesh
+
+
 @pytest.mark.parametrize("unit", [2, 6])
 def test_mesh_and_passes_divide_fitted_rows(unit):
   batches = Batches(ragged(60), options(row_length=512), 5, unit)

@@ -32,6 +32,7 @@ from alma_jax.llama.config import LlamaConfig
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # a batch's rows are spread over both
 WHOLE, REPLICA = P(), P(BATCH)  # specs for `per_replica`
+LANES = 128  # numbers in a row of a TPU's tiles
 
 # Logical axis of a weight -> mesh axis; other logical axes stay whole.
 TRAIN = {"vocab": "tensor", "embed": "fsdp", "heads": "tensor", "kv_heads": "tensor", "ffn": "tensor"}
@@ -98,6 +99,23 @@ def with_larger_groups(sizes: tuple[int, ...], c: LlamaConfig, most: int) -> Ite
       return
     tensor *= 2
     yield data, fsdp, tensor
+
+
+def with_whole_lanes(mesh: Mesh, c: LlamaConfig) -> Mesh:
+  """The mesh of the same devices whose sizes `in_whole_lanes` gives."""
+  sizes = in_whole_lanes(mesh.devices.shape, c, platform(mesh))
+  if sizes == mesh.devices.shape:
+    return mesh
+  return Mesh(mesh.devices.reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def in_whole_lanes(sizes: tuple[int, ...], c: LlamaConfig, target: str) -> tuple[int, ...]:
+  """The sizes (data, fsdp, tensor) with as many ways, of which on TPUs no more than leave each device LANES of a
+  weight's width are fsdp: smaller shares are not gathered there, but all-reduced as whole weights, twice the bytes."""
+  data, fsdp, tensor = sizes
+  while target == "tpu" and fsdp % 2 == 0 and c.width < LANES * fsdp:
+    data, fsdp = 2 * data, fsdp // 2
+  return data, fsdp, tensor
 
 
 def _sizes(devices: int, data: int, fsdp: int, tensor: int) -> tuple[int, int, int]:

@@ -284,7 +284,7 @@ class Fitted:
 
 def _fitted(machine: Machine, work: Training, as_is: bool = False) -> Fitted:
   """Rows and mesh as a run chooses them (runtime/training.py): on the config's mesh, or, where that leaves over a sixth
-  of the places empty and not `as_is`, on one with larger tensor groups."""
+  of the places empty and not `as_is`, on one with larger tensor groups; on TPUs in shares that they gather."""
   o, topology = work.options, machine.topology
   sizes = tuple(machine.training_mesh.shape[axis] for axis in sharding.AXES)
   most = topology.devices if machine.platform == "tpu" else topology.local
@@ -298,7 +298,10 @@ def _fitted(machine: Machine, work: Training, as_is: bool = False) -> Fitted:
     if best is None or filled / places > 1.05 * best[0]:
       best = filled / places, Fitted(MeshOptions(data, fsdp, tensor), shape, places)
   assert best is not None
-  return best[1]
+  if as_is or not o.fit_rows:
+    return best[1]
+  sizes = sharding.in_whole_lanes(dataclasses.astuple(best[1].mesh), machine.c, machine.platform)
+  return dataclasses.replace(best[1], mesh=MeshOptions(*sizes))
 
 
 def _shapes_of(work: Training, unit: int) -> tuple[Shape, float, float]:

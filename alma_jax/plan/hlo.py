@@ -210,7 +210,7 @@ def _group(line: str) -> int:
     return len(m[1].split(","))
   if m := re.search(r"replica_groups=\[\d+,(\d+)\]<=", line):
     return int(m[1])
-  if m := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+  if m := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\S+)? \{([^}]*)\}", line):
     axes = dict(re.findall(r"'([^']+)'=(\d+)", m[1]))
     return math.prod(int(axes[name]) for name in re.findall(r"'([^']+)'", m[2]))
   return 0

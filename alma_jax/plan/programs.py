@@ -109,11 +109,12 @@ def planned_training(machine: Machine, step: Step, devices: Sequence[Any]) -> tr
 
 
 def _training_mesh(machine: Machine, step: Step, devices: Sequence[Any]) -> Mesh:
-  """The config's mesh of these devices, or that with larger tensor groups that the step has."""
+  """The config's mesh of these devices, or the one that the step has instead (`runtime.training`)."""
   mesh = sharding.make_mesh(**dataclasses.asdict(machine.mesh), devices=devices)
   wanted = dataclasses.astuple(step.mesh) if step.mesh else mesh.devices.shape
-  others = sharding.with_fewer_replicas(mesh, machine.c)
-  return next((other for other in (mesh, *others) if other.devices.shape == wanted), mesh)
+  others = (mesh, *sharding.with_fewer_replicas(mesh, machine.c))
+  found = (each for other in others for each in (other, sharding.with_whole_lanes(other, machine.c)))
+  return next((each for each in found if each.devices.shape == wanted), mesh)
 
 
 def batch(work: Training, shape: Shape) -> dict[str, Any]:

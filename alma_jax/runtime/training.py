@@ -276,20 +276,22 @@ def _spread(
   s: Session, data: TrainingData, options: Options, seed: int | None, passes: int = 1
 ) -> tuple[Batches, Mesh]:
   """The batches, and the mesh that takes them: the run's own, or, where that has so many ways that over a sixth of the
-  places would be padding, one of the same devices with fewer ways and larger tensor groups."""
+  places would be padding, one of the same devices with fewer ways and larger tensor groups; on TPUs with shares of
+  weights that are gathered (`sharding.in_whole_lanes`)."""
 
   def on(mesh: Mesh) -> tuple[Batches, Mesh]:
     return Batches(data, options, seed, sharding.replicas(mesh) * passes), mesh
 
-  best = on(s.mesh)
-  if options.fit_rows:
-    for mesh in sharding.with_fewer_replicas(s.mesh, s.host.trained_config):
-      if best[0].useful >= USEFUL:
-        break
-      found = on(mesh)
-      if found[0].useful > 1.05 * best[0].useful:
-        best = found
-  return best
+  best, c = on(s.mesh), s.host.trained_config
+  if not options.fit_rows:
+    return best
+  for mesh in sharding.with_fewer_replicas(s.mesh, c):
+    if best[0].useful >= USEFUL:
+      break
+    found = on(mesh)
+    if found[0].useful > 1.05 * best[0].useful:
+      best = found
+  return best[0], sharding.with_whole_lanes(best[1], c)
 
 
 def _say_shapes(s: Session, name: str, batches: Batches, mesh: Mesh) -> None:
@@ -299,7 +301,11 @@ def _say_shapes(s: Session, name: str, batches: Batches, mesh: Mesh) -> None:
   useful, ways = batches.useful, sharding.replicas(mesh)
   s.run.log("shapes", stage=name, rows=rows, lengths=lengths, useful=useful, ways=ways)
   if mesh.size > 1:
-    moved = "" if mesh is s.mesh else f", in groups of {mesh.shape['tensor']} (tensor) to waste fewer places"
+    moved = ""
+    if mesh.shape["tensor"] != s.mesh.shape["tensor"]:
+      moved = f", in groups of {mesh.shape['tensor']} (tensor) to waste fewer places"
+    if mesh.shape["data"] > s.mesh.shape["data"]:
+      moved += f", data={mesh.shape['data']} and fsdp={mesh.shape['fsdp']} for shares that TPUs gather"
     s.display.say(
       f"{name}: {_range(rows)} rows of {_range(lengths)} tokens, {1 - useful:.0%} padding, over {ways} of {mesh.size}"
       f" devices{moved}"
