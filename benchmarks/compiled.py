@@ -36,8 +36,8 @@ from typing import Any
 
 from alma_jax.engine.train import least_bytes
 from alma_jax.llama import sharding
-from alma_jax.plan import compiled, devices, estimate, hlo, programs, shapes, topology
-from alma_jax.plan.estimate import Machine
+from alma_jax.plan import compiled, devices, estimate, estimate_training, hlo, programs, shapes, topology
+from alma_jax.plan.machine import Machine, Step
 from alma_jax.plan.work import Clustering, Training, Work
 from alma_jax.tools import plan
 
@@ -154,7 +154,7 @@ class Compared:
   """The largest program of a stage, and the quick plan's Step for the same remat and passes."""
 
   row: Row
-  step: estimate.Step
+  step: Step
   held: int  # bytes that both have, weights and optimizer state: they are known
 
 
@@ -170,7 +170,7 @@ def compared(rows: Iterable[Row]) -> Iterator[Compared]:
     size, cut = "70b" if row["model"] == "llama3_70b" else "8b", dict(depth=row["depth"], slots=row.get("slots") or 0)
     machine, work = _work(row["model"], row["topology"], size, row["stage"], argparse.Namespace(**cut))
     if isinstance(work, Training) and row["remat"]:
-      work = estimate.with_options(work, remat=row["remat"], passes=row["passes"])
+      work = estimate_training.with_options(work, remat=row["remat"], passes=row["passes"])
     step = estimate.estimate(machine, work)
     held = 0 if isinstance(work, Clustering) else machine.held
     if isinstance(work, Training) and step.mesh:

@@ -16,8 +16,20 @@ from alma_jax.engine.slots import bytes_of, shapes_for, token_bytes
 from alma_jax.engine.train import Objective, kept_numbers, least_bytes
 from alma_jax.errors import RunError
 from alma_jax.llama.sharding import abstract_mesh
-from alma_jax.plan import ahead, estimate, memory, recipes, shapes, table, topology
+from alma_jax.plan import (
+  ahead,
+  estimate,
+  estimate_reading,
+  estimate_sampling,
+  estimate_training,
+  memory,
+  recipes,
+  shapes,
+  table,
+  topology,
+)
 from alma_jax.plan.assumptions import Given, assumptions, cpu_share
+from alma_jax.plan.machine import Machine
 from alma_jax.plan.work import Clustering, Reading, Sampling, Scoring, Training, steps
 from alma_jax.recipes import alma
 from alma_jax.runtime import metrics, training
@@ -37,7 +49,7 @@ PAPER = ["--config=configs/alma.py:8b", "--model=llama3_8b", "--quick"]
 
 def machine(word, c=LLAMA, tensor=1, **given):
   engine = EngineOptions(tensor=tensor)
-  return estimate.Machine(topology.parse(word), c, MeshOptions(), engine, ModelOptions(), assumptions(Given(**given)))
+  return Machine(topology.parse(word), c, MeshOptions(), engine, ModelOptions(), assumptions(Given(**given)))
 
 
 def sft(examples=64_000, batch=128, **changes):
@@ -85,9 +97,9 @@ def test_the_arithmetic_of_llama_3_8b():
 def equal_lengths(monkeypatch):
   """Every example has the mean length."""
   monkeypatch.setattr(estimate.shares, "LENGTHS", (0.0, ""))
-  estimate._simulated.cache_clear()
+  estimate_training._simulated.cache_clear()
   yield
-  estimate._simulated.cache_clear()
+  estimate_training._simulated.cache_clear()
 
 
 def test_the_hours_of_a_training_by_hand(equal_lengths):
@@ -112,13 +124,13 @@ def test_rows_and_groups_follow_the_data_as_in_a_run(equal_lengths):
   # 16 examples of 500 tokens over 64 chips: no way of 64 has half a row, so groups of 4 take one each
   step = estimate.estimate(machine("v6e:8x8"), sft(batch=16))
   assert (step.mesh, step.shape) == (MeshOptions(1, 16, 4), (16, 512))
-  found = estimate.training(machine("v6e:8x8"), sft(batch=16), as_is=True)
+  found = estimate_training.training(machine("v6e:8x8"), sft(batch=16), as_is=True)
   assert (found.mesh, found.shape) == (MeshOptions(1, 64, 1), (64, 512))
   assert found.seconds > 3 * step.seconds
   # long trainings have the shapes in common, whatever their number of steps
-  found = estimate._simulated.cache_info().misses
+  found = estimate_training._simulated.cache_info().misses
   assert estimate.estimate(machine("v6e:8x8"), sft(examples=9_000, batch=16)).shape == (16, 512)
-  assert estimate._simulated.cache_info().misses == found
+  assert estimate_training._simulated.cache_info().misses == found
   # two hosts of 8 GPUs: groups stay within one
   assert estimate.estimate(machine("h100:8x2"), sft(batch=1)).mesh.tensor == 8
   # passes divide the rows, too: 16 rows in 4 passes are for 4 ways
@@ -137,21 +149,21 @@ def test_slots_follow_the_requests_as_in_a_run():
 def test_logits_go_through_memory_as_often_as_programs_say():
   greedy, plain = Decoding(max_new_tokens=8, temperature=0.0), Decoding(max_new_tokens=8)
   both = dataclasses.replace(plain, top_k=50, top_p=0.9)
-  found = [estimate._passes(decoding, machine("h100:8")) for decoding in (greedy, plain, both)]
+  found = [estimate_sampling._passes(decoding, machine("h100:8")) for decoding in (greedy, plain, both)]
   assert found == [4.1, 4.1, pytest.approx(32.5)]  # compiled: 4.07, 4.09, 32.47
-  assert estimate._passes(both, machine("v6e:2x4")) == 2  # a kernel
+  assert estimate_sampling._passes(both, machine("v6e:2x4")) == 2  # a kernel
   many = dataclasses.replace(LLAMA, vocab=1_000_000)  # which no core's memory holds
-  assert estimate._passes(both, machine("v6e:2x4", many)) == pytest.approx(39.9)  # compiled: 39.89
+  assert estimate_sampling._passes(both, machine("v6e:2x4", many)) == pytest.approx(39.9)  # compiled: 39.89
 
 
 def test_texts_that_are_read_fill_the_calls_that_the_engine_makes_of_them():
   m = machine("h100:8")
   judged = Reading("judgments", 10**7, 3.5e9, 0.0, 1024, 50_000, 230.0, 1140)
-  assert estimate.filled(m, judged) == pytest.approx(0.89, abs=0.01)
-  assert estimate.filled(m, Reading("embeddings", 10**6, 2e8, 0.0, 2048)) == pytest.approx(0.88, abs=0.01)
+  assert estimate_reading.filled(m, judged) == pytest.approx(0.89, abs=0.01)
+  assert estimate_reading.filled(m, Reading("embeddings", 10**6, 2e8, 0.0, 2048)) == pytest.approx(0.88, abs=0.01)
   # A row for each of 13 prompts, and 8 replicas: two in a call of 32
   few = dataclasses.replace(judged, rows=13, tokens=13 * 350.0, prefixes=13)
-  assert estimate.filled(m, few) < 2 / 32
+  assert estimate_reading.filled(m, few) < 2 / 32
 
 
 def test_the_hours_of_sampling_and_clustering_by_hand():
@@ -273,11 +285,11 @@ def test_reading_takes_what_the_compilers_say(word, work, gib):
 
 def test_long_prefixes_are_read_by_fewer_rows_where_memory_is_short():
   m, work = machine("v6e:2x4"), Reading("eval.judge", 200, 6e4, 0.0, 1024, 200, 500.0, 2164)
-  rows = {word: estimate.rows_of_calls(machine(word), work) for word in ("v6e:2x4", "h100:8", "cpu")}
+  rows = {word: estimate_reading.rows_of_calls(machine(word), work) for word in ("v6e:2x4", "h100:8", "cpu")}
   assert rows == {"v6e:2x4": 16, "h100:8": 32, "cpu": 32}
   assert estimate.estimate(m, work).fits
   shared = dataclasses.replace(work, rows=64 * 200)  # four rows share a prefix's copy: so many are left
-  assert estimate.rows_of_calls(machine("v5e:2x2"), shared) == 4
+  assert estimate_reading.rows_of_calls(machine("v5e:2x2"), shared) == 4
 
 
 @pytest.mark.parametrize(
@@ -295,7 +307,7 @@ def test_the_slots_of_sampling_take_at_least_what_the_compilers_say(word, depth,
 def test_a_decode_step_moves_what_the_compilers_say(depth, gb):
   # `traffic.moved` of the compiled program, with 350 live keys in a slot and 200 in a prompt's row.
   m = machine("v6e:2x4", dataclasses.replace(LLAMA, depth=depth))
-  found = estimate.decoding_bytes(m, answers(), shapes_for(256, 1024, 200), 350.0)
+  found = estimate_sampling.decoding_bytes(m, answers(), shapes_for(256, 1024, 200), 350.0)
   assert found / 1e9 == pytest.approx(gb, rel=0.05)
 
 
@@ -306,7 +318,7 @@ def test_a_decode_step_moves_what_the_compilers_say(depth, gb):
   "word, remat, rows, width, gb", [("v6e:2x4", "products", 8, 2560, 50.8), ("h100:8", "none", 8, 2560, 40.4)]
 )
 def test_a_step_sends_what_the_compilers_say(word, remat, rows, width, gb):
-  found = estimate._exchanged(machine(word), abstract_mesh(8, data=1, fsdp=-1), rows * width, 1, remat)
+  found = estimate_training._exchanged(machine(word), abstract_mesh(8, data=1, fsdp=-1), rows * width, 1, remat)
   assert found / 1e9 == pytest.approx(gb, rel=0.02)
 
 
@@ -314,16 +326,20 @@ def test_a_tensor_group_sends_and_waits_for_what_the_compilers_say():
   # Llama-3-8B on two chips of v5e: 8 prompts of 1,024 tokens, and a step of 72 slots; Llama-3-70B on four chips of v5p,
   # and on four GPUs, which gather the logits
   pair, large = machine("v5e:4x4", tensor=2), shapes.SHAPES["llama3_70b"]
-  assert estimate._shared(pair, 8 * 1024) == pytest.approx(4.362e9, rel=0.01)
-  assert estimate._shared(pair, 72, logits=True) == pytest.approx(0.8425e9 / 16, rel=0.1)
-  assert estimate._shared(machine("v5p:4x4x4", large, 4), 512, logits=True) == pytest.approx(33.43e9 / 16, rel=0.03)
-  assert estimate._shared(machine("h100:8x8", large, 4), 400, logits=True) == pytest.approx(28.40e9 / 16, rel=0.03)
+  assert estimate_sampling.shared(pair, 8 * 1024) == pytest.approx(4.362e9, rel=0.01)
+  assert estimate_sampling.shared(pair, 72, logits=True) == pytest.approx(0.8425e9 / 16, rel=0.1)
+  assert estimate_sampling.shared(machine("v5p:4x4x4", large, 4), 512, logits=True) == pytest.approx(
+    33.43e9 / 16, rel=0.03
+  )
+  assert estimate_sampling.shared(machine("h100:8x8", large, 4), 400, logits=True) == pytest.approx(
+    28.40e9 / 16, rel=0.03
+  )
   # By hand: a chip of v5e has four links, of which a pair uses one and a ring two
   assert pair.topology.link_in_groups(2) == 50e9 and pair.topology.link_in_groups(4) == 100e9
   assert machine("v5p:4x4x4").topology.link_in_groups(4) == 200e9
   assert machine("h100:8x8").topology.link_in_groups(4) == 450e9
   step = estimate.estimate(pair, answers())
-  assert step.collective == estimate._shared(pair, step.slots, logits=True)
+  assert step.collective == estimate_sampling.shared(pair, step.slots, logits=True)
   alone = step.traffic / (819e9 * 0.6)
   assert step.seconds == pytest.approx(alone + step.collective / (50e9 * 0.7))
   assert estimate.estimate(machine("v5e:4x4", tensor=1), answers(rows=10)).collective == 0
@@ -559,7 +575,7 @@ def test_spa_judges_with_two_models_and_trains_beside_one():
   m, work = machine("h100:8"), made["round_02/policy"]
   mixed = estimate.estimate(m, work)
   alone = estimate.estimate(
-    m, estimate.with_options(work, preference=dataclasses.replace(work.options.preference, mix=0.0))
+    m, estimate_training.with_options(work, preference=dataclasses.replace(work.options.preference, mix=0.0))
   )
   assert mixed.remat == alone.remat == "none" and mixed.seconds == pytest.approx(4 / 3 * alone.seconds)
   # every layer, the embedding and the head once more

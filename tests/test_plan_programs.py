@@ -22,8 +22,21 @@ from alma_jax.engine.choose import Decoding
 from alma_jax.engine.optimizer import Optimizer
 from alma_jax.llama import attention_nvidia, sharding
 from alma_jax.llama.attention_reference import few_runs, packed_workspace
-from alma_jax.plan import compiled, devices, estimate, hlo, meshes, programs, shapes, table, topology, traffic
+from alma_jax.plan import (
+  compiled,
+  devices,
+  estimate,
+  estimate_sampling,
+  hlo,
+  meshes,
+  programs,
+  shapes,
+  table,
+  topology,
+  traffic,
+)
 from alma_jax.plan.assumptions import Given, assumptions
+from alma_jax.plan.machine import Machine
 from alma_jax.plan.work import Clustering, Reading, Sampling, Training
 from alma_jax.runtime import host, training
 from alma_jax.runtime.host import EngineOptions, ModelOptions
@@ -58,7 +71,7 @@ WORKS = [
 
 def machine(word, c=SMALL, **engine):
   how = EngineOptions(**dict(slots=32, rows=16) | engine)
-  return estimate.Machine(topology.parse(word), c, MeshOptions(), how, ModelOptions(), assumptions(Given()))
+  return Machine(topology.parse(word), c, MeshOptions(), how, ModelOptions(), assumptions(Given()))
 
 
 # What a text says
@@ -469,7 +482,7 @@ def test_state_and_cache_are_updated_in_place(tpu):
     memory = tpu[name][1].memory_analysis()
     state = 12 * SMALL.parameters / 8
     assert memory.alias_size_in_bytes >= 0.98 * state and memory.output_size_in_bytes <= 1.05 * state + 2**20
-  shape = estimate.shapes_of(machine("v6e:2x4"), WORKS[3], 32)
+  shape = estimate_sampling.shapes_of(machine("v6e:2x4"), WORKS[3], 32)
   cache = 4 * SMALL.depth * SMALL.kv_heads * SMALL.head_dim * (shape.slots * 128 + shape.rows * shape.room)
   for name in ("prefill", "refill", "decode"):
     memory = tpu[f"responses {name}"][1].memory_analysis()
@@ -481,7 +494,7 @@ def test_state_and_cache_are_updated_in_place(tpu):
 
 @needs_libtpu
 def test_a_decode_step_gathers_no_prefixes(tpu):
-  text, shape = tpu["responses decode"][2], estimate.shapes_of(machine("v6e:2x4"), WORKS[3], 32)
+  text, shape = tpu["responses decode"][2], estimate_sampling.shapes_of(machine("v6e:2x4"), WORKS[3], 32)
   assert hlo.loops(text)
   prefix = 2 * shape.rows * shape.room * SMALL.kv_heads * SMALL.head_dim  # bytes of a layer's keys
   gathered = [hlo.sizes(line.partition(" gather(")[0]) for line in hlo.lines_in_loops(text) if " gather(" in line]
@@ -534,7 +547,7 @@ def test_gradients_of_8bs_tables_are_reduced_to_shares(word, sizes):
 
 @needs_libtpu
 def test_a_decode_step_reads_what_is_live(tpu):
-  text, c, shape = tpu["responses decode"][2], SMALL, estimate.shapes_of(machine("v6e:2x4"), WORKS[3], 32)
+  text, c, shape = tpu["responses decode"][2], SMALL, estimate_sampling.shapes_of(machine("v6e:2x4"), WORKS[3], 32)
   lines = list(hlo.lines_in_loops(text))
   assert sum("custom-call(" in line and "attention_over_few" in line for line in lines) == 2 * c.depth
   layer = 2 * shape.slots * 128 * c.kv_heads * c.head_dim  # bytes of the keys of a layer

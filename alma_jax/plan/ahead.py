@@ -13,7 +13,8 @@ import jax
 from alma_jax.errors import free_bytes
 from alma_jax.plan import recipes
 from alma_jax.plan.assumptions import Given, assumptions
-from alma_jax.plan.estimate import Machine, estimated
+from alma_jax.plan.estimate import estimated
+from alma_jax.plan.machine import Machine
 from alma_jax.plan.table import GB, Plan
 from alma_jax.plan.topology import CHIPS, Topology
 from alma_jax.runtime.session import Session

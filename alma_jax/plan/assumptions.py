@@ -12,6 +12,8 @@ import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 from alma_jax.errors import RunError
 from alma_jax.llama.config import LlamaConfig
 from alma_jax.runtime import metrics
@@ -202,3 +204,10 @@ def cpu_share(run: pathlib.Path, c: LlamaConfig, flops: float) -> float | None:
     for line in layout.json_lines(stage.dir / metrics.SPEED)[1:]
   ]
   return statistics.median(rates) / flops if rates else None
+
+
+def drawn_lengths(count: int, length: float, most: int, seed: int = 0) -> np.ndarray:
+  """Lengths of so many texts, of this mean and at most so long."""
+  z = np.random.default_rng(seed).normal(size=count)
+  found = length * np.exp(LENGTHS[0] * z - LENGTHS[0] ** 2 / 2)
+  return np.clip(np.rint(found), 1, most).astype(int)

@@ -22,8 +22,10 @@ from alma_jax.engine import train
 from alma_jax.errors import UserError
 from alma_jax.plan import assumptions as shares
 from alma_jax.plan import hlo, traffic
-from alma_jax.plan.estimate import Machine, Step, estimated, with_options
+from alma_jax.plan.estimate import estimated
+from alma_jax.plan.estimate_training import with_options
 from alma_jax.plan.hlo import Collective
+from alma_jax.plan.machine import Machine, Step
 from alma_jax.plan.programs import Program, key, programs
 from alma_jax.plan.work import Sampling, Training, steps
 

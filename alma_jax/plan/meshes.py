@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from alma_jax.errors import UserError
 from alma_jax.llama import sharding
 from alma_jax.plan import compiled, devices, hlo
-from alma_jax.plan.estimate import Machine, Step, training
+from alma_jax.plan.estimate_training import training
+from alma_jax.plan.machine import Machine, Step
 from alma_jax.plan.programs import Program, planned_training
 from alma_jax.plan.table import GB, Plan
 from alma_jax.plan.topology import GIB

@@ -25,17 +25,11 @@ from alma_jax.engine.train import TrainingTask
 from alma_jax.llama import model as llama
 from alma_jax.llama import sharding
 from alma_jax.plan.devices import local_mesh
-from alma_jax.plan.estimate import (
-  CHUNK,
-  Machine,
-  Step,
-  in_more_passes,
-  rows_of_calls,
-  shapes_of,
-  tile_of,
-  training,
-  with_options,
-)
+from alma_jax.plan.estimate import CHUNK
+from alma_jax.plan.estimate_reading import rows_of_calls, tile_of
+from alma_jax.plan.estimate_sampling import shapes_of
+from alma_jax.plan.estimate_training import in_more_passes, training, with_options
+from alma_jax.plan.machine import Machine, Step
 from alma_jax.plan.work import Clustering, Reading, Sampling, Scoring, Training
 from alma_jax.runtime.batches import Examples, GradedResponses, Pairs, Rated
 from alma_jax.runtime.shapes import Shape

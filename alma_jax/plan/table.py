@@ -14,7 +14,7 @@ from typing import Any
 
 from alma_jax.errors import writing
 from alma_jax.plan import hlo
-from alma_jax.plan.estimate import Machine, Step
+from alma_jax.plan.machine import Machine, Step
 from alma_jax.plan.topology import GIB
 from alma_jax.store import layout
 

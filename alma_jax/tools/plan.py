@@ -35,7 +35,8 @@ from alma_jax import config_files, names, start
 from alma_jax.options import Checked, ConfigError, leaves, nearest, option
 from alma_jax.plan import assumptions as assumed
 from alma_jax.plan import compiled, devices, meshes, recipes, shapes, table, topology
-from alma_jax.plan.estimate import Machine, estimate
+from alma_jax.plan.estimate import estimate
+from alma_jax.plan.machine import Machine
 from alma_jax.plan.work import Work
 from alma_jax.runtime.display import Display
 from alma_jax.tools import command
