@@ -48,7 +48,7 @@ import optax
 from alma_jax.engine import choose, embed, kmeans, sample, score, slots, train
 from alma_jax.engine.losses import Preference
 from alma_jax.engine.optimizer import Optimizer
-from alma_jax.llama import attention, attention_reference, sharding
+from alma_jax.llama import attention, attention_reference, decoder, sharding
 from alma_jax.llama import model as llama
 from alma_jax.llama.config import LlamaConfig
 from alma_jax.plan.memory import training_bytes
@@ -302,7 +302,7 @@ def check(a: Amounts) -> Iterator[Row]:
   for call in ("causal", "over"):
     T = a.row_length if call == "causal" else 1
     q, apart = (a.rows, T, c.heads, c.head_dim), (a.rows, a.row_length, c.kv_heads, c.head_dim)
-    k = apart if call == "causal" else (*apart[:2], *llama.cache_heads(c, dtype()))
+    k = apart if call == "causal" else (*apart[:2], *decoder.cache_heads(c, dtype()))
     name = attention.chosen(call, platform, dtype(), q, k)
     if name is None or target == "cpu":
       yield {"what": f"attention ({call})", "note": "plain XLA is chosen"}

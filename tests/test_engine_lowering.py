@@ -15,7 +15,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from alma_jax.engine import crossentropy, embed, sample, score, slots
 from alma_jax.engine.choose import Decoding
 from alma_jax.engine.losses import How, sft, totals
-from alma_jax.llama import attention, attention_nvidia, sharding
+from alma_jax.llama import attention, attention_nvidia, decoder, reading, sharding
 from alma_jax.llama import model as llama
 from alma_jax.llama.config import LlamaConfig
 
@@ -118,7 +118,7 @@ def decoding(mesh, platform):
   state = jax.eval_shape(lambda model: sample._empty(model, shapes, decoding, mesh), model)
   places = sample._placed(state, CONFIG, mesh)
   state = jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), state, places)
-  tiles = llama.Tiles(
+  tiles = decoder.Tiles(
     array(mesh, ways * shapes.rows, shapes.tile), array(mesh, ways * shapes.rows), array(mesh, ways * shapes.slots)
   )
   text = lowered(sample._segment, platform, model, state, tiles, decoding=decoding, steps=4, mesh=mesh)
@@ -150,7 +150,7 @@ def test_judging_meets_its_kernels_on_every_mesh(mesh, platform):
   rows = ROWS * sharding.replicas(mesh)
   kv = array(mesh, 2, rows // 4, 128, 8, 128, dtype=jnp.bfloat16, spec=score.PREFIX.kv)
   held, columns = array(mesh, rows // 4), array(mesh, 11, spec=sharding.WHOLE)
-  prefix = llama.Prefix((kv, kv), held, held)
+  prefix = reading.Prefix((kv, kv), held, held)
   args = weights(mesh, sharding.DECODE), prefix, array(mesh, rows, T), array(mesh, rows), columns
   # The first layer: its rows and their prefixes. The last one reads one place, and its few queries over the prefixes.
   assert kernels(score._read, platform, *args, reads=1, mesh=mesh) == 4

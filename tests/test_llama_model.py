@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from fixtures.make_llama_fixtures import KINDS, hf_logits, hf_model, tokens_for
 
+from alma_jax.llama import decoder, reading
 from alma_jax.llama import model as llama
 from alma_jax.llama.config import from_hf
 from alma_jax.llama.weights import NAMES, load, to_theirs
@@ -46,12 +47,12 @@ def test_decoding_after_a_prefix_equals_the_full_forward(kind):
   lengths = np.array([T // 2, T // 4])
   fast = jax.jit(llama.unrolled)(model)
   prompt = np.where(np.arange(T // 2) < lengths[:, None], tokens[:, : T // 2], 7)  # 7: padding, must not be seen
-  hidden, kept = jax.jit(llama.prefill)(fast, prompt, lengths)
+  hidden, kept = jax.jit(reading.prefill)(fast, prompt, lengths)
   for row, length in enumerate(lengths):
     np.testing.assert_allclose(llama.logits(model, hidden)[row, :length], full[row, :length], atol=2e-5)
   # Beyond a row's length the prefix holds what prefill made of padding.
-  prefix, cache = llama.Prefix(kept, lengths), llama.new_cache(fast, 2, T // 2)
-  step = jax.jit(llama.decode, donate_argnums=3)
+  prefix, cache = reading.Prefix(kept, lengths), decoder.new_cache(fast, 2, T // 2)
+  step = jax.jit(decoder.decode, donate_argnums=3)
   for i in range(T // 2):
     at = lengths + i
     hidden, cache = step(fast, tokens[[0, 1], at], np.array([i, i]), cache, prefix, None)
@@ -62,13 +63,13 @@ def test_slots_of_one_prefix_decode_from_its_tile_as_from_a_prefix_of_their_own(
   tokens, _ = expected("llama31")
   fast = jax.jit(llama.unrolled)(load(FIXTURES / "llama31"))
   lengths, owner = np.array([9, 14]), np.array([1, 0, 1, 1])  # slots 0, 2 and 3 continue prompt 1
-  _, kv = jax.jit(llama.prefill)(fast, tokens[:, :16], lengths)
-  own = llama.Prefix(jax.tree.map(lambda x: x[owner], kv), lengths[owner])
+  _, kv = jax.jit(reading.prefill)(fast, tokens[:, :16], lengths)
+  own = reading.Prefix(jax.tree.map(lambda x: x[owner], kv), lengths[owner])
   # Rows of two slots: 0 and 2 | nothing | 3 and a place to spare | 1 and a place to spare.
   slots, rows = np.array([[0, 2], [0, 0], [3, 0], [1, 1]]), np.array([1, 0, 1, 0])
-  tiles = llama.Tiles(slots, np.array([2, 0, 1, 1]), np.array([0, 6, 1, 4]))
-  shared = llama.Prefix(jax.tree.map(lambda x: x[rows], kv), lengths[rows])
-  step, a, b = jax.jit(llama.decode), llama.new_cache(fast, 4, 3), llama.new_cache(fast, 4, 3)
+  tiles = decoder.Tiles(slots, np.array([2, 0, 1, 1]), np.array([0, 6, 1, 4]))
+  shared = reading.Prefix(jax.tree.map(lambda x: x[rows], kv), lengths[rows])
+  step, a, b = jax.jit(decoder.decode), decoder.new_cache(fast, 4, 3), decoder.new_cache(fast, 4, 3)
   for i in range(3):
     drawn, counts = np.array([3, 4, 5, 6]) + i, np.full(4, i)
     alone, a = step(fast, drawn, counts, a, own, None)
@@ -83,11 +84,11 @@ def test_prefill_after_a_shared_prefix_equals_the_full_forward(layout):
   model = load(FIXTURES / "llama31")
   T, shared = tokens.shape[1], np.array([7, 10])
   model = model if layout == "stacked" else jax.jit(llama.unrolled)(model)
-  _, kv = jax.jit(llama.prefill)(model, tokens[:, :12], shared)
+  _, kv = jax.jit(reading.prefill)(model, tokens[:, :12], shared)
   owner, lengths = np.array([0, 0, 1, 1]), np.array([3, 8, 8, 1])  # rows 0 and 1 continue prompt 0
   rows = np.stack([np.roll(tokens[o], -shared[o])[:8] for o in owner])
   rows[1, 2:] = rows[3, 2:]  # another continuation than row 0's
-  hidden, _ = jax.jit(llama.prefill)(model, rows, lengths, llama.Prefix(kv, shared))
+  hidden, _ = jax.jit(reading.prefill)(model, rows, lengths, reading.Prefix(kv, shared))
   for row, o, n, x in zip(rows, owner, lengths, llama.logits(model, hidden), strict=True):
     whole = np.concatenate([tokens[o, : shared[o]], row[:n]])
     np.testing.assert_allclose(x[:n], row_logits(model, whole[None])[0, shared[o] :], atol=2e-5)
@@ -122,7 +123,7 @@ def test_bfloat16_weights_compute_in_bfloat16_and_give_fp32_logits():
   model = llama.cast(load(FIXTURES / "llama3"), jnp.bfloat16)
   ours = row_logits(model, tokens)
   assert ours.dtype == jnp.float32
-  assert llama.new_cache(model, 1, 4)[0][0].dtype == jnp.bfloat16
+  assert decoder.new_cache(model, 1, 4)[0][0].dtype == jnp.bfloat16
   error = np.abs(np.asarray(ours) - logits)
   assert error.mean() < 0.02
   assert error.max() > 1e-4  # else it was not computed in bfloat16

@@ -13,8 +13,8 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from alma_jax.llama import decoder, reading, sharding
 from alma_jax.llama import model as llama
-from alma_jax.llama import sharding
 from alma_jax.llama.config import read_config
 from alma_jax.llama.sharding import (
   AXES,
@@ -72,9 +72,9 @@ def test_decoding_under_decode_rules_equals_the_full_forward_on_one_device(alone
   with jax.set_mesh(mesh):
     fast = jax.jit(llama.unrolled)(model)
     rows = NamedSharding(mesh, P(BATCH))
-    hidden, kept = jax.jit(llama.prefill)(fast, jax.device_put(TOKENS[:, :T], rows), np.full(8, T))
+    hidden, kept = jax.jit(reading.prefill)(fast, jax.device_put(TOKENS[:, :T], rows), np.full(8, T))
     np.testing.assert_allclose(llama.logits(model, hidden), alone[0][:, :T], atol=2e-5)
-    prefix, cache, step = llama.Prefix(kept, np.full(8, T)), llama.new_cache(fast, 8, 6), jax.jit(llama.decode)
+    prefix, cache, step = reading.Prefix(kept, np.full(8, T)), decoder.new_cache(fast, 8, 6), jax.jit(decoder.decode)
     for at in range(3):
       token = jax.device_put(TOKENS[:, T + at], rows)
       hidden, cache = step(fast, token, np.full(8, at), cache, prefix, None)

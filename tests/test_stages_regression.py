@@ -12,8 +12,7 @@ from sessions import changed, session_in
 from alma_jax import names
 from alma_jax.judges import contract
 from alma_jax.judges.contract import Answered
-from alma_jax.llama import heads, sharding, weights
-from alma_jax.llama import model as llama
+from alma_jax.llama import heads, reading, sharding, weights
 from alma_jax.mini import seeds
 from alma_jax.stages import judge
 from alma_jax.store.data import load_examples
@@ -86,5 +85,5 @@ def states(s, data):
   tokens = np.zeros((len(rows), lengths.max()), np.int32)
   for at, ids in enumerate(rows):
     tokens[at, : len(ids)] = ids
-  hidden, _ = jax.jit(llama.prefill)(model, tokens, lengths)
+  hidden, _ = jax.jit(reading.prefill)(model, tokens, lengths)
   return np.asarray(hidden)[np.arange(len(rows)), lengths - 1], np.array([row.score for row in train])

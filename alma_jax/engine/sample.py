@@ -35,6 +35,7 @@ from alma_jax.engine.choose import Decoding, choose, sharpness_of
 from alma_jax.engine.slots import PREFILL_ROWS, Shapes, shapes_at_hand, shapes_for
 from alma_jax.errors import NotFinite
 from alma_jax.keys import Key
+from alma_jax.llama import decoder, reading
 from alma_jax.llama import model as llama
 from alma_jax.llama.config import LlamaConfig
 from alma_jax.llama.model import Llama
@@ -89,8 +90,8 @@ def _empty(model: Llama, shapes: Shapes, decoding: Decoding, mesh: Mesh | None) 
   c, ways = model.c, replicas(mesh)
   slots, rows = shapes.slots * ways, shapes.rows * ways
   state = {
-    "cache": llama.new_cache(model, slots, decoding.max_new_tokens, mesh),
-    "prefix": llama.new_cache(model, rows, shapes.room, mesh),
+    "cache": decoder.new_cache(model, slots, decoding.max_new_tokens, mesh),
+    "prefix": decoder.new_cache(model, rows, shapes.room, mesh),
     "prefix_length": jnp.zeros(rows, jnp.int32),
     "prefix_logits": jnp.zeros((rows, c.vocab), jnp.float32),
     "logits": jnp.zeros((slots, c.vocab), jnp.float32),
@@ -110,7 +111,7 @@ def _head(model: Llama, tokens: Array, lengths: Array, mesh: Mesh | None) -> Any
   """Keys and values of one head per replica."""
 
   def prefill(model: Llama, tokens: Array, lengths: Array) -> Any:
-    return llama.prefill(model, tokens, lengths)[1]
+    return reading.prefill(model, tokens, lengths)[1]
 
   return per_replica(prefill, mesh, (WHOLE, REPLICA, REPLICA), REPLICA)(model, tokens, lengths)
 
@@ -125,7 +126,7 @@ def _fill(
   """
 
   def fill(model: Llama, state: State, head: Head, tokens: Array, lengths: Array, into: Array) -> State:
-    hidden, kv = llama.prefill(model, tokens, lengths, None if head is None else llama.Prefix(*head))
+    hidden, kv = reading.prefill(model, tokens, lengths, None if head is None else reading.Prefix(*head))
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     before = 0 if head is None else head[1][0]
     room = state["prefix"][0][0].shape[1]
@@ -190,12 +191,12 @@ def _start(state: State, rows: Array, keys: Array, said: Array | None, decoding:
 
 @functools.partial(jax.jit, donate_argnames="state", static_argnames=("decoding", "steps", "mesh"))
 def _segment(
-  model: Llama, state: State, tiles: llama.Tiles | None, decoding: Decoding, steps: int, mesh: Mesh | None
+  model: Llama, state: State, tiles: decoder.Tiles | None, decoding: Decoding, steps: int, mesh: Mesh | None
 ) -> State:
   """So many decode steps on all slots; finished slots stand still."""
 
-  def segment(model: Llama, state: State, tiles: llama.Tiles | None) -> State:
-    prefix = llama.Prefix(state["prefix"], state["prefix_length"])
+  def segment(model: Llama, state: State, tiles: decoder.Tiles | None) -> State:
+    prefix = reading.Prefix(state["prefix"], state["prefix_length"])
     stops = jnp.asarray(decoding.stop_ids, jnp.int32)
     changing = {k: v for k, v in state.items() if not k.startswith("prefix")}
 
@@ -212,7 +213,7 @@ def _segment(
       put = jax.vmap(lambda row, at, new, live: row.at[at].set(jnp.where(live, new, row[at])))
       count = s["count"] + live
       # Its keys and values enter the slot's cache, and the logits for the next step are made.
-      hidden, cache = llama.decode(model, token, place, s["cache"], prefix, tiles)
+      hidden, cache = decoder.decode(model, token, place, s["cache"], prefix, tiles)
       new = {
         "cache": cache,
         "logits": llama.logits(model, hidden),
@@ -487,7 +488,7 @@ class _Sampler:
     self.state = _segment(self.model, state, tiles, decoding=self.decoding, steps=steps, mesh=self.mesh)
     return self.state
 
-  def tiles(self) -> llama.Tiles:
+  def tiles(self) -> decoder.Tiles:
     """The live slots of each prompt, up to shapes.tile of them at each of its rows. The picture above, tiles of 2:
 
     rows      p      q      p          a row for each tile
@@ -506,7 +507,7 @@ class _Sampler:
           some = mine[start : start + shapes.tile]
           live[row] = len(some)
           slots[row, : len(some)], place[some] = some, row * shapes.tile + np.arange(len(some))
-      made.append(llama.Tiles(slots, live, place))
+      made.append(decoder.Tiles(slots, live, place))
     return jax.tree.map(lambda *x: np.concatenate(x), *made)
 
 

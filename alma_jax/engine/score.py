@@ -28,7 +28,7 @@ from jax.sharding import PartitionSpec as P
 
 from alma_jax.engine import buckets, crossentropy
 from alma_jax.errors import NotFinite
-from alma_jax.llama import attention
+from alma_jax.llama import attention, reading
 from alma_jax.llama import model as llama
 from alma_jax.llama.config import LlamaConfig
 from alma_jax.llama.model import Llama
@@ -59,7 +59,7 @@ def next_logprobs(
   ids = np.asarray(columns, np.int32)
   out = np.zeros((len(rows), reads, len(ids)), np.float32)
 
-  def program(prefix: llama.Prefix, tokens: np.ndarray, lengths: np.ndarray, mesh: Mesh | None) -> Array:
+  def program(prefix: reading.Prefix, tokens: np.ndarray, lengths: np.ndarray, mesh: Mesh | None) -> Array:
     return _read(model, prefix, tokens, lengths, ids, reads=reads, mesh=mesh)
 
   for indices, found in _results(model, rows, program, reads, setup):
@@ -140,19 +140,19 @@ def rows_that_fit(
 
 # What runs on devices: rows lead all arrays, but in keys and values the layers do
 
-PREFIX = llama.Prefix(P(None, BATCH), REPLICA)
+PREFIX = reading.Prefix(P(None, BATCH), REPLICA)
 CONTINUED = dataclasses.replace(PREFIX, places=REPLICA)
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
 def _prefixes(
-  model: Llama, tokens: Array, lengths: Array, common: llama.Prefix | None, mesh: Mesh | None
-) -> llama.Prefix:
+  model: Llama, tokens: Array, lengths: Array, common: reading.Prefix | None, mesh: Mesh | None
+) -> reading.Prefix:
   """The Prefix of right-padded rows; `common` is that of the one row which they all continue, or None."""
 
-  def prefixes(model: Llama, tokens: Array, lengths: Array, common: llama.Prefix | None) -> llama.Prefix:
-    kv = llama.keys_values(model, tokens, lengths, common)
-    return llama.Prefix(kv, lengths if common is None else lengths + common.lengths)
+  def prefixes(model: Llama, tokens: Array, lengths: Array, common: reading.Prefix | None) -> reading.Prefix:
+    kv = reading.keys_values(model, tokens, lengths, common)
+    return reading.Prefix(kv, lengths if common is None else lengths + common.lengths)
 
   specs = WHOLE, REPLICA, REPLICA, common and PREFIX
   return per_replica(prefixes, mesh, specs, PREFIX)(model, tokens, lengths, common)
@@ -160,13 +160,13 @@ def _prefixes(
 
 @functools.partial(jax.jit, static_argnames=("reads", "mesh"))
 def _read(
-  model: Llama, prefix: llama.Prefix, tokens: Array, lengths: Array, columns: Array, reads: int, mesh: Mesh | None
+  model: Llama, prefix: reading.Prefix, tokens: Array, lengths: Array, columns: Array, reads: int, mesh: Mesh | None
 ) -> Array:
   """fp32 [B, reads, columns]: log p of the columns after the last places of every row."""
 
-  def read(model: Llama, prefix: llama.Prefix, tokens: Array, lengths: Array, columns: Array) -> Array:
+  def read(model: Llama, prefix: reading.Prefix, tokens: Array, lengths: Array, columns: Array) -> Array:
     places = lengths[:, None] - reads + jnp.arange(reads)
-    z = _exact_logits(model, llama.read(model, tokens, lengths, places, prefix))
+    z = _exact_logits(model, reading.read(model, tokens, lengths, places, prefix))
     return z[..., columns] - jax.nn.logsumexp(z, axis=-1, keepdims=True)
 
   specs = WHOLE, CONTINUED, REPLICA, REPLICA, WHOLE
@@ -174,11 +174,11 @@ def _read(
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
-def _last(model: Llama, prefix: llama.Prefix, tokens: Array, lengths: Array, mesh: Mesh | None) -> Array:
+def _last(model: Llama, prefix: reading.Prefix, tokens: Array, lengths: Array, mesh: Mesh | None) -> Array:
   """fp32 [B, D]: the hidden states at the last places of all rows."""
 
-  def last(model: Llama, prefix: llama.Prefix, tokens: Array, lengths: Array) -> Array:
-    return llama.read(model, tokens, lengths, lengths[:, None] - 1, prefix)[:, 0]
+  def last(model: Llama, prefix: reading.Prefix, tokens: Array, lengths: Array) -> Array:
+    return reading.read(model, tokens, lengths, lengths[:, None] - 1, prefix)[:, 0]
 
   return per_replica(last, mesh, (WHOLE, CONTINUED, REPLICA, REPLICA), REPLICA)(model, prefix, tokens, lengths)
 
@@ -195,11 +195,11 @@ def _exact_logits(model: Llama, hidden: Array) -> Array:
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
-def _score(model: Llama, prefix: llama.Prefix, tokens: Array, lengths: Array, mesh: Mesh | None) -> Array:
+def _score(model: Llama, prefix: reading.Prefix, tokens: Array, lengths: Array, mesh: Mesh | None) -> Array:
   """fp32 [B, T]: log p of the token after every place; the last place of a row has no such token."""
 
-  def score(model: Llama, prefix: llama.Prefix, tokens: Array, lengths: Array) -> Array:
-    hidden, _ = llama.prefill(model, tokens, lengths, prefix)
+  def score(model: Llama, prefix: reading.Prefix, tokens: Array, lengths: Array) -> Array:
+    hidden, _ = reading.prefill(model, tokens, lengths, prefix)
     return crossentropy.token_logprobs(model, hidden, jnp.roll(tokens, -1, axis=1))
 
   return per_replica(score, mesh, (WHOLE, CONTINUED, REPLICA, REPLICA), REPLICA)(model, prefix, tokens, lengths)
@@ -230,7 +230,7 @@ def _results(
 
 class _Work(NamedTuple):
   rows: list[buckets.Suffix | None]  # [B]
-  arrays: tuple[llama.Prefix, np.ndarray, np.ndarray]  # those held and each tile's place, tokens [B, T], lengths [B]
+  arrays: tuple[reading.Prefix, np.ndarray, np.ndarray]  # those held and each tile's place, tokens [B, T], lengths [B]
   tokens: int  # that were computed since the last call
 
 

@@ -16,7 +16,8 @@ from alma_jax.engine import buckets
 from alma_jax.engine.choose import Decoding, reads_once
 from alma_jax.errors import UserError
 from alma_jax.llama.attention import chosen
-from alma_jax.llama.model import Llama, cache_heads
+from alma_jax.llama.decoder import cache_heads
+from alma_jax.llama.model import Llama
 from alma_jax.llama.sharding import platform
 
 TILE = 16  # slots of one prompt that read its keys together

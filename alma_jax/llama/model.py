@@ -2,7 +2,8 @@
 
   model = init(c, seed)                                                  # or weights.load(directory)
   z = logits(model, hidden_states(model, tokens, positions, segments))   # training, scoring
-  hidden, kv = prefill(model, tokens, lengths)                           # prompts; then `decode`, token by token
+
+Prompts and rows that follow a shared prefix are in reading.py, decoding token by token in decoder.py.
 
 `Llama` is a flax.nnx Module in tree style: it holds weights and nothing in it changes, so plain jax.jit / grad / scan
 work on it. The same weights come in two layouts; with L layers, the query weights are
@@ -25,13 +26,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array
-from jax.sharding import AbstractMesh, Mesh
 
 from alma_jax.llama import attention
-from alma_jax.llama.attention_reference import Attended
 from alma_jax.llama.config import LlamaConfig
 from alma_jax.llama.sharding import constrain_batch, constrain_vocab, holds_all_rows, on_own_rows, platform
 
@@ -205,7 +203,7 @@ def logits(model: Llama, hidden: Array) -> Array:
   return jnp.einsum("...d,dv->...v", hidden, model.head[...], preferred_element_type=jnp.float32)
 
 
-def _run_layers(model: Llama, layer: Layer, x: Array, per_layer: Any) -> tuple[Array, Any]:
+def run_layers(model: Llama, layer: Layer, x: Array, per_layer: Any) -> tuple[Array, Any]:
   """x after all blocks, and what the layers keep, in the model's layout: a tuple with one entry per layer, or arrays
   that lead with the layer axis. `per_layer` holds the layers' own inputs in that layout, or is None."""
   if not isinstance(model.blocks, tuple):
@@ -290,7 +288,7 @@ def hidden_states(
     layer = jax.checkpoint(layer, prevent_cse=False, policy=REMAT[training.remat])
   elif not isinstance(model.blocks, tuple) and _unroll(c.depth, tokens.size * c.width):
     model = unrolled(model)
-  x, _ = _run_layers(model, layer, embedded(model, tokens), jnp.arange(c.depth))
+  x, _ = run_layers(model, layer, embedded(model, tokens), jnp.arange(c.depth))
   return rms_norm(x, model.norm, c.norm_eps)
 
 
@@ -319,251 +317,3 @@ def _dropped(x: Array, dropout: Dropout, depth: int, i: int | Array, site: int) 
   rate = dropout.last * i / max(1, depth - 1)
   kept = jax.random.uniform(jax.random.fold_in(dropout.key, 2 * i + site), x.shape) >= rate
   return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
-
-
-# ---- Rows after a shared prefix: prompts and judging
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Prefix:
-  """What came before: keys and values of every layer. The fields are Any because a Prefix of PartitionSpecs is also
-  used, to say where these arrays lie."""
-
-  kv: Any  # [P, S, K, H]: in the model's layout, a tuple of (k, v) per layer, or (k, v) that lead with the layer axis
-  lengths: Any  # [P] how many of the S places are real
-  # [n] which of the P the rows continue, B / n of them each. None: all of them in order. With the stacked layout alone
-  places: Any = None
-
-
-def prefill(model: Llama, tokens: Array, lengths: Array, prefix: Prefix | None = None) -> tuple[Array, Any]:
-  """Hidden states [B, T, D] of right-padded rows, and every layer's (k, v) [B, T, K, H] in the model's layout.
-
-  With a `prefix` of P rows, B / P consecutive rows of tokens continue each of them; its part is read and not computed
-  again.
-  """
-  layer, x = _layer(model.c, _cos_sin(model.c, tokens, prefix), lengths, prefix), embedded(model, tokens)
-  if prefix is None or isinstance(model.blocks, tuple):
-    x, kept = _run_layers(model, layer, x, prefix and prefix.kv)
-  else:
-    each = jnp.arange(model.c.depth)
-    x, kept = _run_layers(model, lambda x, block, i: layer(x, block, _past(prefix, i)), x, each)
-  return rms_norm(x, model.norm, model.c.norm_eps), kept
-
-
-def keys_values(model: Llama, tokens: Array, lengths: Array, prefix: Prefix | None = None) -> KeysValues:
-  """The (k, v) of `prefill`, [L, B, T, K, H] each, without what follows them in the last layer. Stacked layout.
-
-  With a `prefix`, [L, B, S + T, K, H]: its own come first, whose S places must all be real, so that there is no gap.
-  """
-  c, (B, T), cos_sin = model.c, tokens.shape, _cos_sin(model.c, tokens, prefix)
-  layer = _layer(c, cos_sin, lengths, prefix)
-  before = 0 if prefix is None else prefix.kv[0].shape[2]
-  # One buffer for all layers, which XLA writes in place: joining parts would have them in memory twice.
-  kept = jnp.zeros((c.depth, B, before + T, c.kv_heads, c.head_dim), model.embed[...].dtype)
-
-  def upper(i: Array, carry: tuple[Array, KeysValues]) -> tuple[Array, KeysValues]:
-    x, buffers = carry
-    past = _past(prefix, i)
-    x, new = layer(x, _at(model.blocks, i), past)
-    return x, written(buffers, i, past, new)
-
-  def written(buffers: KeysValues, i: int | Array, past: KeysValues | None, new: KeysValues) -> KeysValues:
-    def put(buffer: Array, x: Array, at: int) -> Array:
-      return jax.lax.dynamic_update_slice(buffer, jnp.repeat(x, B // x.shape[0], axis=0)[None], (i, 0, at, 0, 0))
-
-    if past is not None:
-      buffers = put(buffers[0], past[0], 0), put(buffers[1], past[1], 0)
-    return put(buffers[0], new[0], before), put(buffers[1], new[1], before)
-
-  last = c.depth - 1
-  x, buffers = jax.lax.fori_loop(0, last, upper, (embedded(model, tokens), (kept, kept)))
-  return written(buffers, last, _past(prefix, last), _last_keys_values(model, x, cos_sin))
-
-
-def read(model: Llama, tokens: Array, lengths: Array, places: Array, prefix: Prefix | None = None) -> Array:
-  """fp32 final-norm hidden states [B, R, D] at the places [B, R] of the rows of `prefill`. Stacked layout.
-
-  In the last layer every place gets keys and values, and only these R places the rest.
-  """
-  c, last, cos_sin = model.c, model.c.depth - 1, _cos_sin(model.c, tokens, prefix)
-  layer = _layer(c, cos_sin, lengths, prefix)
-
-  def upper(i: Array, x: Array) -> Array:
-    return layer(x, _at(model.blocks, i), _past(prefix, i))[0]
-
-  x = jax.lax.fori_loop(0, last, upper, embedded(model, tokens))
-  k, v = _last_keys_values(model, x, cos_sin)
-
-  def attend(q: Array, *_: Array) -> tuple[Array, None]:
-    parts = [attention.over(q[:, r : r + 1], k, v, places[:, r] + 1) for r in range(places.shape[1])]
-    found = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *parts)
-    return _with_prefix(found, q, _past(prefix, last), prefix), None
-
-  x = jnp.take_along_axis(x, places[..., None], axis=1)
-  x, _ = run_block(_at(model.blocks, last), c, x, rope_angles(c, places + _before(prefix, len(tokens))), attend)
-  return rms_norm(x.astype(jnp.float32), model.norm, c.norm_eps)
-
-
-def _layer(c: LlamaConfig, cos_sin: CosSin, lengths: Array, prefix: Prefix | None) -> Layer:
-  """layer(x, block, the prefix's (k, v) of this layer) -> (x, the rows' own (k, v)), for right-padded rows."""
-  segments = (jnp.arange(cos_sin[0].shape[1]) < lengths[:, None]).astype(jnp.int32)
-
-  def layer(x: Array, block: Block, past: KeysValues | None) -> tuple[Array, KeysValues]:
-    def attend(q: Array, k: Array, v: Array) -> tuple[Array, KeysValues]:
-      return _with_prefix(attention.causal(q, k, v, segments, few=PADDED), q, past, prefix), (k, v)
-
-    return run_block(block, c, x, cos_sin, attend)
-
-  return layer
-
-
-def _last_keys_values(model: Llama, x: Array, cos_sin: CosSin) -> KeysValues:
-  """(k, v) of the last layer from its input; nothing uses the rest of the block, so the compiler leaves it out."""
-  block = _at(model.blocks, model.c.depth - 1)
-  return run_block(block, model.c, x, cos_sin, lambda q, k, v: (q, (k, v)))[1]
-
-
-def _at(stacked: Any, i: int | Array) -> Any:
-  """Layer i of a stacked tree, without a copy of the others."""
-  return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), stacked)
-
-
-def _past(prefix: Prefix | None, i: int | Array) -> KeysValues | None:
-  """The (k, v) [n, S, K, H] of layer i that rows continue, of a prefix in the stacked layout. Where the prefix has
-  `places` they are copied together, one layer at a time."""
-  if prefix is None:
-    return None
-  if prefix.places is None:
-    return _at(prefix.kv, i)
-  places, kv = prefix.places, prefix.kv
-  if platform() != "tpu" or kv[0].shape[4] % attention.LANES:
-    return jax.tree.map(lambda x: x.at[i, places].get(mode="promise_in_bounds"), kv)
-
-  # One after the other: a gather on TPUs first copies what it takes from, all layers of it. Narrow heads lie otherwise
-  # there, and for slices of them all layers would be laid out anew.
-  def put(to: Array, copies: KeysValues) -> KeysValues:
-    def one(copy: Array, x: Array) -> Array:
-      taken = jax.lax.dynamic_slice(x, (i, places[to], 0, 0, 0), (1, 1, *x.shape[2:]))
-      return jax.lax.dynamic_update_slice(copy, taken[0], (to, 0, 0, 0))
-
-    return jax.tree.map(one, copies, kv)
-
-  return jax.lax.fori_loop(
-    0, len(places), put, jax.tree.map(lambda x: jnp.zeros((len(places), *x.shape[2:]), x.dtype), kv)
-  )
-
-
-def _lengths(prefix: Prefix) -> Array:
-  """[n] of the prefixes that rows continue."""
-  return prefix.lengths if prefix.places is None else prefix.lengths[prefix.places]
-
-
-def _before(prefix: Prefix | None, rows: int) -> int | Array:
-  """[rows, 1] how many tokens stand before each row."""
-  if prefix is None:
-    return 0
-  lengths = _lengths(prefix)
-  return jnp.repeat(lengths, rows // lengths.shape[0])[:, None]
-
-
-def _cos_sin(c: LlamaConfig, tokens: Array, prefix: Prefix | None) -> CosSin:
-  B, T = tokens.shape
-  return rope_angles(c, jnp.broadcast_to(jnp.arange(T) + _before(prefix, B), (B, T)))
-
-
-def _with_prefix(own: Attended, q: Array, past: KeysValues | None, prefix: Prefix | None) -> Array:
-  """Attention [B, T, N, H] over what `own` has looked at and over the prefix's keys and values of this layer."""
-  if past is None or prefix is None:
-    return own[0]
-  # The B / P rows after one prefix become queries of one row: [B, T, N, H] -> [P, B / P * T, N, H], and back.
-  shared = attention.over(q.reshape(past[0].shape[0], -1, *q.shape[2:]), *past, _lengths(prefix))
-  return attention.merged(own, jax.tree.map(lambda new, old: new.reshape(old.shape), shared, own))[0]
-
-
-# ---- One token after another: decoding
-
-Cache = tuple[KeysValues, ...]  # per layer, K and V buffers [slots, capacity, K / n, n H]: n heads side by side
-
-
-def new_cache(model: Llama, slots: int, capacity: int, mesh: Mesh | AbstractMesh | None = None) -> Cache:
-  """A cache of zeros: masked entries are multiplied, so they must never be NaN. `mesh`: where it will be, if known."""
-  dtype = model.embed[...].dtype
-  shape = (slots, capacity, *cache_heads(model.c, dtype, mesh))
-  return tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(model.c.depth))
-
-
-def cache_heads(
-  c: LlamaConfig, dtype: Any, mesh: Mesh | AbstractMesh | None = None, target: str | None = None
-) -> tuple[int, int]:
-  """The last two sizes of a cache on a mesh's devices, or on those of the platform `target`: the rows that heads lie in
-  side by side, and the numbers of such a row."""
-  ways = 1 if mesh is None or c.kv_heads % mesh.shape["tensor"] else mesh.shape["tensor"]
-  n = attention.side_by_side(target or platform(mesh), dtype, c.kv_heads // ways, c.head_dim)
-  return c.kv_heads // n, n * c.head_dim
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-  """The slots that read each prefix together, up to W of them, so that its keys are read once for them and where they
-  lie. A prefix that more slots continue has several rows.
-
-  Slots 0, 2 and 3 continue prefix p, slot 1 continues prefix q; W = 2, `-` is a place to spare:
-
-    row   prefix   slots    live    results, rows x W      place of slots 0 1 2 3
-     0      p       0 2      2            0 1                            0 4 1 2
-     1      p       3 -      1            2 .
-     2      q       1 -      1            4 .
-  """
-
-  slots: Array | np.ndarray  # [rows, W] the slots of each row; any slot in a place to spare
-  live: Array | np.ndarray  # [rows] how many they are
-  place: Array | np.ndarray  # [B] where slot b's result stands among the rows x W
-
-
-def decode(
-  model: Llama, tokens: Array, counts: Array, cache: Cache, prefix: Prefix, tiles: Tiles | None
-) -> tuple[Array, Cache]:
-  """Hidden states [B, D] after one step, and the updated cache. Unrolled layout.
-
-  Token [B] takes place `counts` [B] of its slot's own cache and sees the slot's prefix before that. Without `tiles`
-  slot b has prefix b.
-  """
-  c = model.c
-  if tiles is None:
-    before = lengths = prefix.lengths
-  else:
-    before = prefix.lengths[tiles.place // tiles.slots.shape[1]]
-    lengths = jnp.where(tiles.live > 0, prefix.lengths, 0)
-  cos_sin = rope_angles(c, (before + counts)[:, None])
-
-  def grouped(x: Array) -> Array:  # a slot per row -> a tile per row, [B, 1, ...] -> [rows, W, ...]
-    return x if tiles is None else x[tiles.slots][:, :, 0]
-
-  def single(x: Array) -> Array:  # and back
-    return x if tiles is None else x.reshape(-1, 1, *x.shape[2:])[tiles.place]
-
-  @jax.vmap  # slot by slot: indexed with [slots, counts], each device would ask all others for their slots' indices
-  def put(buffer: Array, at: Array, new: Array) -> Array:
-    return buffer.at[at].set(new)
-
-  def layer(x: Array, block: Block, own: tuple[KeysValues, KeysValues]) -> tuple[Array, KeysValues]:
-    (keys, values), (prefix_keys, prefix_values) = own
-
-    def in_rows(x: Array) -> Array:  # [B, 1, K, H] as in the cache, [B, K / n, n H]
-      return x[:, 0].reshape(-1, *keys.shape[2:])
-
-    def attend(q: Array, k: Array, v: Array) -> tuple[Array, KeysValues]:
-      if platform() == "tpu":  # both calls read it, and XLA would make it for each of them
-        q = jax.lax.optimization_barrier(q)
-      written = put(keys, counts, in_rows(k)), put(values, counts, in_rows(v))
-      new = attention.over(q, *written, counts + 1)
-      old = (attention.over if tiles is None else attention.over_tiles)(grouped(q), prefix_keys, prefix_values, lengths)
-      return attention.merged(new, jax.tree.map(single, old))[0], written
-
-    return run_block(block, c, x, cos_sin, attend)
-
-  own = tuple(zip(cache, prefix.kv, strict=True))
-  x, cache = _run_layers(model, layer, embedded(model, tokens[:, None]), own)
-  return rms_norm(x, model.norm, c.norm_eps)[:, 0], cache

@@ -18,7 +18,7 @@ from alma_jax.engine.slots import (
   slots_that_fit,
   token_bytes,
 )
-from alma_jax.llama import model as llama
+from alma_jax.llama import decoder
 from alma_jax.llama.attention_decode_tpu import block
 from alma_jax.plan import assumptions as shares
 from alma_jax.plan.machine import Machine, Step
@@ -137,7 +137,7 @@ def _looked_at(machine: Machine, T: int, S: int, live: float) -> tuple[float, fl
   """Of a row of S keys, so many of which are live: how many T queries read, and how many scores go through memory."""
   if not reads_what_is_live(machine.shape, T, S, machine.local_mesh, machine.platform):
     return S, S
-  heads = llama.cache_heads(machine.c, machine.shape.embed.get_value().dtype, machine.local_mesh, machine.platform)[0]
+  heads = decoder.cache_heads(machine.c, machine.shape.embed.get_value().dtype, machine.local_mesh, machine.platform)[0]
   heads = heads // machine.tensor if machine.c.kv_heads % machine.tensor == 0 else heads
   return (min(S, live + block(S, heads) / 2) if machine.platform == "tpu" else live), 0
 

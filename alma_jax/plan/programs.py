@@ -22,8 +22,8 @@ from jax.sharding import PartitionSpec as P
 from alma_jax.engine import buckets, embed, lloyd, losses, points, sample, score, train
 from alma_jax.engine.slots import PREFILL_ROWS
 from alma_jax.engine.train import TrainingTask
+from alma_jax.llama import decoder, reading, sharding
 from alma_jax.llama import model as llama
-from alma_jax.llama import sharding
 from alma_jax.plan.devices import local_mesh
 from alma_jax.plan.estimate import CHUNK
 from alma_jax.plan.estimate_reading import rows_of_calls, tile_of
@@ -172,7 +172,7 @@ def _sampling(machine: Machine, work: Sampling, mesh: Mesh, slots: int) -> Itera
     tiles = None
     if shapes.tile > 1:
       slots, live = _array(mesh, ways * shapes.rows, shapes.tile), _array(mesh, ways * shapes.rows)
-      tiles = llama.Tiles(slots, live, slot_rows)  # pyright: ignore[reportArgumentType]
+      tiles = decoder.Tiles(slots, live, slot_rows)  # pyright: ignore[reportArgumentType]
     with _alone(mesh):
       return sample._segment.lower(model, state, tiles, decoding=decoding, steps=STEPS, mesh=mesh).compile()
 
@@ -206,7 +206,7 @@ def _judging(machine: Machine, work: Reading, mesh: Mesh) -> Iterator[Program]:
     n = ways * rows // wide
     shape = c.depth, ways * held, before, c.kv_heads, c.head_dim
     kv = _array(mesh, *shape, dtype=jnp.dtype(machine.dtype), spec=spec)
-    prefix = llama.Prefix((kv, kv), _array(mesh, ways * held), _array(mesh, n))
+    prefix = reading.Prefix((kv, kv), _array(mesh, ways * held), _array(mesh, n))
     tokens, lengths = _array(mesh, ways * rows, longest), _array(mesh, ways * rows)
     columns = _array(mesh, SCORES, spec=sharding.WHOLE)
     with _alone(mesh):
