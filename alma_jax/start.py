@@ -74,7 +74,13 @@ def status(work: Callable[[], None], memory: str, more: Callable[[UserError], st
 
   `memory` says what helps where a device has too little; `more(error)` may give a line to print after a UserError.
   """
-  signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that what is written is whole and unlocked
+  asked = threading.Event()
+
+  def terminated(*_: object) -> None:
+    asked.set()
+    sys.exit(143)  # unwinds, so that what is written is whole and unlocked
+
+  signal.signal(signal.SIGTERM, terminated)
   if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background jobs ignore it: they stay so
     signal.signal(signal.SIGINT, _interrupted)
   sys.unraisablehook = _not_dropped
@@ -94,6 +100,9 @@ def status(work: Callable[[], None], memory: str, more: Callable[[UserError], st
     print("\nstopped; the same command goes on from here", file=sys.stderr)
     return 130
   except Exception as error:
+    if asked.is_set():  # a library made an error of its own of what unwinds
+      print(f"stopped ({type(error).__name__}); the same command goes on from here", file=sys.stderr)
+      return 143
     if why := full_disk(error):
       print(f"error: {why}: make room, then start the same command again; what is finished is kept", file=sys.stderr)
       peers.failed(DiskError(why))

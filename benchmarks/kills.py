@@ -127,7 +127,9 @@ def expect(status: int | None, wanted: int, run: pathlib.Path) -> None:
 
 def count(run: pathlib.Path) -> int:
   """The files that are whole; every start of a training begins one for TensorBoard, which is no progress."""
-  return sum(1 for path in run.rglob("[!.]*") if path.is_file() and "tensorboard" not in path.parts)
+  # os.walk passes over a directory that goes while it is looked at.
+  listed = (names for folder, _, names in os.walk(run) if "tensorboard" not in pathlib.Path(folder).parts)
+  return sum(not name.startswith(".") for names in listed for name in names)
 
 
 def files(run: pathlib.Path) -> dict[str, str]:

@@ -495,6 +495,22 @@ def test_a_signal_while_garbage_is_collected_is_not_lost_and_a_second_interrupt_
   process.communicate()
 
 
+def test_an_error_that_a_library_makes_of_a_signal_ends_as_the_signal_does(capsys):
+  def work():
+    try:
+      signal.raise_signal(signal.SIGTERM)
+    except SystemExit:
+      raise RuntimeError("wrapped") from None
+
+  before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+  try:
+    assert start.status(work, "") == 143
+  finally:
+    for sent, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
+      signal.signal(sent, handler)
+  assert capsys.readouterr().err == "stopped (RuntimeError); the same command goes on from here\n"
+
+
 def test_arrays_and_shards_open_with_public_tools(run):
   import pyarrow.parquet as pq
 
