@@ -590,10 +590,12 @@ def test_a_mesh_with_more_ways_than_rows_gets_larger_tensor_groups():
 
 
 def test_tpus_get_shares_that_they_gather(monkeypatch):
-  # Llama-3-8B is 4,096 wide, 32 lanes of 128.
+  # Llama-3-8B is 4,096 wide, 32 times 128.
   c = dataclasses.replace(CONFIG, width=4096)
-  shares = [sharding.in_whole_lanes(sizes, c, "tpu") for sizes in ((1, 64, 1), (1, 32, 2), (2, 128, 1), (1, 33, 1))]
-  assert shares == [(2, 32, 1), (1, 32, 2), (8, 32, 1), (1, 33, 1)]
+  shares = [
+    sharding.in_whole_lanes(sizes, c, "tpu") for sizes in ((1, 64, 1), (1, 32, 2), (2, 128, 1), (1, 64, 2), (1, 33, 1))
+  ]
+  assert shares == [(4, 16, 1), (1, 32, 2), (16, 16, 1), (2, 32, 2), (1, 33, 1)]
   assert sharding.in_whole_lanes((1, 64, 1), c, "gpu") == (1, 64, 1)
   mesh, settings = sharding.make_mesh(1, 8, 1), options(batch=512, row_length=2048)
   wide = dataclasses.replace(CONFIG, width=256)
@@ -601,7 +603,7 @@ def test_tpus_get_shares_that_they_gather(monkeypatch):
   as_it_is = training._spread(s, ragged(1000), settings, 5)
   monkeypatch.setattr(sharding, "platform", lambda mesh=None: "tpu")
   batches, found = training._spread(s, ragged(1000), settings, 5)
-  assert as_it_is[1] is mesh and tuple(found.shape.values()) == (4, 2, 1)
+  assert as_it_is[1] is mesh and tuple(found.shape.values()) == (8, 1, 1)
   assert batches.shapes == as_it_is[0].shapes and found.devices.ravel().tolist() == mesh.devices.ravel().tolist()
   assert training._spread(s, ragged(1000), dataclasses.replace(settings, fit_rows=False), 5)[1] is mesh
 

@@ -110,10 +110,12 @@ def with_whole_lanes(mesh: Mesh, c: LlamaConfig) -> Mesh:
 
 
 def in_whole_lanes(sizes: tuple[int, ...], c: LlamaConfig, target: str) -> tuple[int, ...]:
-  """The sizes (data, fsdp, tensor) with as many ways, of which on TPUs no more than leave each device LANES of a
-  weight's width are fsdp: smaller shares are not gathered there, but all-reduced as whole weights, twice the bytes."""
+  """The sizes (data, fsdp, tensor) with as many ways, of which on TPUs no more than leave each device 2 LANES of a
+  weight's width are fsdp, or LANES in tensor groups: smaller shares are not gathered or scattered there, but whole
+  weights all-reduced, twice the bytes."""
   data, fsdp, tensor = sizes
-  while target == "tpu" and fsdp % 2 == 0 and c.width < LANES * fsdp:
+  least = LANES if tensor > 1 else 2 * LANES
+  while target == "tpu" and fsdp % 2 == 0 and c.width < least * fsdp:
     data, fsdp = 2 * data, fsdp // 2
   return data, fsdp, tensor
 

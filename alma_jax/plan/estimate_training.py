@@ -184,17 +184,18 @@ def _exchanged(
 
   TPUs multiply a share of a layer's weights while the next ones come from both sides, which sends fsdp + 1 shares where
   a gather sends fsdp - 1; up to four devices do that with gradients alone. What they gather after all: with
-  remat="full" what goes forward again, all but the last product; in tensor groups the weights of one direction.
+  remat="full" what goes forward again, all but the last product; in tensor groups the weights of one direction; with
+  several replicas along data everything.
 
   Along tensor, the streams after attention and after the feed-forward part are summed, and their gradients on the way
   back; with remat="full" the first one again; and the gradient of the head's input."""
   data, fsdp, tensor = (mesh.shape[axis] for axis in sharding.AXES)
-  c, i, tpu = machine.c, machine.itemsize, machine.platform == "tpu"
+  c, i, rings = machine.c, machine.itemsize, machine.platform == "tpu" and data == 1
   layers, tables = i * machine.layers / tensor, i * (1 if c.tied else 2) * machine.head / tensor
   last = i * c.depth * c.ffn * c.width / tensor
   whole = layers - last if remat == "full" else layers if tensor > 1 else 0
   ringed = (3 if compares else 2) * layers - whole
-  there, back = (fsdp + 1 if tpu and fsdp > least else fsdp - 1 for least in (4, 2))
+  there, back = (fsdp + 1 if rings and fsdp > least else fsdp - 1 for least in (4, 2))
   gathered = (whole + 2 * tables + (tables if compares else 0)) * (fsdp - 1)
   along_fsdp = (gathered + ringed * there + layers * back) * passes / fsdp
   along_data = 2 * (layers + tables) / fsdp * (data - 1) / data
