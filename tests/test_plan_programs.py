@@ -50,6 +50,16 @@ needs_libtpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason
 SMALL = dataclasses.replace(
   shapes.SHAPES["llama3_8b"], depth=2, width=1024, heads=8, kv_heads=8, ffn=2048, vocab=16_384
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def narrow_tiles():
+  """SMALL is a quarter as wide as Llama-3-8B, and eight devices have shares of 128 numbers, for which no mesh changes."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sharding, "LANES", 64)
+    yield
+
+
 TRAINED = dict(batch=16, epochs=1, row_length=512, optimizer=Optimizer(1e-5, 0.0), remat="full")
 
 
