@@ -54,7 +54,7 @@ SMALL = dataclasses.replace(
 
 @pytest.fixture(scope="module", autouse=True)
 def narrow_tiles():
-  """SMALL is a quarter as wide as Llama-3-8B, and eight devices have shares of 128 numbers, for which no mesh changes."""
+  """SMALL is a quarter as wide as Llama-3-8B, and eight devices have shares of 128 numbers, so no mesh changes."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(sharding, "LANES", 64)
     yield
