@@ -11,13 +11,12 @@ TPUs' compiler comes with 'alma_jax[plan]', that of GPUs with 'alma_jax[gpu]'; n
 those of configs/alma.py at full depth, or of a model cut to --depth layers, on the config's mesh. Every program is a
 line of the output as soon as it is compiled, and the same versions do not compile it again, nor for another stage that
 runs it: start the same command to go on. At the end all lines are printed as a table, with the seconds of a core that
-each program took. --effort=default asks for the compilers' default effort instead of the lowest, at which TPUs may
-all-reduce what the default reduce-scatters.
+each program took. --effort=default asks for the compilers' default effort, as a run has it, instead of the lowest.
 --against-quick compiles nothing: it prints, for every stage in the output, the most memory that a program takes beside
 what the quick plan says, whole and without weights and optimizer state, which are known to the byte.
 
-What to expect: peaks below what is usable, nothing sent in sampling and reading, and weights that are gathered, not
-all-reduced. A decode loop's row also says what its step takes from and to a device's memory, as plan/traffic.py counts
+What to expect: peaks below what is usable, nothing sent in sampling and reading where a device holds the model, and
+weights that are gathered, not all-reduced. A decode loop's row also says what its step takes from and to a device's memory, as plan/traffic.py counts
 it, with responses of the plan's mean length and every row of prompts full. At low effort a training step takes a TPU's
 compiler half a minute to two CPU minutes.
 """

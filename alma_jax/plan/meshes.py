@@ -2,10 +2,9 @@
 
   for line in lines(plan, quick=False): print(line)
 
-All meshes are compared by analytic bounds. Without `quick` the few that seem best are compiled, at the compiler's
-default effort: at low effort a TPU's compiler sends whole gradients on 64 chips where the default reduces them to
-shares. A compiler may also choose otherwise than the bounds assume, whole weights all-reduced instead of gathered,
-which only its program shows.
+All meshes are compared by analytic bounds, as they are given. Without `quick` the few that seem best are compiled, at
+the compiler's default effort, as a run has it: a compiler may choose otherwise than the bounds assume, whole weights
+all-reduced instead of gathered, which only its program shows.
 """
 
 import dataclasses
