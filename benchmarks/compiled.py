@@ -16,9 +16,9 @@ each program took. --effort=default asks for the compilers' default effort, as a
 what the quick plan says, whole and without weights and optimizer state, which are known to the byte.
 
 What to expect: peaks below what is usable, nothing sent in sampling and reading where a device holds the model, and
-weights that are gathered, not all-reduced. A decode loop's row also says what its step takes from and to a device's memory, as plan/traffic.py counts
-it, with responses of the plan's mean length and every row of prompts full. At low effort a training step takes a TPU's
-compiler half a minute to two CPU minutes.
+weights that are gathered, not all-reduced. A decode loop's row also says what its step takes from and to a device's
+memory, as plan/traffic.py counts it, with responses of the plan's mean length and every row of prompts full. At low
+effort a training step takes a TPU's compiler half a minute to two CPU minutes.
 """
 
 import argparse

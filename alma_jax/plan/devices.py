@@ -5,8 +5,8 @@
     ...lower(...).compile()
 
 The TPU compiler comes with libtpu, which needs no TPU; the one for NVIDIA GPUs with JAX's CUDA plugin and a description
-of the GPU, without a GPU or a driver. Compilation is at low effort (`_effort`), which costs TPUs a few percent of memory
-and saves most of the time.
+of the GPU, without a GPU or a driver. Compilation is at low effort (`_effort`), which costs TPUs a few percent of
+memory and saves most of the time.
 """
 
 import contextlib
